@@ -1,0 +1,14 @@
+"""Offline datasets: one form in memory, one on disk, readers for the field's formats, and our own collectors.
+
+    from data import load
+    dataset = load("bridge", "", "mixed")                 # a name: collected on first use, then cached
+    dataset = load("bridge", "", "path/to/file.h5")       # a file of ours
+    dataset = load("bridge", "", "path/to/alberdice")     # AlberDICE's folder of .npy files
+
+`python data/collect.py --help` records a dataset to a file, `python data/describe.py FILE` says what is in one.
+"""
+
+from data.collect import collect, load, names
+from data.dataset import Dataset, read, write
+
+__all__ = ["Dataset", "collect", "load", "names", "read", "write"]

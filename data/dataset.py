@@ -1,0 +1,217 @@
+"""The dataset: episodes of a team, padded to the longest, as tensors on one device and as one HDF5 file."""
+
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+FORMAT = 1  # written into each file; raise it when the meaning of a field changes
+
+
+@dataclass
+class Dataset:
+    """E episodes of at most T steps, N agents, O observation entries, S state entries, A actions.
+
+    Step t of an episode leads from `obs[:, t]` to `obs[:, t + 1]`, so the last observation is always there to
+    bootstrap from. The last real step of an episode is `terminated` if the game ended by its own rules;
+    otherwise it was cut off (a time limit), and its value goes on. What lies behind the mask is zero.
+    """
+
+    obs: torch.Tensor  # (E, T+1, N, O) float32
+    state: torch.Tensor  # (E, T+1, S) float32
+    avail_actions: torch.Tensor | None  # (E, T+1, N, A) bool, None where actions are continuous
+    actions: torch.Tensor  # (E, T, N) int64, or (E, T, N, A) float32 in [-1, 1]
+    reward: torch.Tensor  # (E, T) float32, of the team
+    terminated: torch.Tensor  # (E, T) bool
+    mask: torch.Tensor  # (E, T) bool: True where the step is real
+    info: dict = field(default_factory=dict)  # env, task, name, seed, behaviour, versions, ...
+
+    @property
+    def lengths(self):
+        """Steps of each episode, (E,) int64."""
+        return self.mask.sum(1)
+
+    @property
+    def returns(self):
+        """Undiscounted team return of each episode, (E,) float32."""
+        return (self.reward * self.mask).sum(1)
+
+    @property
+    def truncated(self):
+        """Whether each episode was cut off rather than terminated, (E,) bool."""
+        return ~(self.terminated & self.mask).any(1)
+
+    def flatten(self, dtype=torch.float32):
+        """Lay the episodes end to end, without padding: R observations (rows), of which M have an action.
+
+        Returns a dictionary; the observation after step m is row `row[m] + 1`.
+            obs (R, N, O), state (R, S), avail_actions (R, N, A) or None;
+            row (M,), actions (M, N) or (M, N, A), reward (M,), done (M,): 0 where a time limit cut the episode off.
+        """
+        no = torch.zeros_like(self.mask[:, :1])
+        seen, acted = torch.cat([~no, self.mask], 1), torch.cat([self.mask, no], 1)  # (E, T+1)
+        return {
+            "obs": self.obs[seen].to(dtype),
+            "state": self.state[seen].to(dtype),
+            "avail_actions": None if self.avail_actions is None else self.avail_actions[seen],
+            "row": acted[seen].nonzero()[:, 0],
+            "actions": self.actions[self.mask],
+            "reward": self.reward[self.mask].to(dtype),
+            "done": self.terminated[self.mask].to(dtype),
+        }
+
+    def to(self, device):
+        """The same dataset with every tensor on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Dataset(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in moved.items()})
+
+    def check(self, source="dataset"):
+        """Raise ValueError, with `source` in front, at the first thing that would make training go wrong."""
+
+        def insist(good, complaint):
+            if not good:
+                raise ValueError(f"{source}: {complaint}")
+
+        insist(self.obs.dim() == 4, f"obs must be (episodes, steps + 1, agents, entries), not {_shape(self.obs)}")
+        E, T, N = self.obs.shape[0], self.obs.shape[1] - 1, self.obs.shape[2]
+        insist(E > 0 and T > 0 and self.mask.any(), "it holds no step; an empty dataset teaches nothing")
+        discrete = not self.actions.is_floating_point()
+        insist(discrete or self.actions.dim() == 4, f"continuous actions must be (E, T, N, A), not {_shape(self.actions)}")
+        insist(not discrete or self.avail_actions is not None, "discrete actions need avail_actions (E, T + 1, N, A)")
+        A = self.avail_actions.shape[-1] if discrete else self.actions.shape[-1]
+        wanted = {
+            "state": (E, T + 1, self.state.shape[-1]),
+            "actions": (E, T, N) if discrete else (E, T, N, A),
+            "reward": (E, T), "terminated": (E, T), "mask": (E, T),
+        }  # fmt: skip
+        if self.avail_actions is not None:
+            wanted["avail_actions"] = (E, T + 1, N, A)
+        for name, shape in wanted.items():
+            found = getattr(self, name)
+            insist(tuple(found.shape) == shape, f"{name} has shape {_shape(found)}, but obs calls for {shape}")
+        for name in ("obs", "state", "reward") + (() if discrete else ("actions",)):
+            insist(getattr(self, name).isfinite().all(), f"{name} holds NaN or infinite numbers")
+        insist(self.mask[:, 0].all(), "an episode has no step")
+        insist(not (self.mask[:, 1:] & ~self.mask[:, :-1]).any(), "the mask has a hole; each episode must be one run of steps")
+        insist(not (self.terminated[:, :-1] & self.mask[:, 1:]).any(), "an episode goes on after it terminated")
+        if discrete:
+            outside = (self.actions < 0) | (self.actions >= A)
+            insist(not outside.any(), f"actions must lie in 0 .. {A - 1}; found {_extremes(self.actions)}")
+            legal = self.avail_actions[:, :-1].gather(-1, self.actions[..., None])[..., 0] | ~self.mask[..., None]
+            insist(legal.all(), "an action was taken that avail_actions forbids")
+        else:
+            insist(self.actions.abs().max() <= 1 + 1e-5, f"actions must lie in [-1, 1]; found {_extremes(self.actions)}")
+        return self
+
+
+TENSORS = tuple(f.name for f in fields(Dataset) if f.name != "info")
+DTYPES = {"terminated": torch.bool, "mask": torch.bool, "avail_actions": torch.bool}  # the others: by kind
+
+
+def write(dataset, path):
+    """Write one HDF5 file, whole or not at all: the fields of `Dataset` as arrays, `info` as attributes.
+
+    Raises:
+        ValueError: the dataset is not well formed.
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    dataset.check()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with h5py.File(part, "w") as file:
+            for name in TENSORS:
+                if getattr(dataset, name) is not None:
+                    array = getattr(dataset, name).cpu().numpy()
+                    file.create_dataset(name, data=array, compression="gzip", compression_opts=1, shuffle=True)
+            for key, value in {**dataset.info, "format": FORMAT}.items():
+                file.attrs[key] = json.dumps(value)
+        os.replace(part, path)
+    except RuntimeError as error:  # h5py's way of saying that a write failed
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(path):
+    """Read a file that `write` wrote, or AlberDICE's folder of .npy files, and check it.
+
+    Raises:
+        ValueError: damaged, foreign or malformed content.
+        OSError: no such file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no dataset file {path}")
+    return (read_alberdice(path) if path.is_dir() else _read_hdf5(path)).check(path)
+
+
+def _read_hdf5(path):
+    try:
+        with h5py.File(path, "r") as file:
+            missing = [n for n in TENSORS if n not in file and n != "avail_actions"]
+            if missing:
+                raise ValueError(f"{path} is not one of our datasets: it lacks {', '.join(missing)}")
+            arrays = {name: file[name][()] for name in TENSORS if name in file}
+            info = {key: json.loads(value) for key, value in file.attrs.items()}
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged, cut off, or no HDF5 file ({error})") from None
+    except (json.JSONDecodeError, TypeError):
+        raise ValueError(f"{path} is not one of our datasets: its attributes are not JSON") from None
+    if info.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {info.get('format')}, this code reads {FORMAT}: collect it again")
+    return Dataset(**{name: _tensor(arrays[name], name) if name in arrays else None for name in TENSORS}, info=info)
+
+
+def _tensor(array, name):
+    """A float array as float32, an integer one as int64, a mask as bool."""
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{name} holds {array.dtype}, not numbers")
+    kind = torch.float32 if array.dtype.kind == "f" else torch.int64
+    return torch.as_tensor(array).to(DTYPES.get(name, kind))
+
+
+def read_alberdice(folder):
+    """Read the folder of .npy files in which AlberDICE (github.com/dematsunaga/alberdice) ships its Bridge data.
+
+    Its arrays are (episodes, time limit + 1, ...); `filled` is 1 up to and including the last observation, whose
+    action is junk. It marks a time-out as terminated; here a game is terminated only if both agents stand on
+    their goals, so that a value function may look beyond the time limit.
+    """
+    names = ("obs", "state", "avail_actions", "actions", "reward", "terminated", "filled")
+    try:
+        array = {n: np.load(Path(folder) / f"{n}.npy", allow_pickle=False) for n in names}
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is not a folder of AlberDICE's .npy files: it lacks {Path(error.filename).name}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}: a .npy file is damaged ({error})") from None
+    if array["state"].shape[-1] != 8:
+        raise ValueError(f"{folder}: the state has {array['state'].shape[-1]} entries; only Bridge, with 8, is known here")
+    filled = torch.as_tensor(array["filled"][..., 0]).bool()  # (E, T+1)
+    mask = filled[:, 1:]
+    longest = int(mask.sum(1).max())
+    state = _tensor(array["state"], "state")
+    home = (state[..., [0, 1, 4, 5]] == state[..., [2, 3, 6, 7]]).all(-1)  # (E, T+1) both agents on their goals
+    return Dataset(
+        obs=_tensor(array["obs"], "obs")[:, : longest + 1],
+        state=state[:, : longest + 1],
+        avail_actions=_tensor(array["avail_actions"], "avail_actions")[:, : longest + 1],
+        actions=(_tensor(array["actions"], "actions")[:, :-1, :, 0] * mask[..., None])[:, :longest],
+        reward=_tensor(array["reward"], "reward")[:, :longest, 0],
+        terminated=(home[:, 1:] & mask & _tensor(array["terminated"], "terminated")[:, :-1, 0])[:, :longest],
+        mask=mask[:, :longest],
+        info={"env": "bridge", "task": "", "name": Path(folder).name, "behaviour": "published with AlberDICE"},
+    )
+
+
+def _shape(tensor):
+    return tuple(tensor.shape)
+
+
+def _extremes(tensor):
+    return f"{tensor.min():g} .. {tensor.max():g}"

@@ -1,0 +1,76 @@
+"""Say what is in a dataset: shapes, counts, ends and returns, with a histogram.
+
+    python data/describe.py FILE_OR_FOLDER [--out histogram.png]
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import tyro
+
+if __name__ == "__main__":  # let `python data/describe.py` find the packages beside its own folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from data.dataset import TENSORS, read
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+
+
+@dataclass
+class Args:
+    path: Annotated[Path, tyro.conf.Positional]
+    """an HDF5 file of ours, or AlberDICE's folder of .npy files"""
+    out: Path | None = None
+    """the histogram picture; by default runs/describe/NAME.png"""
+
+
+def describe(dataset):
+    """What a reader wants to know first, as a list of lines."""
+    lines = [f"{key:14s} {value}" for key, value in sorted(dataset.info.items())]
+    for name in TENSORS:
+        tensor = getattr(dataset, name)
+        if tensor is not None:
+            lines.append(f"{name:14s} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+    episodes, terminals = len(dataset.mask), int((dataset.terminated & dataset.mask).sum())
+    lines.append(f"{'episodes':14s} {episodes}")
+    lines.append(f"{'transitions':14s} {int(dataset.mask.sum())}")
+    lines.append(f"{'terminals':14s} {terminals}")
+    lines.append(f"{'truncations':14s} {int(dataset.truncated.sum())}")
+    for name, values in (("length", dataset.lengths.double()), ("return", dataset.returns.double())):
+        low, mean, middle, high = values.min(), values.mean(), values.median(), values.max()
+        lines.append(f"{name:14s} min {low:.4f}  mean {mean:.4f}  median {middle:.4f}  max {high:.4f}")
+    if terminals == 0:
+        lines.append("warning: no episode terminates; a value function will bootstrap from every last observation")
+    return lines
+
+
+def histogram(dataset, path):
+    """Write a picture of the episode returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    axes.hist(dataset.returns.numpy(), bins=40, color="tab:blue")
+    axes.axvline(dataset.returns.mean(), color="black", linestyle="--", label=f"mean {dataset.returns.mean():.3f}")
+    axes.set(xlabel="episode return", ylabel="episodes", title=" ".join(
+        str(dataset.info[key]) for key in ("env", "task", "name") if dataset.info.get(key)))  # fmt: skip
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(args):
+    dataset = read(args.path)
+    print("\n".join(describe(dataset)))
+    out = args.out or Path("runs") / "describe" / f"{args.path.stem}.png"
+    histogram(dataset, out)
+    print(f"{'histogram':14s} {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__.splitlines()[0]))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

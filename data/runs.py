@@ -1,0 +1,171 @@
+"""The folder of one run, its files, and the random streams that let it resume. No learning code."""
+
+import csv
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+MAY_CHANGE = {"resume", "out_dir", "device", "threads", "compile", "track"}  # what `--resume` lets a command line change
+
+
+def save(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, so that a kill leaves the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_json(path, content):
+    save(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def save_csv(path, rows):
+    """Write a list of dictionaries with the same keys."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    save(path, text.getvalue().encode())
+
+
+def save_figure(path, figure):
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    save(path, content.getvalue())
+
+
+def save_checkpoint(folder, content):
+    """Write `checkpoint.pt`: nested dictionaries and lists of tensors, numbers and strings."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    save(Path(folder) / "checkpoint.pt", buffer.getvalue())
+
+
+def load_checkpoint(folder, device):
+    """The content of `checkpoint.pt`, or None if the run was stopped before it wrote one.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it to start the run again") from None
+
+
+def choose_device(name):
+    """The torch device for auto, cpu or cuda.
+
+    Raises:
+        ValueError: another name, or cuda where there is none.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}: choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
+def open_folder(script, args, device):
+    """Make the run's folder with its `config.json`, or check the one to resume; returns its path.
+
+    Without `--out-dir` the folder is a new one, `runs/SCRIPT/TASK-TIME`.
+
+    Raises:
+        ValueError: the folder holds a run already, or there is none to resume, or a flag would change its result.
+        OSError: it cannot be written.
+    """
+    folder = Path(args.out_dir or f"runs/{script}/{slug(args.env, args.task, args.dataset)}-{time.strftime('%Y%m%d-%H%M%S')}")
+    args.out_dir = str(folder)
+    path = folder / "config.json"
+    if args.resume:
+        for key, value in saved_args(folder).items():
+            if key not in MAY_CHANGE and getattr(args, key) != value:
+                flag = "--" + key.replace("_", "-")
+                raise ValueError(f"{folder} was begun with {flag} {value}: it cannot go on with {getattr(args, key)}")
+        return folder
+    if path.exists():
+        raise ValueError(f"{folder} holds a run already: add --resume to go on with it, or name another --out-dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    save_json(path, {
+        "script": script, "args": asdict(args), "git_commit": git.stdout.strip() or "unknown",
+        "versions": versions, "device": device_name(device),
+    })  # fmt: skip
+    return folder
+
+
+def saved_args(folder):
+    """The arguments with which the run in `folder` was begun; ValueError if there is none."""
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text())["args"]
+    except FileNotFoundError:
+        raise ValueError(f"no run to resume in {folder or '--out-dir'}") from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: the run cannot be resumed") from None
+
+
+def slug(*words):
+    """A folder name of the words that are not empty."""
+    return "-".join(re.sub(r"[^\w.]+", "_", Path(word).stem).strip("_") for word in words if word)
+
+
+def stream(seed, purpose, device="cpu"):
+    """A generator of its own for each seed and purpose, so that a seed's numbers do not depend on its neighbours."""
+    return torch.Generator(device).manual_seed(1_000_003 * seed + purpose)
+
+
+def uniform(generators, *shape):
+    """Uniform numbers in [0, 1), (S, *shape), each seed's from its own generator."""
+    return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
+
+
+def over_seeds(values):
+    """Mean and standard error over seeds of (S, episodes) values, and each seed's mean."""
+    means = values.double().mean(1).cpu().numpy()
+    stderr = means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else 0.0
+    return {"mean": float(means.mean()), "stderr": float(stderr), "per_seed": means.tolist()}
+
+
+def draw_curves(rows, columns, levels, title, xlabel):
+    """Mean (line) and range (band) over seeds of some columns of metrics.csv against steps.
+
+    Args:
+        rows: dictionaries with "step", "seed" and the columns.
+        columns: {column: label}.
+        levels: {label: height} of horizontal lines.
+    """
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    steps = sorted({row["step"] for row in rows})
+    for colour, (column, label) in enumerate(columns.items()):
+        value = np.array([[row[column] for row in rows if row["step"] == step] for step in steps])  # (evaluations, S)
+        axes.plot(steps, value.mean(1), color=f"C{colour}", label=label)
+        axes.fill_between(steps, value.min(1), value.max(1), color=f"C{colour}", alpha=0.2, linewidth=0)
+    for (label, level), style in zip(levels.items(), ("--", ":", "-.")):
+        axes.axhline(level, color="black", linestyle=style, linewidth=1, label=label)
+    axes.set(xlabel=xlabel, ylabel="return", title=title)
+    axes.legend(frameon=False)
+    return figure

@@ -1,0 +1,43 @@
+"""Batched cooperative games behind one call: `envs.make("bridge", num_envs=64)`.
+
+Every environment is a `gymnasium.vector.VectorEnv` that steps B games as torch tensors on one device:
+
+    obs, info = env.reset(seed=0)
+    obs, reward, terminated, truncated, info = env.step(actions)
+
+    obs         (B, N, O) float32      what each of the N agents sees, zero-padded to the longest view
+    actions     (B, N) int64           or (B, N, A) float32 in [-1, 1] where actions are continuous
+    reward      (B,) float32           one reward for the whole team
+    terminated  (B,) bool              the game ended by its own rules
+    truncated   (B,) bool              the game was cut off by the time limit
+    info["state"]          (B, S) float32     for training only
+    info["avail_actions"]  (B, N, A) bool     discrete actions only
+
+There is no autoreset: a finished game stays put, pays 0, and starts again with
+`reset(options={"reset_mask": mask})`, where mask is (B,) bool.
+"""
+
+from envs.bridge import Bridge
+from envs.matrix import MATRIX_TASKS, MatrixGame
+
+# What `--env` and `--task` accept; the first task is the default. Bridge has only one.
+TASKS = {"matrix": tuple(MATRIX_TASKS), "bridge": ("",)}
+
+
+def make(env, task="", num_envs=1, device="cpu", **options):
+    """Make B = `num_envs` games of one task.
+
+    Args:
+        env: a key of `TASKS`.
+        task: one of `TASKS[env]`; for "matrix" also a payoff table written as JSON, such as "[[1, 0], [0, 2]]".
+        options: passed on to the environment, such as `time_limit=20` for Bridge.
+    Raises:
+        ValueError: an unknown environment or task, or a malformed payoff table.
+    """
+    if env not in TASKS:
+        raise ValueError(f"unknown environment {env!r}: choose one of {', '.join(TASKS)}")
+    if env == "matrix":
+        return MatrixGame(task or TASKS[env][0], num_envs, device, **options)
+    if task not in TASKS[env]:
+        raise ValueError(f"{env} has no task {task!r}: leave --task out")
+    return Bridge(num_envs, device, **options)

@@ -1,0 +1,142 @@
+"""Bridge: two agents meet on a bridge that is one cell wide, and one of them has to back up.
+
+    row 0    G1  .   #   #   .   .        agent 0 starts at (1, 2) and wants to reach G0 = (2, 5),
+    row 1    .   .   0   1   .   .        agent 1 starts at (1, 3) and wants to reach G1 = (0, 0).
+    row 2    .   .   #   #   .   G0       # is water.
+
+A temporal XOR game (Fu et al., 2022): both agents going left, or both going right, are good first moves;
+going different ways costs time. The rules are those of the grid that was published with AlberDICE
+(Matsunaga et al., 2023); a test replays its real dataset, transition for transition.
+
+Moves. The two moves are granted one after the other, agent 0's first, by the rules of `_joint_move`. An agent
+that stands on its goal has finished: it ignores its action, stays, and no longer blocks anybody.
+
+Reward, after the move: -0.1 x the Euclidean distance to its goal for each agent that had not finished before,
+0 for one that had; the team gets the mean of the two. The step that ends a game pays 0, also at the time limit.
+"""
+
+import itertools
+
+import torch
+from gymnasium.vector import VectorEnv
+from matplotlib.patches import Circle, Rectangle
+
+from envs.common import METADATA, check_actions, describe_discrete, games_to_reset
+
+ROWS, COLUMNS = 3, 6
+WATER = ((0, 2), (0, 3), (2, 2), (2, 3))
+START = ((1, 2), (1, 3))  # agent 0, agent 1
+GOAL = ((2, 5), (0, 0))
+MOVES = ((0, 0), (-1, 0), (1, 0), (0, 1), (0, -1))  # 0 stay, 1 up, 2 down, 3 right, 4 left
+BEST_RETURN = -1.23545  # eight steps; found by dynamic programming (see tests/test_envs.py)
+
+
+class Bridge(VectorEnv):
+    """B games of Bridge.
+
+    Observation and state are the eight raw numbers of AlberDICE, the same for both agents: row, column,
+    goal row and goal column of agent 0, then those of agent 1.
+    """
+
+    metadata = METADATA
+
+    def __init__(self, num_envs=1, device="cpu", time_limit=50):
+        describe_discrete(
+            self, num_envs, device, num_agents=2, num_actions=len(MOVES), obs_dim=8, state_dim=8,
+            time_limit=time_limit, best_return=BEST_RETURN if time_limit >= 8 else None,
+        )  # fmt: skip
+        # There are 18 x 18 joint cells and 25 joint actions, so the rules become one table: a step is a look-up.
+        self.table = _transition_table().to(device)  # (18, 18, 5, 5, 2)
+        grid = torch.cartesian_prod(torch.arange(ROWS), torch.arange(COLUMNS)).to(device)  # (18, 2)
+        goal = torch.tensor(GOAL, device=device)  # (2, 2)
+        self.distance = (grid[:, None] - goal).double().norm(dim=-1)  # (18, 2) cell, agent
+        self.goal_cell = goal[:, 0] * COLUMNS + goal[:, 1]  # (2,)
+        self.views = torch.cat([grid[:, None].expand(-1, 2, 2), goal.expand(18, 2, 2)], -1).float()  # (18, 2, 4)
+        self.start_cell = torch.tensor([_cell(*START[0]), _cell(*START[1])], device=device)
+        self.agent = torch.arange(2, device=device)
+        self.avail = torch.ones(num_envs, 2, len(MOVES), dtype=torch.bool, device=device)
+        self.cells = self.start_cell.repeat(num_envs, 1)  # (B, 2)
+        self.elapsed = torch.zeros(num_envs, dtype=torch.int64, device=device)
+
+    def reset(self, *, seed=None, options=None):
+        mask = games_to_reset(self, options)
+        self.cells = torch.where(mask[:, None], self.start_cell, self.cells)
+        self.elapsed = self.elapsed * ~mask
+        return self._observe()
+
+    def step(self, actions):
+        check_actions(self, actions)
+        arrived = self.cells == self.goal_cell  # (B, 2), before the move
+        over = arrived.all(-1) | (self.elapsed >= self.time_limit)
+        moved = self.table[self.cells[:, 0], self.cells[:, 1], actions[:, 0], actions[:, 1]]  # (B, 2)
+        self.cells = torch.where(over[:, None], self.cells, moved)
+        self.elapsed = self.elapsed + ~over
+
+        terminated = (self.cells == self.goal_cell).all(-1)
+        truncated = (self.elapsed >= self.time_limit) & ~terminated
+        cost = 0.1 * self.distance[self.cells, self.agent] * ~arrived  # (B, 2)
+        reward = torch.where(terminated | truncated, 0.0, -cost.mean(-1)).float()
+        obs, info = self._observe()
+        return obs, reward, terminated, truncated, info
+
+    def _observe(self):
+        state = self.views[self.cells, self.agent].flatten(1)  # (B, 8)
+        return state[:, None].expand(-1, 2, -1), {"state": state, "avail_actions": self.avail}
+
+
+def draw_bridge(axes, state, title=""):
+    """Draw one state (8,) on matplotlib axes: the agents as discs, their goals as rings of the same colour."""
+    axes.set(xlim=(-0.5, COLUMNS - 0.5), ylim=(ROWS - 0.5, -0.5), aspect="equal", xticks=[], yticks=[], title=title)
+    for row, column in itertools.product(range(ROWS), range(COLUMNS)):
+        colour = "#9cc3e0" if (row, column) in WATER else "#f4efe4"
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="white"))
+    for i, colour in enumerate(("#c0392b", "#2c3e87")):
+        row, column, goal_row, goal_column = state[4 * i : 4 * i + 4].tolist()
+        axes.add_patch(Circle((goal_column, goal_row), 0.4, fill=False, edgecolor=colour, linewidth=1.2))
+        axes.add_patch(Circle((column, row), 0.29, facecolor=colour))
+
+
+def _cell(row, column):
+    return row * COLUMNS + column
+
+
+def _joint_move(cells, actions):
+    """One step of the rules for one game: cells and actions are pairs (agent 0, agent 1)."""
+    goal = [_cell(*g) for g in GOAL]
+    arrived = [cells[i] == goal[i] for i in (0, 1)]
+    wanted = []
+    for i in (0, 1):
+        row, column = divmod(cells[i], COLUMNS)
+        row, column = row + MOVES[actions[i]][0], column + MOVES[actions[i]][1]
+        on_grid = 0 <= row < ROWS and 0 <= column < COLUMNS and (row, column) not in WATER
+        wanted.append(_cell(row, column) if on_grid and not arrived[i] else cells[i])
+    end = [None, None]  # where each agent ends; None while its move is open
+
+    def resolve(i):
+        j = 1 - i
+        if wanted[i] in (cells[i], goal[i]) or arrived[j]:
+            end[i] = wanted[i]  # staying, and stepping onto one's own goal, never needs room
+        elif end[j] is not None:
+            end[i] = cells[i] if end[j] == wanted[i] else wanted[i]
+        elif wanted[j] == wanted[i]:
+            # A contested cell goes to the agent whose turn it is, unless the other one stands there already.
+            end[i], end[j] = (cells[i], None) if wanted[j] == cells[j] else (wanted[i], cells[j])
+        elif wanted[i] == cells[j] and wanted[j] == cells[i]:
+            end[i], end[j] = cells[i], cells[j]  # nobody passes through anybody
+        elif wanted[i] == cells[j]:
+            resolve(j)  # it moves out of the way first, if it can
+            resolve(i)
+        else:
+            end[i] = wanted[i]
+
+    for i in (0, 1):
+        if end[i] is None:
+            resolve(i)
+    return end
+
+
+def _transition_table():
+    """Next cells for every joint cell and joint action: (18, 18, 5, 5, 2) int64, agents last."""
+    shape = (ROWS * COLUMNS,) * 2 + (len(MOVES),) * 2
+    joint = itertools.product(*map(range, shape))
+    return torch.tensor([_joint_move((c0, c1), (a0, a1)) for c0, c1, a0, a1 in joint]).view(*shape, 2)

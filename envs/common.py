@@ -1,0 +1,41 @@
+"""The few lines that every environment needs to be a Gymnasium vector environment."""
+
+import torch
+from gymnasium.spaces import Box, MultiDiscrete
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+
+METADATA = {"autoreset_mode": AutoresetMode.DISABLED}
+
+
+def describe_discrete(env, num_envs, device, num_agents, num_actions, obs_dim, state_dim, time_limit, best_return):
+    """Set the attributes and Gymnasium spaces of `env`: N agents with A discrete actions each.
+
+    `best_return` is the highest return that a team can reach, or None if nobody knows it.
+    """
+    if num_envs < 1:
+        raise ValueError(f"num_envs must be at least 1, not {num_envs}")
+    env.num_envs, env.device, env.time_limit = num_envs, torch.device(device), time_limit
+    env.num_agents, env.num_actions = num_agents, num_actions
+    env.obs_dim, env.state_dim, env.best_return = obs_dim, state_dim, best_return
+    env.single_observation_space = Box(-float("inf"), float("inf"), (num_agents, obs_dim))
+    env.single_action_space = MultiDiscrete([num_actions] * num_agents)
+    env.observation_space = batch_space(env.single_observation_space, num_envs)
+    env.action_space = batch_space(env.single_action_space, num_envs)
+
+
+def games_to_reset(env, options):
+    """Which games `reset(options=...)` restarts: all, or those in `options["reset_mask"]`. Returns (B,) bool."""
+    mask = (options or {}).get("reset_mask")
+    if mask is None:
+        return torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
+    return torch.as_tensor(mask, dtype=torch.bool, device=env.device)
+
+
+def check_actions(env, actions):
+    """Raise ValueError unless `actions` is an integer tensor of shape (B, N); its values are not read."""
+    if actions.shape != (env.num_envs, env.num_agents) or actions.is_floating_point():
+        raise ValueError(
+            f"actions must be integers of shape {(env.num_envs, env.num_agents)}, "
+            f"not {actions.dtype} of shape {tuple(actions.shape)}"
+        )

@@ -1,0 +1,91 @@
+"""One-step matrix games for N agents: everybody picks an action, one table says what the team earns.
+
+They are where offline coordination fails first: with several equally good joint actions, each agent's own
+marginal in the dataset says nothing about which one its teammates will pick.
+"""
+
+import json
+
+import torch
+from gymnasium.vector import VectorEnv
+
+from envs.common import METADATA, check_actions, describe_discrete, games_to_reset
+
+# task: payoff[action of agent 0][action of agent 1]
+MATRIX_TASKS = {
+    # Two equally good conventions, AB and BA (InSPO, Figure 1; AlberDICE uses the same game).
+    "xor": [[0, 1], [1, 0]],
+    # Three equilibria worth 5, 10 and 20 (InSPO, Figure 2; the off-diagonal 0 is our choice, see the README).
+    "m-ne": [[5, 0, 0], [0, 10, 0], [0, 0, 20]],
+    # The Iterated Coordination Game, left/right (MOMA-PPO, section 5.2), played as one stateless step.
+    "coordination": [[1, 0], [0, 1]],
+    # Claus & Boutilier (1998): the best joint action lies beside the worst ones.
+    "climbing": [[11, -30, 0], [-30, 7, 6], [0, 0, 5]],
+    # Claus & Boutilier (1998): two optima, and a penalty k = -30 for mixing them up.
+    "penalty": [[-30, 0, 10], [0, 2, 0], [10, 0, -30]],
+}
+
+
+class MatrixGame(VectorEnv):
+    """B one-step games with a constant observation 1 and state 1.
+
+    Args:
+        task: a name in `MATRIX_TASKS`, or a nested list (or its JSON text) with one level for each agent.
+    Raises:
+        ValueError: an unknown name, or a table that is ragged, not finite, or has fewer than two agents.
+    """
+
+    metadata = METADATA
+
+    def __init__(self, task="xor", num_envs=1, device="cpu"):
+        self.payoff = read_payoff(task).to(device)
+        describe_discrete(
+            self, num_envs, device, num_agents=self.payoff.dim(), num_actions=max(self.payoff.shape),
+            obs_dim=1, state_dim=1, time_limit=1, best_return=self.payoff.max().item(),
+        )  # fmt: skip
+        # Agents with fewer actions than the longest axis of the table may not use the rest.
+        sizes = torch.tensor(self.payoff.shape, device=device)
+        self.avail = torch.arange(self.num_actions, device=device) < sizes[:, None]  # (N, A)
+        self.over = torch.ones(num_envs, dtype=torch.bool, device=device)
+
+    def reset(self, *, seed=None, options=None):
+        self.over = self.over & ~games_to_reset(self, options)
+        return self._observe()
+
+    def step(self, actions):
+        check_actions(self, actions)
+        reward = self.payoff[tuple(actions.T)] * ~self.over  # (B,)
+        self.over = torch.ones_like(self.over)
+        obs, info = self._observe()
+        return obs, reward, self.over.clone(), torch.zeros_like(self.over), info
+
+    def _observe(self):
+        ones = torch.ones(self.num_envs, self.num_agents, 1, device=self.device)
+        return ones, {"state": ones[:, 0], "avail_actions": self.avail.expand(self.num_envs, -1, -1)}
+
+
+def draw_joint(axes, table, title=""):
+    """Draw the probabilities of two agents' joint actions, (A_0, A_1), as a shaded table on matplotlib axes."""
+    axes.imshow(table, cmap="Blues", vmin=0, vmax=1)
+    for a, row in enumerate(table.tolist()):
+        for b, p in enumerate(row):
+            axes.text(b, a, f"{p:.2f}", ha="center", va="center", color="white" if p > 0.6 else "black", fontsize=8)
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    axes.set_xticks(range(table.shape[1]), letters[: table.shape[1]])
+    axes.set_yticks(range(table.shape[0]), letters[: table.shape[0]])
+    axes.set(title=title, xlabel="agent 1", ylabel="agent 0")
+
+
+def read_payoff(task):
+    """The payoff tensor (A_0, ..., A_{N-1}) float32 of a task name or of a table; see `MatrixGame`."""
+    table = MATRIX_TASKS.get(task, task) if isinstance(task, str) else task
+    try:
+        payoff = torch.tensor(json.loads(table) if isinstance(table, str) else table, dtype=torch.float32)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"matrix has no task {task!r}: choose one of {', '.join(MATRIX_TASKS)}, "
+            "or write a payoff table such as '[[1, 0], [0, 2]]'"
+        ) from None
+    if payoff.dim() < 2 or payoff.numel() == 0 or not payoff.isfinite().all():
+        raise ValueError(f"a payoff table needs two or more agents and finite numbers, not {task!r}")
+    return payoff
