@@ -8,7 +8,7 @@
 `python data/collect.py --help` records a dataset to a file, `python data/describe.py FILE` says what is in one.
 """
 
-from data.collect import collect, load, names
+from data.collect import collect_dataset, load, names
 from data.dataset import Dataset, read, write
 
-__all__ = ["Dataset", "collect", "load", "names", "read", "write"]
+__all__ = ["Dataset", "collect_dataset", "load", "names", "read", "write"]

@@ -1,7 +1,7 @@
 """Record datasets by rolling out behaviour policies in our own environments, and load them by name.
 
-    python data/collect.py --env bridge --dataset mixed --out mixed.h5
-    python data/collect.py --env matrix --task "[[1, 0], [0, 2]]" --dataset "[0.9, 0.1]" --out mine.h5
+python data/collect.py --env bridge --dataset mixed --out mixed.h5
+python data/collect.py --env matrix --task "[[1, 0], [0, 2]]" --dataset "[0.9, 0.1]" --out mine.h5
 """
 
 import json
@@ -60,7 +60,9 @@ def load(env, task, dataset, device="cpu", seed=0, episodes=None):
     """
     game = envs.make(env, task)
     path = Path(dataset)
-    if not dataset.startswith("[") and ("/" in dataset or path.suffix or (path.exists() and dataset not in names(env, task))):
+    if not dataset.startswith("[") and (
+        "/" in dataset or path.suffix or (path.exists() and dataset not in names(env, task))
+    ):
         found = read(path)
     else:
         found = _cached(env, task, dataset, seed, episodes)
@@ -78,7 +80,7 @@ def _cached(env, task, name, seed, episodes):
             return found
     except (ValueError, OSError):
         pass  # not there yet, or not to be trusted: collect it
-    found = collect(env, task, name, seed, episodes)
+    found = collect_dataset(env, task, name, seed, episodes)
     try:
         write(found, path)
     except OSError as error:
@@ -115,7 +117,7 @@ def _same_payoff(one, other):
     return one.shape == other.shape and bool((one == other).all())
 
 
-def collect(env, task, name, seed=0, episodes=None):
+def collect_dataset(env, task, name, seed=0, episodes=None):
     """Roll out the behaviour that `name` stands for; returns a `Dataset` on the CPU.
 
     Args:
@@ -238,7 +240,7 @@ class Args:
 
 
 def main(args):
-    dataset = collect(args.env, args.task, args.dataset, args.seed, args.episodes)
+    dataset = collect_dataset(args.env, args.task, args.dataset, args.seed, args.episodes)
     write(dataset, args.out)
     print(f"{args.out}: {len(dataset.returns)} episodes, mean return {dataset.returns.mean():.4f}")
 

@@ -45,6 +45,12 @@ class Dataset:
         """Whether each episode was cut off rather than terminated, (E,) bool."""
         return ~(self.terminated & self.mask).any(1)
 
+    def joint_actions(self):
+        """How often each joint action of two agents was recorded, (A, A), as shares that sum to 1."""
+        A = self.avail_actions.shape[-1]
+        pairs = self.actions[self.mask].T  # (2, M)
+        return torch.bincount(pairs[0] * A + pairs[1], minlength=A * A).view(A, A) / pairs.shape[1]
+
     def flatten(self, dtype=torch.float32):
         """Lay the episodes end to end, without padding: R observations (rows), of which M have an action.
 
@@ -80,7 +86,9 @@ class Dataset:
         E, T, N = self.obs.shape[0], self.obs.shape[1] - 1, self.obs.shape[2]
         insist(E > 0 and T > 0 and self.mask.any(), "it holds no step; an empty dataset teaches nothing")
         discrete = not self.actions.is_floating_point()
-        insist(discrete or self.actions.dim() == 4, f"continuous actions must be (E, T, N, A), not {_shape(self.actions)}")
+        insist(
+            discrete or self.actions.dim() == 4, f"continuous actions must be (E, T, N, A), not {_shape(self.actions)}"
+        )
         insist(not discrete or self.avail_actions is not None, "discrete actions need avail_actions (E, T + 1, N, A)")
         A = self.avail_actions.shape[-1] if discrete else self.actions.shape[-1]
         wanted = {
@@ -96,7 +104,10 @@ class Dataset:
         for name in ("obs", "state", "reward") + (() if discrete else ("actions",)):
             insist(getattr(self, name).isfinite().all(), f"{name} holds NaN or infinite numbers")
         insist(self.mask[:, 0].all(), "an episode has no step")
-        insist(not (self.mask[:, 1:] & ~self.mask[:, :-1]).any(), "the mask has a hole; each episode must be one run of steps")
+        insist(
+            not (self.mask[:, 1:] & ~self.mask[:, :-1]).any(),
+            "the mask has a hole; each episode must be one run of steps",
+        )
         insist(not (self.terminated[:, :-1] & self.mask[:, 1:]).any(), "an episode goes on after it terminated")
         if discrete:
             outside = (self.actions < 0) | (self.actions >= A)
@@ -104,7 +115,9 @@ class Dataset:
             legal = self.avail_actions[:, :-1].gather(-1, self.actions[..., None])[..., 0] | ~self.mask[..., None]
             insist(legal.all(), "an action was taken that avail_actions forbids")
         else:
-            insist(self.actions.abs().max() <= 1 + 1e-5, f"actions must lie in [-1, 1]; found {_extremes(self.actions)}")
+            insist(
+                self.actions.abs().max() <= 1 + 1e-5, f"actions must lie in [-1, 1]; found {_extremes(self.actions)}"
+            )
         return self
 
 
@@ -187,11 +200,15 @@ def read_alberdice(folder):
     try:
         array = {n: np.load(Path(folder) / f"{n}.npy", allow_pickle=False) for n in names}
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} is not a folder of AlberDICE's .npy files: it lacks {Path(error.filename).name}") from None
+        raise ValueError(
+            f"{folder} is not a folder of AlberDICE's .npy files: it lacks {Path(error.filename).name}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{folder}: a .npy file is damaged ({error})") from None
     if array["state"].shape[-1] != 8:
-        raise ValueError(f"{folder}: the state has {array['state'].shape[-1]} entries; only Bridge, with 8, is known here")
+        raise ValueError(
+            f"{folder}: the state has {array['state'].shape[-1]} entries; only Bridge, with 8, is known here"
+        )
     filled = torch.as_tensor(array["filled"][..., 0]).bool()  # (E, T+1)
     mask = filled[:, 1:]
     longest = int(mask.sum(1).max())

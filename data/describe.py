@@ -1,6 +1,6 @@
 """Say what is in a dataset: shapes, counts, ends and returns, with a histogram.
 
-    python data/describe.py FILE_OR_FOLDER [--out histogram.png]
+python data/describe.py FILE_OR_FOLDER [--out histogram.png]
 """
 
 import sys
@@ -30,7 +30,7 @@ class Args:
 
 def describe(dataset):
     """What a reader wants to know first, as a list of lines."""
-    lines = [f"{key:14s} {value}" for key, value in sorted(dataset.info.items())]
+    lines = [f"{key:14s} {value}" for key, value in sorted(dataset.info.items()) if value != ""]
     for name in TENSORS:
         tensor = getattr(dataset, name)
         if tensor is not None:

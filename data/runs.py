@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-MAY_CHANGE = {"resume", "out_dir", "device", "threads", "compile", "track"}  # what `--resume` lets a command line change
+MAY_CHANGE = {
+    "resume",
+    "out_dir",
+    "device",
+    "threads",
+    "compile",
+    "track",
+}  # what `--resume` lets a command line change
 
 
 def save(path: Path, content: bytes) -> None:
@@ -95,7 +102,9 @@ def open_folder(script, args, device):
         ValueError: the folder holds a run already, or there is none to resume, or a flag would change its result.
         OSError: it cannot be written.
     """
-    folder = Path(args.out_dir or f"runs/{script}/{slug(args.env, args.task, args.dataset)}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(
+        args.out_dir or f"runs/{script}/{slug(args.env, args.task, args.dataset)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
     args.out_dir = str(folder)
     path = folder / "config.json"
     if args.resume:
@@ -107,13 +116,19 @@ def open_folder(script, args, device):
     if path.exists():
         raise ValueError(f"{folder} holds a run already: add --resume to go on with it, or name another --out-dir")
     folder.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    save_json(path, {
-        "script": script, "args": asdict(args), "git_commit": git.stdout.strip() or "unknown",
-        "versions": versions, "device": device_name(device),
-    })  # fmt: skip
+    save_json(path, {"script": script, "args": asdict(args)} | provenance(device))
     return folder
+
+
+def provenance(device):
+    """What produced a result besides its arguments: the git commit ("unknown" outside a clone), versions, device."""
+    try:
+        words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"git_commit": commit or "unknown", "versions": versions, "device": device_name(device)}
 
 
 def saved_args(folder):
@@ -125,6 +140,15 @@ def saved_args(folder):
         raise ValueError(f"no run to resume in {folder or '--out-dir'}") from None
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: the run cannot be resumed") from None
+
+
+def start_tracking(script, args):
+    """A Weights & Biases run with these arguments; ValueError if the package is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--track needs Weights & Biases: pip install wandb") from None
+    return wandb.init(project="offline-coordination", group=script, config=asdict(args))
 
 
 def slug(*words):
@@ -169,3 +193,18 @@ def draw_curves(rows, columns, levels, title, xlabel):
     axes.set(xlabel=xlabel, ylabel="return", title=title)
     axes.legend(frameon=False)
     return figure
+
+
+def print_table(columns, scores, levels):
+    """Print mean ± standard error over seeds of each score, then the plain numbers in `levels`.
+
+    Args:
+        columns: the heads of the columns.
+        scores: {name: one result of `over_seeds` for each column}.
+        levels: {name: number}.
+    """
+    print(f"{'return':22s}" + "".join(f"{head:>20s}" for head in columns))
+    for name, cells in scores.items():
+        print(f"{name:22s}" + "".join(f"{cell['mean']:11.4f} ± {cell['stderr']:.4f}" for cell in cells))
+    for name, level in levels.items():
+        print(f"{name:22s}{level:11.4f}")

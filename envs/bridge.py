@@ -19,6 +19,7 @@ import itertools
 
 import torch
 from gymnasium.vector import VectorEnv
+from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 
 from envs.common import METADATA, check_actions, describe_discrete, games_to_reset
@@ -84,16 +85,20 @@ class Bridge(VectorEnv):
         return state[:, None].expand(-1, 2, -1), {"state": state, "avail_actions": self.avail}
 
 
-def draw_bridge(axes, state, title=""):
-    """Draw one state (8,) on matplotlib axes: the agents as discs, their goals as rings of the same colour."""
-    axes.set(xlim=(-0.5, COLUMNS - 0.5), ylim=(ROWS - 0.5, -0.5), aspect="equal", xticks=[], yticks=[], title=title)
-    for row, column in itertools.product(range(ROWS), range(COLUMNS)):
-        colour = "#9cc3e0" if (row, column) in WATER else "#f4efe4"
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="white"))
-    for i, colour in enumerate(("#c0392b", "#2c3e87")):
-        row, column, goal_row, goal_column = state[4 * i : 4 * i + 4].tolist()
-        axes.add_patch(Circle((goal_column, goal_row), 0.4, fill=False, edgecolor=colour, linewidth=1.2))
-        axes.add_patch(Circle((column, row), 0.29, facecolor=colour))
+def draw_strips(films, frames=9):
+    """A figure with one film strip for each {name: states (T+1, 8)}: agents are discs, their goals rings."""
+    figure = Figure(figsize=(1.55 * frames, 1.3 * len(films)), layout="constrained")
+    for row, (name, film) in zip(figure.subplots(len(films), frames, squeeze=False), films.items()):
+        for t, axes in enumerate(row):
+            axes.set(xlim=(-0.5, COLUMNS - 0.5), ylim=(ROWS - 0.5, -0.5), aspect="equal", xticks=[], yticks=[])
+            axes.set_title(name if t == 0 else f"step {t}", fontweight="bold" if t == 0 else "normal")
+            for cell in itertools.product(range(ROWS), range(COLUMNS)):
+                colour = "#9cc3e0" if cell in WATER else "#f4efe4"
+                axes.add_patch(Rectangle((cell[1] - 0.5, cell[0] - 0.5), 1, 1, facecolor=colour, edgecolor="white"))
+            for agent, colour in zip(film[min(t, len(film) - 1)].view(2, 4).tolist(), ("#c0392b", "#2c3e87")):
+                axes.add_patch(Circle((agent[3], agent[2]), 0.4, fill=False, edgecolor=colour, linewidth=1.2))
+                axes.add_patch(Circle((agent[1], agent[0]), 0.29, facecolor=colour))
+    return figure
 
 
 def _cell(row, column):

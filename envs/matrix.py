@@ -8,6 +8,7 @@ import json
 
 import torch
 from gymnasium.vector import VectorEnv
+from matplotlib.figure import Figure
 
 from envs.common import METADATA, check_actions, describe_discrete, games_to_reset
 
@@ -64,16 +65,19 @@ class MatrixGame(VectorEnv):
         return ones, {"state": ones[:, 0], "avail_actions": self.avail.expand(self.num_envs, -1, -1)}
 
 
-def draw_joint(axes, table, title=""):
-    """Draw the probabilities of two agents' joint actions, (A_0, A_1), as a shaded table on matplotlib axes."""
-    axes.imshow(table, cmap="Blues", vmin=0, vmax=1)
-    for a, row in enumerate(table.tolist()):
-        for b, p in enumerate(row):
-            axes.text(b, a, f"{p:.2f}", ha="center", va="center", color="white" if p > 0.6 else "black", fontsize=8)
+def draw_joints(tables):
+    """A figure of two agents' joint actions: {title: probabilities (A_0, A_1)}, each a shaded table."""
+    figure = Figure(figsize=(2.1 * len(tables), 2.4), layout="constrained")
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    axes.set_xticks(range(table.shape[1]), letters[: table.shape[1]])
-    axes.set_yticks(range(table.shape[0]), letters[: table.shape[0]])
-    axes.set(title=title, xlabel="agent 1", ylabel="agent 0")
+    for axes, (title, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items()):
+        axes.imshow(table.tolist(), cmap="Blues", vmin=0, vmax=1)
+        for a, row in enumerate(table.tolist()):
+            for b, p in enumerate(row):
+                axes.text(b, a, f"{p:.2f}", ha="center", va="center", color="white" if p > 0.6 else "black", fontsize=8)
+        axes.set_xticks(range(table.shape[1]), letters[: table.shape[1]])
+        axes.set_yticks(range(table.shape[0]), letters[: table.shape[0]])
+        axes.set(title=title, xlabel="agent 1", ylabel="agent 0")
+    return figure
 
 
 def read_payoff(task):

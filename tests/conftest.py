@@ -1,0 +1,70 @@
+"""What the tests share: the scripts as modules, a command line, and the marker for long runs."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # real data by other authors; tests that need it are skipped without it
+sys.path.insert(0, str(ROOT))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take many minutes")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes many minutes; runs only with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="takes many minutes: add --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+def load_script(name):
+    """algorithms/NAME.py as a module, without running it."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "algorithms" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(*words, **options):
+    """Start `python WORDS` in the repository, as a user would, and wait; returns the finished process."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=900, **options
+    )
+
+
+def complains(process, *words, code=1):
+    """Assert that a command ended with one clear line that holds `words`, and with this exit code."""
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == code, process.stderr
+    assert len(lines) == 1 and "Traceback" not in process.stderr, process.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture
+def float64():
+    """Everything that the test makes has double precision."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Small networks: one thread each, so that the suite is steady on a shared machine."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"

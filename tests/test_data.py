@@ -1,0 +1,282 @@
+"""The dataset: its file, what it refuses, its collectors, and AlberDICE's folder."""
+
+import dataclasses
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHARED, command, complains
+
+import data
+import data.collect
+import envs
+from data.collect import MATRIX_BEHAVIOURS
+from data.dataset import TENSORS
+
+
+@pytest.fixture
+def small():
+    return data.collect_dataset("bridge", "", "mixed", seed=3, episodes=10)
+
+
+def same(one, other):
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in TENSORS)
+
+
+def test_a_file_keeps_everything(small, tmp_path):
+    data.write(small, tmp_path / "a.h5")
+    found = data.read(tmp_path / "a.h5")
+    assert same(small, found)
+    assert found.info | {"format": 1} == small.info | {"format": 1}
+    assert {f.name for f in tmp_path.iterdir()} == {"a.h5"}  # nothing half-written stays
+    with h5py.File(tmp_path / "a.h5") as file:  # plain arrays and JSON text: readable without this project
+        assert set(file) == set(TENSORS)
+        assert all(file[name].dtype.kind in "fib" for name in TENSORS)
+        assert file.attrs["env"] == '"bridge"'
+
+
+def test_returns_lengths_and_ends(small):
+    game = envs.make("bridge", num_envs=10)
+    game.reset()
+    total, steps = torch.zeros(10), torch.zeros(10, dtype=torch.int64)
+    for t in range(small.mask.shape[1]):  # replay the recorded actions
+        obs, reward, terminated, truncated, info = game.step(small.actions[:, t])
+        real = small.mask[:, t]
+        assert torch.equal(small.reward[real, t], reward[real])
+        assert torch.equal(small.state[real, t + 1], info["state"][real])
+        assert torch.equal(small.terminated[real, t], terminated[real])
+        total, steps = total + reward * real, steps + real
+    assert torch.allclose(total, small.returns) and torch.equal(steps, small.lengths)
+    assert torch.equal(small.truncated, truncated & ~terminated)
+    assert small.truncated[:5].any() and not small.truncated[5:].any()
+
+
+def test_flatten_lays_episodes_end_to_end(small):
+    flat = small.flatten()
+    m = 0
+    for e, length in enumerate(small.lengths.tolist()):
+        for t in range(length):
+            row = flat["row"][m]
+            assert torch.equal(flat["obs"][row], small.obs[e, t]) and torch.equal(
+                flat["obs"][row + 1], small.obs[e, t + 1]
+            )
+            assert torch.equal(flat["state"][row + 1], small.state[e, t + 1])
+            assert torch.equal(flat["actions"][m], small.actions[e, t]) and flat["reward"][m] == small.reward[e, t]
+            assert flat["done"][m] == float(small.terminated[e, t])
+            m += 1
+    assert m == len(flat["row"]) == len(flat["reward"])
+    assert len(flat["obs"]) == m + len(small.mask)  # one more observation than steps in each episode
+
+
+BROKEN = {
+    "an empty dataset": (lambda d: {n: getattr(d, n)[:0] for n in TENSORS}, "holds no step"),
+    "NaN in obs": (lambda d: {"obs": d.obs.clone().fill_(float("nan"))}, "obs holds NaN"),
+    "infinity in reward": (lambda d: {"reward": d.reward + float("inf")}, "reward holds NaN or infinite"),
+    "an action too high": (lambda d: {"actions": d.actions + 5}, "actions must lie in 0 .. 4"),
+    "a negative action": (lambda d: {"actions": d.actions - 9}, "actions must lie in 0 .. 4"),
+    "a forbidden action": (lambda d: {"avail_actions": torch.zeros_like(d.avail_actions)}, "forbids"),
+    "too few rewards": (lambda d: {"reward": d.reward[:, 1:]}, "reward has shape"),
+    "too many agents": (lambda d: {"actions": d.actions.repeat(1, 1, 2)}, "actions has shape"),
+    "flat observations": (lambda d: {"obs": d.obs[:, :, 0]}, "obs must be"),
+    "a hole in the mask": (lambda d: {"mask": d.mask & (torch.arange(d.mask.shape[1]) != 2)}, "hole"),
+    "an episode without steps": (lambda d: {"mask": d.mask & (torch.arange(len(d.mask)) > 0)[:, None]}, "has no step"),
+    "life after the end": (lambda d: {"terminated": torch.ones_like(d.terminated)}, "goes on after it terminated"),
+    "no available actions": (lambda d: {"avail_actions": None}, "need avail_actions"),
+    "continuous actions out of range": (
+        lambda d: {"actions": torch.full((*d.actions.shape, 3), 1.5), "avail_actions": None}, "in \\[-1, 1\\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_malformed_dataset_is_refused(small, tmp_path, name):
+    change, complaint = BROKEN[name]
+    broken = dataclasses.replace(small, **change(small))
+    with pytest.raises(ValueError, match=complaint):
+        broken.check()
+    with pytest.raises(ValueError, match=complaint):
+        data.write(broken, tmp_path / "never.h5")
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_and_foreign_files_are_refused(small, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no dataset file"):
+        data.read(tmp_path / "nowhere.h5")
+    good = tmp_path / "good.h5"
+    data.write(small, good)
+    for name, content in {"cut.h5": good.read_bytes()[:3000], "text.h5": b"hello", "empty.h5": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is damaged, cut off, or no HDF5 file"):
+            data.read(tmp_path / name)
+    with h5py.File(tmp_path / "foreign.h5", "w") as file:
+        file["observations"] = np.zeros(3)
+    with pytest.raises(ValueError, match="not one of our datasets: it lacks obs"):
+        data.read(tmp_path / "foreign.h5")
+    with h5py.File(good, "a") as file:
+        file.attrs["format"] = "99"
+    with pytest.raises(ValueError, match="has format 99"):
+        data.read(good)
+    with pytest.raises(ValueError, match="lacks obs.npy"):
+        data.read(tmp_path)
+
+
+def test_a_dataset_of_another_task_is_refused(small, tmp_path):
+    path = str(tmp_path / "a.h5")
+    data.write(small, path)
+    with pytest.raises(ValueError, match="recorded in another task than matrix xor: use --env bridge"):
+        data.load("matrix", "xor", path)
+    small.info = {}  # a file that does not say where it comes from is known by its sizes
+    data.write(small, path)
+    with pytest.raises(ValueError, match="does not fit matrix xor"):
+        data.load("matrix", "xor", path)
+    data.write(data.collect_dataset("matrix", "xor", "all"), path)
+    assert len(data.load("matrix", "[[0, 1], [1, 0]]", path).mask) == 1000  # the same game under another name
+    with pytest.raises(ValueError, match="use --env matrix --task 'xor'"):
+        data.load("matrix", "coordination", path)
+
+
+def test_a_name_is_collected_once_and_a_damaged_cache_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.collect, "CACHE", tmp_path)
+    first = data.load("matrix", "m-ne", "imbalanced")
+    (cached,) = tmp_path.iterdir()
+    before = cached.stat().st_mtime_ns
+    assert same(first, data.load("matrix", "m-ne", "imbalanced")) and cached.stat().st_mtime_ns == before
+    cached.write_bytes(cached.read_bytes()[:1000])
+    assert same(first, data.load("matrix", "m-ne", "imbalanced"))
+    assert same(first, data.read(cached))
+    with pytest.raises(ValueError, match="no dataset 'expert': choose balanced, imbalanced"):
+        data.load("matrix", "m-ne", "expert")
+
+
+def joint_counts(dataset, actions):
+    table = torch.zeros(actions, actions)
+    return table.index_put(tuple(dataset.actions[:, 0].T), torch.tensor(1.0), accumulate=True)
+
+
+@pytest.mark.parametrize("name, share", [("ab", [[0, 1], [0, 0]]), ("ab-ba", [[0, 1], [1, 0]]),
+                                         ("aa-ab-ba", [[1, 1], [1, 0]]), ("all", [[1, 1], [1, 1]])])  # fmt: skip
+def test_xor_is_an_equal_mix(name, share):
+    share = torch.tensor(share) / sum(map(sum, share))
+    found = data.collect_dataset("matrix", "xor", name)
+    assert torch.allclose(joint_counts(found, 2) / len(found.mask), share)
+    assert found.returns.mean().item() == pytest.approx((share * torch.tensor([[0, 1], [1, 0]])).sum().item())
+
+
+@pytest.mark.parametrize("task, name", [("m-ne", "balanced"), ("m-ne", "imbalanced"), ("coordination", "favourable"),
+                                        ("coordination", "neutral"), ("coordination", "unfavourable"),
+                                        ("climbing", "uniform"), ("penalty", "uniform")])  # fmt: skip
+def test_independent_behaviours_are_as_stated(task, name):
+    weights = [torch.tensor(w, dtype=torch.float64) for w in MATRIX_BEHAVIOURS[task][name]]
+    expected = torch.outer(*(w / w.sum() for w in weights)) * 20_000
+    counts = joint_counts(data.collect_dataset("matrix", task, name, episodes=20_000), len(weights[0]))
+    chi2 = ((counts - expected) ** 2 / expected).sum().item()
+    assert chi2 < {3: 16.3, 8: 26.1}[expected.numel() - 1]  # the 99.9 % points for 3 and 8 degrees of freedom
+
+
+def test_probabilities_may_be_written_out():
+    found = data.collect_dataset("matrix", "[[1, 0], [0, 2]]", "[0.9, 0.1]", episodes=5000)
+    assert (found.actions == 1).float().mean().item() == pytest.approx(0.1, abs=0.015)
+    for bad in ("[0.9]", "[1, -1]", "[0, 0]", "[a]", "[[1, 0]]"):
+        with pytest.raises(ValueError, match="one probability for each action"):
+            data.collect_dataset("matrix", "[[1, 0], [0, 2]]", bad)
+
+
+def test_bridge_optimal_has_two_conventions_in_equal_parts():
+    found = data.collect_dataset("bridge", "", "optimal", episodes=4000)
+    assert (found.lengths == 8).all() and not found.truncated.any()
+    first = found.actions[:, 0]
+    left = (first == 4).all(1)
+    assert (left | (first == 3).all(1)).all()
+    assert left.double().mean().item() == pytest.approx(0.5, abs=0.03)
+    # Three ways to step aside, equally likely in both conventions: -1.2904, -1.2591 and -1.2355.
+    for half in (found.returns[left], found.returns[~left]):
+        values, counts = half.round(decimals=4).unique(return_counts=True)
+        assert torch.allclose(values, torch.tensor([-1.2904, -1.2591, -1.2355]), atol=1e-4)
+        assert (counts / counts.sum()).tolist() == pytest.approx([1 / 3] * 3, abs=0.04)
+
+
+def test_bridge_mixed_is_half_random_half_optimal():
+    found = data.collect_dataset("bridge", "", "mixed")
+    assert len(found.mask) == 1000
+    assert found.returns[500:].mean().item() == pytest.approx(-1.2616, abs=0.005)
+    assert found.returns[:500].mean().item() == pytest.approx(-17.56, abs=0.6)
+    counts = torch.bincount(found.actions[:500][found.mask[:500]].flatten(), minlength=5).double()
+    assert torch.allclose(counts / counts.sum(), torch.tensor(0.2, dtype=torch.float64), atol=0.01)
+
+
+def test_the_same_seed_collects_the_same_data():
+    assert same(data.collect_dataset("bridge", "", "mixed", 5, 20), data.collect_dataset("bridge", "", "mixed", 5, 20))
+    assert not same(
+        data.collect_dataset("bridge", "", "mixed", 5, 20), data.collect_dataset("bridge", "", "mixed", 6, 20)
+    )
+
+
+def as_alberdice(dataset, folder, limit=50):
+    """Write a dataset in AlberDICE's layout: padded to the limit, time-outs marked as terminated."""
+    E, T = dataset.mask.shape
+    padded = {}
+    for name, tensor in (
+        ("obs", dataset.obs),
+        ("state", dataset.state),
+        ("avail_actions", dataset.avail_actions.int()),
+    ):
+        padded[name] = np.zeros((E, limit + 1, *tensor.shape[2:]), tensor.numpy().dtype)
+        padded[name][:, : T + 1] = tensor.numpy()
+    rows = torch.arange(limit + 1)
+    last = dataset.lengths[:, None] - 1
+    padded["filled"] = (rows <= last + 1).numpy()[..., None].astype(np.int64)
+    padded["terminated"] = (rows == last).numpy()[..., None].astype(np.uint8)
+    padded["actions"] = np.full((E, limit + 1, 2, 1), 3, np.int64) * padded["filled"][..., None]  # junk at the end
+    padded["actions"][:, :T, :, 0][dataset.mask] = dataset.actions[dataset.mask].numpy()
+    padded["reward"] = np.zeros((E, limit + 1, 1), np.float32)
+    padded["reward"][:, :T, 0] = dataset.reward.numpy()
+    for name, array in padded.items():
+        np.save(folder / f"{name}.npy", array)
+
+
+def test_alberdice_folder_gives_the_same_dataset(small, tmp_path):
+    as_alberdice(small, tmp_path)
+    found = data.read(tmp_path)
+    assert same(small, found)  # also the time-outs: cut off, not terminated
+    assert small.truncated.any()
+    (tmp_path / "reward.npy").write_bytes(b"not an array")
+    with pytest.raises(ValueError, match="damaged"):
+        data.read(tmp_path)
+
+
+@pytest.mark.skipif(not (SHARED / "alberdice_bridge_optimal").exists(), reason="the real dataset is not here")
+def test_our_optimal_data_look_like_the_real_ones():
+    real = data.load("bridge", "", str(SHARED / "alberdice_bridge_optimal"))
+    ours = data.collect_dataset("bridge", "", "optimal", episodes=4000)
+    assert len(real.mask) == 500 and real.returns.mean().item() == pytest.approx(-1.262, abs=5e-4)
+    assert ours.returns.mean().item() == pytest.approx(real.returns.mean().item(), abs=0.004)
+    moves = [{tuple(row) for row in torch.cat([d.state[:, :-1].flatten(0, 1), d.actions.flatten(0, 1)], 1).tolist()}
+             for d in (real, ours)]  # fmt: skip
+    assert moves[0] == moves[1]  # the same joint moves in the same states, none more, none fewer
+
+
+def test_describe_and_collect_commands(tmp_path):
+    file, picture = tmp_path / "c.h5", tmp_path / "c.png"
+    made = command(
+        "data/collect.py", "--env", "bridge", "--dataset", "mixed", "--episodes", 10, "--seed", 3, "--out", file
+    )
+    assert made.returncode == 0, made.stderr
+    said = command("data/describe.py", file, "--out", picture)
+    assert said.returncode == 0, said.stderr
+    lines = {line.split()[0]: line.split(None, 1)[1] for line in said.stdout.splitlines()}
+    found = data.read(file)
+    assert lines["obs"].startswith("(10, 51, 2, 8)") and lines["episodes"] == "10"
+    assert lines["transitions"] == str(int(found.mask.sum()))
+    assert lines["terminals"] == str(int((~found.truncated).sum())) and lines["truncations"] == str(
+        int(found.truncated.sum())
+    )
+    assert f"mean {found.returns.double().mean():.4f}" in lines["return"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_commands_complain_in_one_line(tmp_path):
+    (tmp_path / "text.h5").write_text("hello")
+    complains(command("data/describe.py", tmp_path / "text.h5"), "text.h5", "damaged")
+    complains(command("data/collect.py", "--dataset", "expert"), "no dataset 'expert'")
+    complains(command("data/collect.py", "--episodes", 4, "--out", "/dev/null/x.h5"), "/dev/null")
+    assert not (ROOT / "runs" / "describe" / "text.png").exists()
