@@ -121,9 +121,9 @@ class Args:
 
 # What differs between tasks. The fields above hold Bridge's values; "m-ne" serves every payoff table without a name
 # here (set --beta to about the largest difference between payoffs); each value can be set by its flag.
-# A tie between conventions breaks only while alpha + beta is well below cql, which rules the choice on XOR.
-MATRIX = dict(steps=1500, one_hot=False, tau=0.05, clone_lr=1e-3)
-TIES = MATRIX | dict(batch_size=64, beta=0.1, cql=0.5, actor_data="resampled", policy_lr=5e-4, clone_steps=300)
+# A tie between conventions breaks only where alpha + beta ends well below cql.
+MATRIX = dict(steps=1500, one_hot=False, cql=0.5, tau=0.05, clone_lr=1e-3)
+TIES = MATRIX | dict(batch_size=64, beta=0.1, actor_data="resampled", policy_lr=5e-4, clone_steps=300)
 PRESETS = {
     "xor": TIES | dict(dataset="aa-ab-ba"),
     "coordination": TIES,
