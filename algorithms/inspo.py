@@ -188,7 +188,7 @@ def teammate_log_prob(network, state, avail, actions, i):
     """
     S, B, N, A = avail.shape
     agent = torch.arange(N, device=state.device)
-    j = agent[agent != i]
+    j = agent[:-1] + (agent[:-1] >= i)  # (N-1,) everybody but i
     known = (agent == i) | (agent < j[:, None])  # (N-1, N)
     joint = F.one_hot(actions, A)[:, :, None] * known[..., None]  # (S, B, N-1, N, A)
     who = F.one_hot(j, N).expand(S, B, -1, -1)  # (S, B, N-1, N)

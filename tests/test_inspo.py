@@ -461,6 +461,23 @@ def test_ctrl_c_leaves_the_last_checkpoint(tmp_path):
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 100
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_turn_on_a_gpu_never_waits_for_the_host():
+    team, data, args = small_team()
+    team, data = team.cuda(), {k: [x.cuda() for x in v] if isinstance(v, list) else v.cuda() for k, v in data.items()}
+    adams = {
+        "critics": [torch.optim.Adam(critic.parameters(), 1e-2, fused=True) for critic in team.critics],
+        "policies": [torch.optim.Adam(policy.parameters(), 1e-2, fused=True) for policy in team.policies],
+    }
+    noise, beta = torch.rand(S, 2, args.batch_size, device="cuda"), torch.tensor(0.1, device="cuda")
+    losses = inspo.critic_loss, inspo.policy_loss
+    for mode in ("default", "error"):  # the first turn sets things up
+        torch.cuda.set_sync_debug_mode(mode)
+        logs = inspo.turn(1, team, team.policies, data, noise, beta, True, adams, losses, args)
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(value.isfinite().all() for value in logs.values())
+
+
 # ---------------------------------------------------------------- the paper's claims, through the command line
 def train(out, *words):
     process = command("algorithms/inspo.py", *words, "--out-dir", out)

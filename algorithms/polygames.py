@@ -1,0 +1,530 @@
+"""Polynomial games: why offline MADDPG miscoordinates, and how PJAP repairs it.
+
+Paper: Tilbury, Formanek, Beyers, Shock, Pretorius. Coordination Failure in Cooperative Offline MARL. ICML 2024 ARLET
+workshop, arXiv 2407.01343, sections 2 to 4 (Figures 1 to 5).
+
+The problem. Two agents, no state; each agent's policy is one number, theta_x and theta_y, and that number is its
+action. The shared reward R(a_x, a_y) is a known polynomial and plays the critic. A critic-based offline method asks
+for each agent: how should I move, given what the other one did *in the data*? The paper calls the answer the best
+response under data (BRUD). It is right for the joint actions in the data and can be wrong for the policies being
+learnt: in R = xy it never looks at them. Online, fresh data keeps the two together; offline, nothing does.
+
+The idea. Proximal joint-action prioritisation (PJAP) changes only which data are drawn: joint actions close to the
+current joint policy, so that the other agent's logged action is again a good stand-in for what it would do now. The
+games are small enough to check all this in closed form.
+
+Equations (numbers from the paper; m, s^2 = mean and variance of the *other* agent's data):
+  Eq. 4   theta_x += eta E_data[dR/da_x at (theta_x, a_y)]; theta_y likewise, from the same theta
+  Eq. 5   twin peaks: BRUD ends on the peak iff s^2 = -m^2 + C m / sqrt(2B (C - 2A)) - A/B
+          (below it in the paper) twin peaks: theta* = C m / (2A + 2B (m^2 + s^2))
+  Eq. 6   rho = max(exp(-alpha d^2), epsilon); data are drawn in proportion to rho
+  Eq. 7   d = |a_x - theta_x| + |a_y - theta_y|, the L1 distance of a data point to the policy
+
+Commands:
+  python algorithms/polygames.py                             every figure and the table
+  python algorithms/polygames.py --figures 5 --alpha 10      one figure, other settings
+  python algorithms/polygames.py --interactive               a window with sliders
+
+What you should see (9 s on one core of a shared 2-core server, torch 2.13; there is no checkpoint, a run being so
+short). Files: config.json, metrics.csv, summary.json, one PNG per figure; they replace those of an earlier run.
+  Table   BRUD ends where the closed form says, to 1e-5; the same sample's moments on both sides
+  Fig. 1  the BRUD step points away from the true gradient
+  Fig. 2  online, reward 1 in every run; mean path length 2.20, 2.38, 2.67, 3.06 for buffers of 32, 1280, 2560, 5120
+  Fig. 3  from three starts, a straight line to the bottom right, where the reward is negative
+  Fig. 4  a: always the origin; b: the peak only at sigma = 0
+  Fig. 5  reward after 100 epochs, mean of 10 seeds (paper: read off its plots by pixel):
+          sigma              0     0.2    0.5    1.0            0     0.2    0.5    1.0
+          MADDPG           0.562  0.555  0.427  0.157   paper  .5625  .555   .43    .15
+          MADDPG + PJAP    0.562  0.560  0.554  0.544   paper  .5625  .56    .55    .54
+
+Differences from the paper, and choices that it leaves open:
+  1. Not printed for Figure 5: alpha, epsilon, size of dataset and batch. Ours: alpha = 6 (on the summed distance,
+     Eq. 7), epsilon = 1e-3, 1000 points, batches of 32. Measured PJAP rewards at sigma 0.5 / 1.0, mean of 10 seeds:
+          alpha            2             4             6             8            10
+          eps 1e-2    .524 / .425   .545 / .431   .552 / .405   .553 / .365   .554 / .352
+          eps 1e-3    .524 / .482   .547 / .531   .554 / .544   .557 / .544   .559 / .548
+          eps 1e-4    .525 / .485   .547 / .538   .554 / .550   .558 / .554   .559 / .557
+     A floor of 1e-2 is too high at sigma = 1: the many far points on it are drawn too often. 500 points, batches of
+     64 or other seeds change no reward by more than 0.01.
+  2. Every priority is refreshed at every step, which is cheap here; the paper refreshes a subset, which may be why its
+     PJAP distance starts falling two or three epochs later than ours.
+  3. Not printed for Figure 2: start, noise, step, batch and buffer sizes. Ours: start (-0.75, 0.8), noise 0.2,
+     eta = 0.02; each step adds 32 joint actions and uses a batch of 32, one from each 32nd of the buffer, so the
+     smallest buffer is exactly on-policy. The policy is kept inside [-1, 1]^2, because R = xy has no maximum.
+  4. Figures 3 and 4 use the whole dataset in every update, and samples shifted to the exact mean that the text speaks
+     of, so end points are exact; Figure 5 uses raw samples and minibatches. Starts and spreads of 3 and 4 are ours.
+  5. Double precision throughout: exact comparisons, and no slower at this size.
+
+Legend: S seeds, M data points, B batch size, K steps; the last dimension 2 is (x, y). "..." stands for the runs that
+train at once: any leading dimensions (spreads, starts, methods, seeds), which broadcast as usual.
+"""
+
+import itertools
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from matplotlib.widgets import CheckButtons, RadioButtons, Slider
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `data` stands beside this file's folder
+from data import runs
+
+COLUMNS = "figure game method sigma capacity start seed theta_x theta_y reward path_length".split()  # of metrics.csv
+
+
+# ---------------------------------------------------------------- arguments
+@dataclass
+class Args:
+    # --- the run
+    figures: tuple[str, ...] = ("1", "2", "3", "4a", "4b", "5")  # which figures to make; the table is always made
+    interactive: bool = False  # open a window with sliders instead of writing files
+    out_dir: str = "runs/polygames"  # folder for the figures, metrics.csv, config.json and summary.json
+    seed: int = 0  # the first seed; every seed has its own random stream
+    num_seeds: int = 10  # how many seeds, all run at once
+    device: str = "auto"  # auto, cpu or cuda
+    # --- learning
+    learning_rate: float = 0.02  # step size eta of plain gradient ascent
+    batch_size: int = 32  # joint actions per update in Figures 2 and 5
+    steps: int = 100  # epochs of Figure 5 and of the interactive window; one update each
+    full_batch_steps: int = 300  # updates with the whole dataset in Figures 3 and 4 and in the table
+    # --- offline data
+    num_samples: int = 1000  # joint actions in a dataset
+    sigmas: tuple[float, ...] = (0.0, 0.2, 0.5, 1.0)  # spreads of the Gaussian datasets of Figures 4 and 5
+    # --- PJAP
+    alpha: float = 6.0  # steepness of the priority in the squared L1 distance (Eq. 6)
+    epsilon: float = 1e-3  # smallest priority (Eq. 6); above 0 and at most 1
+    # --- online data
+    online_steps: int = 400  # updates of Figure 2
+    capacities: tuple[int, ...] = (32, 1280, 2560, 5120)  # replay buffer sizes of Figure 2, in joint actions
+    noise: float = 0.2  # standard deviation of the exploration noise of Figure 2
+    # --- twin peaks
+    a: float = 1.0  # constant A of the twin peaks game, above 0
+    b: float = 4.0  # constant B of the twin peaks game, above 0
+    c: float = 5.0  # constant C of the twin peaks game, above 2A
+
+
+def check(args):
+    """Raise ValueError on an argument that cannot be used, saying which values can."""
+    if unknown := set(args.figures) - set(FIGURES):
+        raise ValueError(f"unknown figure {min(unknown)}; the figures are {', '.join(FIGURES)}")
+    if not (args.figures and args.sigmas and args.capacities):
+        raise ValueError("--figures, --sigmas and --capacities need at least one value each")
+    for name, value in asdict(args).items():
+        least = "at least 0" if name in ("seed", "sigmas", "noise") else "above 0"
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) in (int, float) and not (0 < number < math.inf or number == 0 and least == "at least 0"):
+                raise ValueError(f"--{name.replace('_', '-')} must be {least} and finite, got {number}")
+    if args.epsilon > 1:
+        raise ValueError(f"--epsilon must be at most 1, the largest priority there is, got {args.epsilon}")
+    if min(args.capacities) < args.batch_size:
+        raise ValueError(f"--capacities must all be at least --batch-size, which is {args.batch_size}")
+    if args.c <= 2 * args.a:
+        raise ValueError(f"twin peaks needs C > 2A, got A={args.a:g}, C={args.c:g}: raise --c or lower --a")
+    runs.choose_device(args.device)
+
+
+# ---------------------------------------------------------------- games
+def games(args):
+    """The paper's four games by name: R(a_x, a_y), elementwise on tensors. A new game is one line here."""
+    a, b, c = args.a, args.b, args.c
+    return {
+        "decoupled": lambda x, y: x + y,
+        "sign agreement": lambda x, y: x * y,
+        "action agreement": lambda x, y: -((x - y) ** 2),
+        "twin peaks": lambda x, y: -a * (x**2 + y**2) - b * (x * y) ** 2 + c * x * y,
+    }
+
+
+def peak(args):
+    """Both coordinates of the ++ peak of twin peaks; the other peak is its mirror image (section 3.2)."""
+    return math.sqrt((args.c - 2 * args.a) / (2 * args.b))
+
+
+def draw(args, *wanted):
+    """Random numbers for each (kind, *shape), kind torch.rand or torch.randn: (S, *shape), alike on every device."""
+    # Every seed has a random stream of its own, so that S seeds at once equal S runs of one seed.
+    streams = [torch.Generator().manual_seed(args.seed + s) for s in range(args.num_seeds)]
+    numbers = [[kind(shape, generator=g, dtype=torch.float64) for g in streams] for kind, *shape in wanted]
+    return [torch.stack(each).to(args.device) for each in numbers]
+
+
+def recentre(data, mean):
+    """Shift (..., M, 2) so that the sample mean is exactly `mean`."""
+    return data - data.mean(-2, keepdim=True) + data.new_tensor(mean)
+
+
+# ---------------------------------------------------------------- update
+def brud_gradient(reward, theta, batch):
+    """Eq. 4, the update of MADDPG: theta (..., 2), batch (..., B, 2) -> (..., 2)."""
+    # With the joint policy itself as the only data point, theta[..., None, :], this is the true gradient of R.
+    theta = theta.detach().requires_grad_()
+    own_x, own_y = theta[..., :1], theta[..., 1:]  # (..., 1)
+    # Eq. 4: each agent's own action comes from its policy, the other agent's from the data.
+    objective = reward(own_x, batch[..., 1]) + reward(batch[..., 0], own_y)  # (..., B)
+    # Mean over the data, sum over the runs: no run feels another one's gradient.
+    return torch.autograd.grad(objective.mean(-1).sum(), theta)[0]
+
+
+def priorities(theta, data, alpha, epsilon):
+    """Eq. 6 and 7: theta (..., 2), data (..., M, 2) -> rho (..., M)."""
+    distance = (data - theta[..., None, :]).abs().sum(-1)  # Eq. 7: L1 norm over both agents, (..., M)
+    return torch.exp(-alpha * distance**2).clamp(min=epsilon)  # Eq. 6
+
+
+def sample(data, rho, uniforms):
+    """Draw from data (..., M, 2), with replacement, in proportion to rho (..., M); uniforms (..., B) -> (..., B, 2)."""
+    # Each uniform number is looked up in the cumulative sum of rho, so all randomness can be drawn before the loop.
+    cumulative = rho.cumsum(-1)
+    index = torch.searchsorted(cumulative, uniforms * cumulative[..., -1:], right=True)  # (..., B)
+    index = index.clamp(max=data.shape[-2] - 1)  # rounding at the far end
+    return data.expand(*rho.shape, 2).take_along_dim(index[..., None], -2)
+
+
+def train_offline(reward, theta, data, steps, eta, uniforms=None, use_pjap=None, alpha=None, epsilon=None):
+    """Offline MADDPG (Eq. 4), with PJAP (Eq. 6, 7) in the runs where `use_pjap` says so.
+
+    theta (..., 2), which has all the runs; data (..., M, 2); uniforms (..., K, B), or None for full-batch updates;
+    use_pjap (...,) bool. Returns the policies (..., K+1, 2) and the mean |a - theta| per coordinate from each batch to
+    the policy that it updates (..., K). Raises FloatingPointError if a policy diverges.
+    """
+    path, distance, batch = [theta], [], data
+    for k in range(steps):
+        if uniforms is not None:  # every priority is refreshed at every step; plain MADDPG draws all data alike
+            rho = torch.where(use_pjap[..., None], priorities(theta, data, alpha, epsilon), 1.0)  # (..., M)
+            batch = sample(data, rho, uniforms[..., k, :])  # (..., B, 2)
+        distance.append((batch - theta[..., None, :]).abs().mean((-2, -1)))
+        theta = theta + eta * brud_gradient(reward, theta, batch)
+        path.append(theta)
+    if not (theta.abs() < 1e3).all():
+        raise FloatingPointError("the policy diverged: lower --learning-rate or --sigmas")
+    return torch.stack(path, -2), torch.stack(distance, -1)
+
+
+def train_online(reward, theta, capacity, noise, uniforms, eta):
+    """Online MADDPG with a first-in-first-out replay buffer, the policy kept inside [-1, 1]^2.
+
+    theta (..., 2), which has all the runs; capacity (...,) int, each at least B; noise (..., K, B, 2), added to the
+    policy to act; uniforms (..., K, B). Returns the policies (..., K+1, 2) and the last buffers (..., largest
+    capacity, 2), NaN where a buffer is shorter or not yet full.
+    """
+    steps, batch_size = uniforms.shape[-2:]
+    buffer = theta.new_full((*theta.shape[:-1], int(capacity.max()), 2), math.nan)
+    path, place = [theta], torch.arange(batch_size, device=theta.device)  # place (B,)
+    for k in range(steps):
+        actions = theta[..., None, :] + noise[..., k, :, :]  # (..., B, 2)
+        slot = (k * batch_size + place) % capacity[..., None]  # the oldest entries, (..., B)
+        buffer.scatter_(-2, slot[..., None].expand_as(actions), actions)
+        # One draw from each B-th of what is held: a buffer of size B is used whole (on-policy).
+        held = capacity[..., None].clamp(max=(k + 1) * batch_size)  # (..., 1)
+        index = ((place + uniforms[..., k, :]) * (held / batch_size)).long()  # (..., B)
+        batch = buffer.take_along_dim(torch.minimum(index, held - 1)[..., None], -2)  # (..., B, 2)
+        theta = (theta + eta * brud_gradient(reward, theta, batch)).clamp(-1, 1)
+        path.append(theta)
+    return torch.stack(path, -2), buffer
+
+
+# ---------------------------------------------------------------- evaluation
+def eq5_sigma(m, args):
+    """Eq. 5: the spread at which BRUD ends on the ++ peak for data of mean m; NaN if there is none."""
+    variance = -(m**2) + args.c / math.sqrt(2 * args.b * (args.c - 2 * args.a)) * m - args.a / args.b
+    return math.sqrt(max(variance, 0.0)) if variance > -1e-12 else math.nan
+
+
+def table(args):
+    """Run BRUD to its end on samples of known mean, beside the closed form; print it and return one dict per row."""
+    top, elapsed = peak(args), args.full_batch_steps * args.learning_rate
+    # Eq. 5 has a solution for means in middle -+ half; the spread is largest, namely half, in the middle.
+    middle = args.c / math.sqrt(8 * args.b * (args.c - 2 * args.a))
+    half = math.sqrt(max(middle**2 - args.a / args.b, 0.0))
+    cases = [(game, "", (-0.02, 0.04), 0.5) for game in ("decoupled", "sign agreement", "action agreement")]
+    cases += [("twin peaks", "Fig. 4a", (0.0, 0.0), sigma) for sigma in args.sigmas]
+    cases += [("twin peaks", "Fig. 4b", (top, top), sigma) for sigma in args.sigmas]
+    cases += [("twin peaks", "Eq. 5", (m, m), eq5_sigma(m, args)) for m in np.linspace(middle - half, middle + half, 5)]
+    cases += [("twin peaks", "2 x Eq. 5", (middle, middle), 2 * half)]
+    rows, (unit,) = [], draw(args, (torch.randn, args.num_samples, 2))  # (S, M, 2)
+    theta = unit.new_tensor((-0.5, 0.5)).expand(args.num_seeds, 2)
+    pair, line = "({0[0]:+.4f}, {0[1]:+.4f})".format, "{:17}{:10}{:>18}{:>8}{:>20}{:>20}{:>10}  {}".format
+    print(line("game", "", "data mean", "sigma", "BRUD end", "closed form", "max diff", "at the peak"))
+    for game, note, mean, sigma in cases:
+        data = recentre(sigma * unit, mean)
+        path, _ = train_offline(games(args)[game], theta, data, args.full_batch_steps, args.learning_rate)
+        # The closed form uses the sample's own moments; each agent sees those of the other one's data, (S, 2).
+        m, s2, end = data.mean(1).flip(1), data.var(1, unbiased=False).flip(1), path[:, -1]
+        formula = {
+            "decoupled": theta + elapsed,  # no fixed point here and in the next game: the field is constant,
+            "sign agreement": theta + elapsed * m,  # so the end depends on the time
+            "action agreement": m,  # the two means, swapped
+            "twin peaks": args.c * m / (2 * args.a + 2 * args.b * (m**2 + s2)),  # the expression below Eq. 5
+        }[game]
+        row = {"game": game, "note": note, "mean": mean, "sigma": sigma, "end": end.mean(0).tolist()}
+        row |= {"closed_form": formula.mean(0).tolist(), "difference": float((end - formula).abs().max())}
+        row["at_peak"] = bool(((end - top).abs() < 0.005).all()) if game == "twin peaks" else None
+        cells = pair(mean), f"{sigma:.4f}", pair(row["end"]), pair(row["closed_form"]), f"{row['difference']:.0e}"
+        print(line(game, note, *cells, {True: "yes", False: "no", None: "-"}[row["at_peak"]]))
+        rows.append(row)
+    return rows
+
+
+def mean_rewards(args, rows):
+    """Each setting's reward over seeds, from the rows of metrics.csv; prints those of Figure 5 beside the paper's."""
+    plots, rewards = {0: (0.5625, 0.5625), 0.2: (0.555, 0.56), 0.5: (0.43, 0.55), 1: (0.15, 0.54)}, []
+    for key, group in itertools.groupby(rows, key=lambda row: {name: row[name] for name in COLUMNS[:6]}):
+        values = np.array([row["reward"] for row in group])
+        mean, stderr = values.mean(), values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+        rewards.append(key | {"mean": mean, "stderr": stderr})
+        if key["figure"] == "5":
+            known = plots.get(key["sigma"]) if (args.a, args.b, args.c) == (1, 4, 5) else None
+            paper = f", paper {known[key['method'] == 'PJAP']:.3f}" if known else ""
+            print(f"Figure 5, sigma {key['sigma']:<3g} {key['method']:6} reward {mean:.3f} +- {stderr or 0:.3f}{paper}")
+    return rewards
+
+
+def result_rows(args, figure, game, paths, **axes):
+    """The rows of metrics.csv for paths (..., S, K+1, 2), where "..." are the labelled axes in order."""
+    paths, axes["seed"] = paths.flatten(0, -3), range(args.seed, args.seed + args.num_seeds)
+    end, length = paths[:, -1].T, paths.diff(dim=1).norm(dim=2).sum(1)
+    numbers = torch.stack([*end, games(args)[game](*end), length], 1).tolist()
+    blank = dict.fromkeys(COLUMNS, "") | {"figure": figure, "game": game, "method": "MADDPG"}
+    labels = [dict(zip(axes, label)) for label in itertools.product(*axes.values())]
+    return [blank | label | dict(zip(COLUMNS[-4:], row)) for label, row in zip(labels, numbers)]
+
+
+# ---------------------------------------------------------------- figures
+MADDPG, PJAP, DATA, TRUE = "#d1510c", "#0b6fb8", "#4d4d4d", "#111111"
+WIDTH = {MADDPG: 3.0, PJAP: 1.6}  # both stay visible where they coincide (sigma = 0)
+STARTS = ((-0.9, 0.5), (-0.3, 0.4), (-0.6, -0.2))  # Figures 3 and 4
+
+
+def surface(axis, reward, title, points=torch.empty(0, 2), name=r"\theta", size=1.08):
+    """The reward over [-size, size]^2 as a light background, greener is better; joint actions (M, 2) as small dots."""
+    line = np.linspace(-size, size, 81)
+    values = reward(line, line[:, None])
+    levels = np.linspace(max(values.min(), -2), values.max(), 11)  # the deep corners of twin peaks in one colour
+    axis.contourf(line, line, values, levels, cmap="Greens", alpha=0.45, extend="min")
+    axis.set(xlim=(-size, size), ylim=(-size, size), xticks=(-1, 0, 1), yticks=(-1, 0, 1), aspect="equal")
+    axis.set(title=title, xlabel=f"${name}_x$", ylabel=f"${name}_y$")
+    axis.scatter(*points.cpu().T, s=6, color=DATA, alpha=0.35, linewidths=0)
+
+
+def draw_paths(axis, paths, colour):
+    """Policies over time (S, K+1, 2): lines from a ring to a star, the first seed in bold."""
+    paths = paths.cpu().numpy().T  # (2, K+1, S)
+    axis.plot(*paths[..., 1:], color=colour, lw=0.7, alpha=0.4)
+    axis.plot(*paths[..., 0], color=colour, lw=WIDTH[colour])
+    axis.plot(*paths[:, 0, 0], "o", ms=7, mfc="white", mec=colour, mew=1.8, zorder=4)
+    axis.plot(*paths[:, -1, 0], "*", ms=13, mfc=colour, mec="white", mew=0.8, zorder=5)
+
+
+def band(axis, values, colour, label=None):
+    """Curves of all seeds (S, K): their mean as a line, their range as a band."""
+    values = values.cpu()
+    axis.plot(values.mean(0), color=colour, lw=WIDTH[colour], label=label)
+    axis.fill_between(range(values.shape[1]), values.amin(0), values.amax(0), color=colour, alpha=0.18, lw=0)
+    axis.grid(alpha=0.25)
+
+
+def figure_1(args):
+    """One BRUD step on R = xy, from one data point in the opposite corner."""
+    reward, policy, point = games(args)["sign agreement"], (-0.35, 0.35), (0.45, -0.45)
+    theta, data = torch.tensor([policy, point])
+    (step_x, step_y), true = brud_gradient(reward, theta, data[None]), brud_gradient(reward, theta, theta[None])
+    figure = Figure(figsize=(5.6, 5.6), layout="constrained")
+    axis = figure.subplots()
+    surface(axis, reward, "One BRUD step in sign agreement, R = xy")
+    for step, colour, width, label in (
+        ((step_x, step_y), MADDPG, 0.014, r"BRUD step, $\nabla J = (a_y, a_x)$"),
+        ((step_x, 0), "#eea37d", 0.008, "its two parts, one per agent"),
+        ((0, step_y), "#eea37d", 0.008, None),
+        (true, TRUE, 0.014, r"true gradient, $\nabla R = (\theta_y, \theta_x)$"),
+    ):
+        axis.quiver(*policy, *step, color=colour, width=width, label=label, scale=1, scale_units="xy", angles="xy")
+    axis.plot(*policy, "o", ms=9, mfc="white", mec=TRUE, mew=1.8, zorder=4)
+    axis.plot(*point, "o", ms=9, color=DATA)
+    axis.annotate(r"policy $(\theta_x, \theta_y)$", policy, (10, 8), textcoords="offset points")
+    axis.annotate("data point $(a_x, a_y)$", point, (-45, 12), textcoords="offset points")
+    axis.legend(loc="lower left", fontsize=9)
+    return figure, []
+
+
+def figure_2(args):
+    """Online MADDPG on sign agreement, one column per replay buffer capacity."""
+    reward, size, shape = games(args)["sign agreement"], len(args.capacities), (args.online_steps, args.batch_size)
+    noise, uniforms = draw(args, (torch.randn, *shape, 2), (torch.rand, *shape))  # (S, K, B, 2), (S, K, B)
+    theta = noise.new_tensor((-0.75, 0.8)).expand(size, args.num_seeds, 2)
+    capacity = torch.tensor(args.capacities, device=args.device)[:, None]  # (capacities, 1)
+    paths, buffers = train_online(reward, theta, capacity, args.noise * noise, uniforms, args.learning_rate)
+    figure = Figure(figsize=(3.6 * size, 10), layout="constrained")
+    axes = figure.subplots(3, size, squeeze=False).T
+    for (top, middle, bottom), capacity, path, buffer in zip(axes, args.capacities, paths, buffers):
+        surface(top, reward, f"buffer of {capacity}" + (" (on-policy)" if capacity == args.batch_size else ""))
+        draw_paths(top, path, MADDPG)
+        band(middle, reward(path[..., 0], path[..., 1]), MADDPG)
+        middle.set(xlabel="update", ylabel="reward of the policy", ylim=(-1.05, 1.05))
+        surface(bottom, reward, "buffer at the last update", buffer[0], "a", size=1.5)
+        draw_paths(bottom, path[:1, -1:], MADDPG)
+    figure.suptitle("Online MADDPG, sign agreement: the older the data, the longer the way")
+    return figure, result_rows(args, "2", "sign agreement", paths, capacity=args.capacities, sigma=[args.noise])
+
+
+def figure_3(args):
+    """Offline MADDPG on sign agreement: uniform data of mean (-0.02, 0.04), three starts."""
+    reward, mean = games(args)["sign agreement"], (-0.02, 0.04)
+    args = replace(args, num_seeds=1)  # the mean decides everything here and is the same for every seed
+    data = recentre(2 * draw(args, (torch.rand, args.num_samples, 2))[0] - 1, mean)  # (1, M, 2)
+    theta = data.new_tensor(STARTS)[:, None]  # (starts, 1, 2)
+    # The field is constant and weak (length 0.045), so the step is five times the usual one.
+    paths, _ = train_offline(reward, theta, data, args.full_batch_steps, 5 * args.learning_rate)
+    figure = Figure(figsize=(13.5, 4.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    surface(left, reward, f"a. {args.num_samples} data points, mean {mean}", data[0], "a")
+    left.plot(*mean, "P", ms=12, color=TRUE, mec="white")
+    surface(middle, reward, r"b. $\nabla R$ (black) and $\nabla J$ (orange, not to scale)")
+    line = torch.linspace(-0.8, 0.8, 8, dtype=torch.float64, device=args.device)
+    grid = torch.cartesian_prod(line, line)  # (64, 2)
+    true, brud = brud_gradient(reward, grid, grid[:, None]), brud_gradient(reward, grid, data)
+    for field, colour in ((true, TRUE), (0.6 * brud / brud.norm(dim=1, keepdim=True), MADDPG)):
+        middle.quiver(*grid.cpu().T, *field.cpu().T, color=colour, scale=7, width=0.006)
+    surface(right, reward, "c. offline MADDPG from three starts")
+    for path in paths:
+        draw_paths(right, path, MADDPG)
+    return figure, result_rows(args, "3", "sign agreement", paths, start=(0, 1, 2))
+
+
+def figure_4(args, name, centre):
+    """Offline MADDPG on twin peaks, data of mean (centre, centre), one column per spread."""
+    reward, top, size = games(args)["twin peaks"], peak(args), len(args.sigmas)
+    (unit,) = draw(args, (torch.randn, args.num_samples, 2))  # (S, M, 2)
+    data = recentre(unit.new_tensor(args.sigmas).view(-1, 1, 1, 1, 1) * unit, (centre, centre))  # (size, 1, S, M, 2)
+    theta = unit.new_tensor(STARTS)[:, None].expand(size, -1, args.num_seeds, 2)  # spreads x starts x seeds
+    paths, _ = train_offline(reward, theta, data, args.full_batch_steps, args.learning_rate)
+    figure = Figure(figsize=(3.5 * size, 4.1), layout="constrained")
+    for axis, sigma, points, starts in zip(figure.subplots(1, size, squeeze=False)[0], args.sigmas, data, paths):
+        x, y = (starts[0, 0, -1] + 1e-5).tolist()  # no "-0.00"
+        surface(axis, reward, rf"$\sigma$ = {sigma:g}: ends at ({x:.2f}, {y:.2f})", points[0, 0])
+        axis.plot((-top, top), (-top, top), "x", ms=9, mew=2, color=TRUE)
+        for path in starts:
+            draw_paths(axis, path[:1], MADDPG)
+    figure.suptitle(f"Offline MADDPG, twin peaks (crosses), data around the {'peak' if centre else 'origin'}")
+    return figure, result_rows(args, name, "twin peaks", paths, sigma=args.sigmas, start=(0, 1, 2))
+
+
+def figure_5(args):
+    """Offline MADDPG with and without PJAP on twin peaks, data around the ++ peak, one row per spread."""
+    reward, top, size = games(args)["twin peaks"], peak(args), len(args.sigmas)
+    unit, uniforms = draw(args, (torch.randn, args.num_samples, 2), (torch.rand, args.steps, args.batch_size))
+    data = top + unit.new_tensor(args.sigmas).view(-1, 1, 1, 1, 1) * unit  # (size, 1, S, M, 2)
+    theta = unit.new_tensor((-0.5, 0.5)).expand(size, 2, args.num_seeds, 2)  # spreads x methods x seeds
+    pjap = (uniforms, torch.tensor([[False], [True]], device=args.device), args.alpha, args.epsilon)
+    paths, distances = train_offline(reward, theta, data, args.steps, args.learning_rate, *pjap)
+    figure = Figure(figsize=(15.5, 3.7 * size), layout="constrained")
+    axes = figure.subplots(size, 4, squeeze=False)
+    for (left, middle, gaps, rewards), sigma, points, *both in zip(axes, args.sigmas, data, paths, distances):
+        surface(left, reward, rf"data, $\sigma$ = {sigma:g}", points[0, 0], "a")
+        surface(middle, reward, rf"policies, $\sigma$ = {sigma:g}")
+        middle.plot((-top, top), (-top, top), "x", ms=9, mew=2, color=TRUE)
+        for colour, name, path, distance in zip((MADDPG, PJAP), ("MADDPG", "MADDPG + PJAP"), *both):
+            draw_paths(middle, path, colour)
+            band(gaps, distance, colour)
+            band(rewards, reward(path[..., 0], path[..., 1]), colour, name)
+        gaps.set(xlabel="epoch", ylabel=r"mean $|a - \theta|$ of sampled data", ylim=(0, None))
+        rewards.set(xlabel="epoch", ylabel="reward of the policy", ylim=(-1, None))
+        rewards.axhline(reward(top, top), color=TRUE, lw=1, ls=":", label="peak")
+        rewards.legend(loc="lower right")
+    return figure, result_rows(args, "5", "twin peaks", paths, sigma=args.sigmas, method=("MADDPG", "PJAP"))
+
+
+FIGURES = {"1": figure_1, "2": figure_2, "3": figure_3, "4a": lambda args: figure_4(args, "4a", 0.0),
+           "4b": lambda args: figure_4(args, "4b", peak(args)), "5": figure_5}  # fmt: skip
+
+
+def build_interactive(args, figure):
+    """Fill a figure with sliders and the paths they give; returns the widgets, which stop when nobody holds them."""
+    left, right = figure.add_axes((0.06, 0.46, 0.42, 0.48)), figure.add_axes((0.56, 0.46, 0.40, 0.48))
+    args = replace(args, num_seeds=1)  # always the same random numbers: only the changed setting makes a difference
+    unit, draws = draw(args, (torch.randn, args.num_samples, 2), (torch.rand, args.steps, args.batch_size))
+    theta = unit.new_tensor(((-0.5, 0.5), (0.2, -0.8), (-0.8, -0.3)))[:, None]  # (starts, 1, 2)
+    sliders = {"A": (0.1, 3, args.a), "B": (0.5, 10, args.b), "C": (0.5, 10, args.c), "mean": (-1, 1, peak(args)),
+               "spread": (0, 1.5, 0.5), "alpha": (0, 20, args.alpha),
+               "log10 epsilon": (-6, 0, math.log10(args.epsilon))}  # fmt: skip
+    widgets = {"game": RadioButtons(figure.add_axes((0.68, 0.17, 0.2, 0.2)), list(games(args)), active=3),
+               "PJAP": CheckButtons(figure.add_axes((0.68, 0.08, 0.2, 0.07)), ["PJAP"], [True])}  # fmt: skip
+    for row, (name, (low, high, value)) in enumerate(sliders.items()):
+        widgets[name] = Slider(figure.add_axes((0.14, 0.34 - 0.045 * row, 0.4, 0.03)), name, low, high, valinit=value)
+
+    def redraw(_=None):
+        a, b, c, mean, spread, alpha, power = (widgets[name].val for name in sliders)
+        reward = games(replace(args, a=a, b=b, c=c))[widgets["game"].value_selected]
+        data, pjap = mean + spread * unit, torch.tensor(widgets["PJAP"].get_status())
+        title, colour = ("MADDPG + PJAP", PJAP) if pjap else ("MADDPG", MADDPG)
+        left.clear()
+        right.clear()
+        surface(left, reward, title, data[0])
+        right.set(xlabel="epoch", ylabel="reward of the policy", title="from the three starts")
+        try:
+            paths, _ = train_offline(reward, theta, data, args.steps, args.learning_rate, draws, pjap, alpha, 10**power)
+            for path in paths:
+                draw_paths(left, path, colour)
+                band(right, reward(path[..., 0], path[..., 1]), colour)
+        except FloatingPointError as error:
+            right.set_title(str(error))
+        figure.canvas.draw_idle()
+
+    for name, widget in widgets.items():
+        (widget.on_changed if name in sliders else widget.on_clicked)(redraw)
+    redraw()
+    return widgets
+
+
+# ---------------------------------------------------------------- main
+def main(args):
+    """Compute and write everything, or open the window; raises what `check` and the training raise."""
+    began = time.time()
+    check(args)
+    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it brings
+    if args.interactive:
+        import matplotlib.pyplot as plt  # looks for a window system, which the saved figures do not need
+
+        try:
+            figure = plt.figure(figsize=(12, 8))
+            if figure.canvas.required_interactive_framework is None:  # the fallback that only saves files
+                raise ImportError
+        except ImportError:  # or a window system was asked for by name and is not there
+            raise ValueError("--interactive needs a display and found none: leave it out to write files") from None
+        widgets = build_interactive(replace(args, device="cpu"), figure)  # noqa: F841  held until the window closes
+        return plt.show()
+    device, folder = runs.choose_device(args.device), Path(args.out_dir)
+    args = replace(args, device=device.type)
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.save_json(folder / "config.json", runs.provenance(device) | asdict(args))
+    # Everything is computed before anything else is written: a diverged run leaves no half set of files.
+    figures, rows = {}, []
+    for name in dict.fromkeys(args.figures):
+        figures[f"figure{name}.png"], new_rows = FIGURES[name](args)
+        rows += new_rows
+    summary = {"script": "polygames", "device": args.device, "seeds": [*range(args.seed, args.seed + args.num_seeds)]}
+    summary |= {"table": table(args), "rewards": mean_rewards(args, rows)}
+    for name, figure in figures.items():
+        runs.save_figure(folder / name, figure)
+    if rows:
+        runs.save_csv(folder / "metrics.csv", rows)
+    else:  # Figure 1 alone trains nothing
+        runs.save(folder / "metrics.csv", (",".join(COLUMNS) + "\n").encode())
+    summary["wall_seconds"] = time.time() - began
+    runs.save_json(folder / "summary.json", summary)
+    print(f"{', '.join(figures)}, metrics.csv, summary.json are in {folder} ({summary['wall_seconds']:.0f} s)")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__.splitlines()[0]))
+    except KeyboardInterrupt:
+        print("interrupted: the files already written are whole", file=sys.stderr)
+        sys.exit(130)  # the shell's code for Ctrl-C
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
