@@ -50,7 +50,7 @@ import functools
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -236,8 +236,7 @@ def resample(ratio, uniform):
 
 
 def critic_loss(critic, target, policy, batch, alpha, beta, gamma, cql):
-    """Eq. 24, for each seed (S,); alpha (S, 1), beta (). The other agents' regularisers are left out of y, as in the
-    paper."""
+    """Eq. 24, for each seed (S,); alpha (S, 1), beta (). As in the paper, y leaves out the others' KL and entropy."""
     with torch.no_grad():
         log_pi = log_probs(policy, batch.next_obs, batch.next_avail)  # (S, B, A)
         soft = target(batch.next_state) - alpha[..., None] * (log_pi - batch.next_log_mu) - beta * log_pi
@@ -531,24 +530,13 @@ def parse(argv=None):
     read = functools.partial(tyro.cli, Args, args=argv, description=__doc__.splitlines()[0])
     args = read()
     if args.resume:
-        return read(default=Args(**runs.saved_args(args.out_dir) | {"resume": True, "out_dir": args.out_dir}))
-    if args.env == "matrix":
+        args = read(default=replace(runs.saved_args(Args, args.out_dir), resume=True, out_dir=args.out_dir))
+    elif args.env == "matrix":
         task = args.task or "xor"
         preset = {"dataset": datasets.names("matrix", task)[-1]} | PRESETS.get(task, PRESETS["m-ne"])
         args = read(default=Args(**preset, env="matrix", task=task))
-    for name in (
-        "num_seeds",
-        "steps",
-        "threads",
-        "eval_every",
-        "eval_episodes",
-        "alpha",
-        "inner",
-        "hidden",
-        "batch_size",
-    ):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    zero = "seed beta beta_end beta_hold warmup cql kl_target gamma layers clone_steps"
+    runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma tau")
     return args
 
 

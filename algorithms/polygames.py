@@ -115,13 +115,7 @@ def check(args):
         raise ValueError(f"unknown figure {min(unknown)}; the figures are {', '.join(FIGURES)}")
     if not (args.figures and args.sigmas and args.capacities):
         raise ValueError("--figures, --sigmas and --capacities need at least one value each")
-    for name, value in asdict(args).items():
-        least = "at least 0" if name in ("seed", "sigmas", "noise") else "above 0"
-        for number in value if isinstance(value, tuple) else (value,):
-            if type(number) in (int, float) and not (0 < number < math.inf or number == 0 and least == "at least 0"):
-                raise ValueError(f"--{name.replace('_', '-')} must be {least} and finite, got {number}")
-    if args.epsilon > 1:
-        raise ValueError(f"--epsilon must be at most 1, the largest priority there is, got {args.epsilon}")
+    runs.check_numbers(args, may_be_zero="seed sigmas noise", at_most_one="epsilon")
     if min(args.capacities) < args.batch_size:
         raise ValueError(f"--capacities must all be at least --batch-size, which is {args.batch_size}")
     if args.c <= 2 * args.a:

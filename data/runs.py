@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -76,6 +77,21 @@ def load_checkpoint(folder, device):
         raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it to start the run again") from None
 
 
+def check_numbers(args, may_be_zero="", at_most_one=""):
+    """Raise ValueError unless every number among the arguments is finite and above 0.
+
+    `may_be_zero` and `at_most_one` name the fields, separated by spaces, that may be 0 or must not exceed 1.
+    """
+    for name, value in asdict(args).items():
+        zero, one = name in may_be_zero.split(), name in at_most_one.split()
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) not in (int, float):
+                continue
+            if not (number > 0 or (zero and number == 0)) or not number <= (1 if one else sys.float_info.max):
+                least, most = "at least 0" if zero else "above 0", "at most 1" if one else "finite"
+                raise ValueError(f"--{name.replace('_', '-')} must be {least} and {most}, not {number}")
+
+
 def choose_device(name):
     """The torch device for auto, cpu or cuda.
 
@@ -108,7 +124,7 @@ def open_folder(script, args, device):
     args.out_dir = str(folder)
     path = folder / "config.json"
     if args.resume:
-        for key, value in saved_args(folder).items():
+        for key, value in asdict(saved_args(type(args), folder)).items():
             if key not in MAY_CHANGE and getattr(args, key) != value:
                 flag = "--" + key.replace("_", "-")
                 raise ValueError(f"{folder} was begun with {flag} {value}: it cannot go on with {getattr(args, key)}")
@@ -131,15 +147,15 @@ def provenance(device):
     return {"git_commit": commit or "unknown", "versions": versions, "device": device_name(device)}
 
 
-def saved_args(folder):
-    """The arguments with which the run in `folder` was begun; ValueError if there is none."""
+def saved_args(kind, folder):
+    """The arguments, a dataclass `kind`, with which the run in `folder` was begun; ValueError if there are none."""
     path = Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text())["args"]
-    except FileNotFoundError:
+        return kind(**json.loads(path.read_text())["args"])
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no run to resume in {folder or '--out-dir'}") from None
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged: the run cannot be resumed") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged, or of another version: the run cannot be resumed") from None
 
 
 def start_tracking(script, args):
