@@ -7,10 +7,11 @@ be bad, or one that nobody ever took. Keeping each agent close to the data does 
 The idea. The agents learn in turns. When it is agent i's turn, the minibatch is resampled so that its teammates'
 recorded actions look as if they came from their *current* policies. So agent i answers the convention that the team
 leans towards by now, not the average of the dataset, and its answer tips the team further. Policies learn by weighted
-cloning of recorded actions, so no policy ever picks an action that was not recorded. An entropy bonus that decays over
-training first flattens the behaviour's preferences, so that a rare but better convention can win.
+cloning of recorded actions, so no policy is ever trained towards an action that was not recorded. An entropy bonus that
+decays over training first flattens the behaviour's preferences, so that a rare but better convention can win.
 
-Equations (numbers of the paper; T = alpha + beta; Q' is the target network):
+Equations (numbers of the paper). Agent i acts by pi_i; mu_i is its recorded behaviour. Q_i(s, a_i) is its local value,
+the joint value averaged over what its teammates do now, and Q'_i a slowly moving copy of Q_i. T = alpha + beta.
   Eq. 9   J        = E sum_t gamma^t [ r_t - alpha log(pi/mu) + beta H(pi) ]          mu: who recorded the dataset
   Eq. 12  pi_i(a)  = mu_i(a)^(alpha/T) exp(Q_i(s,a)/T) / Z             the fixed point, a quantal response equilibrium
   Eq. 15  L(Q_i)   = E_resampled [ (Q_i(s,a_i) - y_i)^2 ]
@@ -37,7 +38,9 @@ The authors' code is not public, and public copies of the paper have lost some o
   4. Policies start as copies of the cloned mu_i. Two layers of 64 units do what the paper's three of 256 do, faster.
   5. On M-NE, beta stays at its start until the policies have flattened, and the Q-functions get a head start.
   6. On XOR, where not every joint action is recorded, Eq. 20 uses the resampled minibatch (--actor-data).
-  7. Bridge's cells enter the networks as one-hot values, and a time limit is not the end: Q looks beyond it.
+  7. Bridge's cells enter the networks as one-hot values. A time limit is not the end: Q looks beyond it (the step that
+     meets the limit pays 0 by Bridge's rules, in these data as in AlberDICE's, and is used as it stands).
+  8. Who goes first is drawn once for all seeds, from a stream that no flag changes; "semi-greedy" averages over seeds.
 
 Recurrent policies for StarCraft-like games are to come; `log_probs` is the one place that runs a policy.
 
@@ -79,8 +82,8 @@ class Args:
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 5  # how many seeds train, all at once
-    steps: int = 3000  # sweeps; each one updates every agent
-    eval_every: int = 100  # sweeps between evaluations; each writes a checkpoint
+    steps: int = 3000  # updates; each is a sweep that trains every agent's Q-function and policy once
+    eval_every: int = 100  # updates between evaluations; each writes a checkpoint
     eval_episodes: int = 32  # games per seed and evaluation, each played greedily and by sampling
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # CPU threads; networks this small gain little from more, and lose much on a busy machine
@@ -94,8 +97,8 @@ class Args:
     kl_target: float = 1.0  # the KL divergence that --auto-alpha aims at, in nats
     beta: float = 0.05  # weight of the entropy at the start; 0 leaves it out
     beta_end: float = 0.001  # weight of the entropy at the end; it decays exponentially
-    beta_hold: int = 0  # sweeps before beta begins to decay
-    warmup: int = 0  # sweeps in which only the Q-functions learn
+    beta_hold: int = 0  # updates before beta begins to decay
+    warmup: int = 0  # updates in which only the Q-functions learn
     cql: float = 0.1  # weight of the conservative term in Eq. 24
     order: Literal["random", "fixed", "semi-greedy"] = "random"  # who goes first in a sweep
     inner: int = 1  # gradient steps per agent and turn
@@ -119,19 +122,17 @@ class Args:
     clone_batch: int = 128  # their minibatch
 
 
-# What differs between tasks. The fields above hold Bridge's values; "m-ne" serves every payoff table without a name
-# here (set --beta to about the largest difference between payoffs); each value can be set by its flag.
-# A tie between conventions breaks only where alpha + beta ends well below cql.
-MATRIX = dict(steps=1500, one_hot=False, cql=0.5, tau=0.05, clone_lr=1e-3)
-TIES = MATRIX | dict(batch_size=64, beta=0.1, actor_data="resampled", policy_lr=5e-4, clone_steps=300)
-PRESETS = {
-    "xor": TIES | dict(dataset="aa-ab-ba"),
-    "coordination": TIES,
-    "m-ne": MATRIX | dict(
-        batch_size=256, alpha=0.1, beta=20.0, beta_end=0.01, beta_hold=500, warmup=200, critic_lr=3e-3,
-        weight_cap=1000.0, ratio_cap=1000.0, clone_batch=256,
-    ),
-}  # fmt: skip
+def preset(task):
+    """What differs from Bridge's values, above, in a matrix game; each value can be set by its flag."""
+    payoff = envs.make("matrix", task).payoff
+    values = dict(dataset=datasets.names("matrix", task)[-1], steps=1500, one_hot=False, tau=0.05, clone_lr=1e-3)
+    if task in ("xor", "coordination"):  # conventions that pay the same; a tie breaks where alpha + beta < cql / 2
+        values |= dict(beta=0.1, cql=0.5, actor_data="resampled", batch_size=64, policy_lr=5e-4, clone_steps=300)
+    else:  # unequal ones: beta starts at the largest difference between payoffs, the other weights in proportion
+        unit = (payoff.max() - payoff.min()).item() / 200 or 1.0
+        values |= dict(alpha=unit, beta=200 * unit, beta_end=0.1 * unit, cql=5 * unit, beta_hold=500, warmup=200)
+        values |= dict(batch_size=256, critic_lr=3e-3, weight_cap=1000.0, ratio_cap=1000.0, clone_batch=256)
+    return values | (dict(dataset="aa-ab-ba") if task == "xor" else {})
 
 
 # ---------------------------------------------------------------- networks
@@ -318,11 +319,11 @@ def turn(i, team, seen, data, noise, beta, learn_policy, adams, losses, args):
 
 @torch.no_grad()
 def agent_order(team, data, generators, args):
-    """Who learns when in one sweep, a list of agents; drawn once for all seeds, so that a seed trained alone meets
-    the same order.
+    """Who learns when in one sweep, a list of agents, the same for all seeds.
 
-    "semi-greedy" (A2PO, Wang et al., 2023) gives every other place to the remaining agent with the largest mean
-    |Q'_i(s,a_i) - E_pi Q'_i(s,.)| over a minibatch and all seeds, and the places between to random agents.
+    "random" and "fixed" do not depend on which seeds train together. "semi-greedy" (A2PO, Wang et al., 2023) does: it
+    gives every other place to the remaining agent with the largest mean |Q'_i(s,a_i) - E_pi Q'_i(s,.)| over a
+    minibatch and all seeds, and the places between to random agents.
     """
     order = torch.randperm(len(team.policies), generator=generators[0]).tolist()
     if args.order == "fixed":
@@ -417,19 +418,21 @@ def report(folder, args, team, data, dataset, encode, rows, seconds, wall, devic
     title = f"InSPO on {runs.slug(args.env, args.task, args.dataset)}, {S} seeds"
     levels = {"dataset": summary["dataset_return"]} | ({} if best is None else {"best possible": best})
     columns = {"return": "greedy", "sampled_return": "sampled"}
-    runs.save_figure(folder / "curve.png", runs.draw_curves(rows, columns, levels, title, "sweeps"))
+    figures = {"curve.png": runs.draw_curves(rows, columns, levels, title, "updates")}
     if args.env == "bridge":
         strips = {"cloned team": films["cloned team"][:, 1], "InSPO": films["InSPO"][:, 0]}
-        runs.save_figure(folder / "policy.png", draw_strips(strips))
+        figures["policy.png"] = draw_strips(strips)
     if args.env == "matrix" and len(team.policies) == 2:
         obs, avail = data["obs"][:1].expand(S, -1, -1), data["avail_actions"][0]
         pi = [log_probs(p, obs[:, None, i], avail[i]).exp().detach() for i, p in enumerate(team.policies)]  # (S, 1, A)
         joint = (pi[0].mT * pi[1]).cpu()  # (S, A, A)
         summary["joint_policy"] = joint.tolist()
         tables = {"dataset": dataset.joint_actions()} | {f"seed {s}": p for s, p in zip(summary["seeds"], joint[:5])}
-        runs.save_figure(folder / "policy.png", draw_joints(tables))
+        figures["policy.png"] = draw_joints(tables)
         for seed, table in zip(summary["seeds"], joint.tolist()):
             print(f"joint policy, seed {seed}:  " + "   ".join(" ".join(f"{p:.2f}" for p in row) for row in table))
+    for name, figure in figures.items():
+        runs.save_figure(folder / name, figure)
     runs.save_json(folder / "summary.json", summary)
     scores = {"InSPO": ("return", "sampled_return"), "behavioural cloning": ("cloned_return", "cloned_sampled_return")}
     print(f"\n{title}: {folder}")
@@ -439,7 +442,12 @@ def report(folder, args, team, data, dataset, encode, rows, seconds, wall, devic
 
 # ---------------------------------------------------------------- main
 def one_hot(x):
-    """A function (..., D) -> (..., W) with one column for each value that an entry of x (R, D) takes; constants go."""
+    """A function (..., D) -> (..., W) with one column for each value that an entry of x (R, D) takes.
+
+    An entry that never changes gets none, and a value that x does not hold becomes zeros.
+    """
+    if (x != x.round()).any():
+        raise ValueError("--one-hot needs whole numbers as observations: add --no-one-hot")
     values = [column.unique().tolist() for column in x.T]
     pairs = torch.tensor([(d, v) for d, vs in enumerate(values) if len(vs) > 1 for v in vs], device=x.device)
     if not 0 < len(pairs) <= 1000:
@@ -459,10 +467,6 @@ def main(args):
         encode = one_hot(data["obs"].flatten(0, 1))
         data["state"] = one_hot(data["state"])(data["state"])
     data["obs"] = encode(data["obs"])
-    tracker = runs.start_tracking("inspo", args) if args.track else None
-    folder = runs.open_folder("inspo", args, device)
-    saved = runs.load_checkpoint(folder, device) if args.resume else None
-
     S, seeds = args.num_seeds, range(args.seed, args.seed + args.num_seeds)
     (_, N, A), O, D = data["avail_actions"].shape, data["obs"].shape[-1], data["state"].shape[-1]
     team = Team(N, A, O, D, args, [runs.stream(seed, 0) for seed in seeds]).to(device)
@@ -471,16 +475,23 @@ def main(args):
         "policies": [torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True) for policy in team.policies],
         "alpha": [torch.optim.Adam([team.log_alpha], args.alpha_lr, fused=True)],
     }
-    losses = [torch.compile(loss) if args.compile else loss for loss in (critic_loss, policy_loss)]
+    losses = [*map(runs.compiler(args.compile, device), (critic_loss, policy_loss))]
     generators = [torch.Generator().manual_seed(0), *(runs.stream(seed, 2, device) for seed in seeds)]
     step, rows, seconds = 0, [], 0.0
+
+    tracker = runs.start_tracking("inspo", args) if args.track else None
+    folder = runs.open_folder("inspo", args, device)
+    saved = runs.load_checkpoint(folder, device) if args.resume else None
     if saved:
-        team.load_state_dict(saved["team"])
-        for adam, state in zip(sum(adams.values(), []), saved["adams"], strict=True):
-            adam.load_state_dict(state)
-        for generator, state in zip(generators, saved["generators"], strict=True):
-            generator.set_state(state.cpu())
-        step, rows, seconds, wall = saved["step"], saved["rows"], saved["seconds"], wall - saved["wall"]
+        try:
+            team.load_state_dict(saved["team"])
+            for adam, state in zip(sum(adams.values(), []), saved["adams"], strict=True):
+                adam.load_state_dict(state)
+            for generator, state in zip(generators, saved["generators"], strict=True):
+                generator.set_state(state.cpu())
+            step, rows, seconds, wall = saved["step"], saved["rows"], saved["seconds"], wall - saved["wall"]
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            raise ValueError(f"{folder}/checkpoint.pt is of another run: delete it to start this one again") from None
     else:
         clone(team, data, args, [runs.stream(seed, 1, device) for seed in seeds])
     tabulate(team, data, S)
@@ -491,7 +502,7 @@ def main(args):
         if not rows or rows[-1]["step"] < step:  # a resumed run has this evaluation already
             for name, value in logs.items():
                 if not value.isfinite().all():
-                    raise FloatingPointError(f"{name} is not finite after {step} sweeps: try smaller step sizes")
+                    raise FloatingPointError(f"{name} is not finite after {step} updates: try smaller step sizes")
             greedy, sampled, _ = evaluate(team.policies, encode, args, step, args.eval_episodes, device)
             logs |= {"return": greedy.mean(1), "sampled_return": sampled.mean(1), "alpha": team.log_alpha.exp()[:, 0]}
             columns = {name: value.tolist() for name, value in logs.items()}
@@ -533,9 +544,8 @@ def parse(argv=None):
         args = read(default=replace(runs.saved_args(Args, args.out_dir), resume=True, out_dir=args.out_dir))
     elif args.env == "matrix":
         task = args.task or "xor"
-        preset = {"dataset": datasets.names("matrix", task)[-1]} | PRESETS.get(task, PRESETS["m-ne"])
-        args = read(default=Args(**preset, env="matrix", task=task))
-    zero = "seed beta beta_end beta_hold warmup cql kl_target gamma layers clone_steps"
+        args = read(default=Args(**preset(task), env="matrix", task=task))
+    zero = "seed beta beta_hold warmup cql kl_target gamma layers clone_steps"
     runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma tau")
     return args
 
@@ -546,7 +556,8 @@ if __name__ == "__main__":
         args = parse()
         main(args)
     except KeyboardInterrupt:
-        print(f"interrupted; go on with: --resume --out-dir {args.out_dir if args else 'FOLDER'}", file=sys.stderr)
+        folder = args.out_dir if args else ""
+        print(f"interrupted; go on with: --resume --out-dir {folder}" if folder else "interrupted", file=sys.stderr)
         sys.exit(130)  # the shell's code for Ctrl-C
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -495,14 +495,14 @@ def main(args):
     device, folder = runs.choose_device(args.device), Path(args.out_dir)
     args = replace(args, device=device.type)
     folder.mkdir(parents=True, exist_ok=True)
-    runs.save_json(folder / "config.json", runs.provenance(device) | asdict(args))
-    # Everything is computed before anything else is written: a diverged run leaves no half set of files.
+    # Everything is computed before anything is written: a diverged run leaves an earlier run's files as they are.
     figures, rows = {}, []
     for name in dict.fromkeys(args.figures):
         figures[f"figure{name}.png"], new_rows = FIGURES[name](args)
         rows += new_rows
     summary = {"script": "polygames", "device": args.device, "seeds": [*range(args.seed, args.seed + args.num_seeds)]}
     summary |= {"table": table(args), "rewards": mean_rewards(args, rows)}
+    runs.save_json(folder / "config.json", runs.provenance(device) | asdict(args))
     for name, figure in figures.items():
         runs.save_figure(folder / name, figure)
     if rows:

@@ -4,6 +4,7 @@ python data/collect.py --env bridge --dataset mixed --out mixed.h5
 python data/collect.py --env matrix --task "[[1, 0], [0, 2]]" --dataset "[0.9, 0.1]" --out mine.h5
 """
 
+import hashlib
 import json
 import platform
 import re
@@ -20,10 +21,10 @@ if __name__ == "__main__":  # let `python data/collect.py` find the packages bes
 
 import envs
 from data.dataset import Dataset, read, write
-from envs.matrix import MATRIX_TASKS, read_payoff
+from envs.matrix import read_payoff
 
 CACHE = Path(__file__).parent / "cache"
-COLLECTOR = 1  # raise it when a collector changes, so that older cached files are collected again
+COLLECTOR = 1  # raise it when a collector changes, so that data cached before are not used again
 
 # Matrix games. Joint actions in equal parts ("AB": agent 0 plays A, agent 1 plays B), or for each agent the
 # probabilities of its actions, drawn independently. A name that is a JSON list holds the probabilities itself.
@@ -72,12 +73,13 @@ def load(env, task, dataset, device="cpu", seed=0, episodes=None):
 
 def _cached(env, task, name, seed, episodes):
     _known(env, task, name)
-    label = [env, task, name, f"{episodes or EPISODES.get(name, 1000)}", f"seed{seed}"]
-    path = CACHE / ("-".join(re.sub(r"[^\w.]+", "_", part) for part in label if part) + ".h5")
+    episodes = episodes or EPISODES.get(name, 1000)
+    rules = read_payoff(task or "xor").tolist() if env == "matrix" else None
+    key = json.dumps([env, task, rules, name, episodes, seed, COLLECTOR])  # all that the content depends on
+    words = [re.sub(r"\W+", "_", word).strip("_")[:40] for word in (env, task, name)]
+    path = CACHE / ("-".join([*filter(None, words), hashlib.sha1(key.encode()).hexdigest()[:12]]) + ".h5")
     try:
-        found = read(path)
-        if found.info.get("collector") == COLLECTOR:
-            return found
+        return read(path)
     except (ValueError, OSError):
         pass  # not there yet, or not to be trusted: collect it
     found = collect_dataset(env, task, name, seed, episodes)
@@ -91,7 +93,8 @@ def _cached(env, task, name, seed, episodes):
 def _known(env, task, name):
     if name not in names(env, task) and not (env == "matrix" and name.startswith("[")):
         raise ValueError(
-            f"{env} {task} has no dataset {name!r}: choose {', '.join(names(env, task))}, or give the path of a file"
+            f"{f'{env} {task}'.strip()} has no dataset {name!r}: "
+            f"choose {', '.join(names(env, task))}, or give the path of a file"
         )
 
 
@@ -102,7 +105,9 @@ def _belongs(dataset, env, task, game, source):
     if not same:
         flags = f"--env {other_env}" + (f" --task {other_task!r}" if other_task else "")
         raise ValueError(f"{source} was recorded in another task than {env} {task}".rstrip() + f": use {flags}")
-    A = dataset.actions.shape[-1] if dataset.avail_actions is None else dataset.avail_actions.shape[-1]
+    if dataset.actions.is_floating_point():
+        raise ValueError(f"{source} has continuous actions, {env} has discrete ones")
+    A = dataset.avail_actions.shape[-1]
     found = (dataset.obs.shape[2], dataset.obs.shape[3], dataset.state.shape[2], A)
     wanted = (game.num_agents, game.obs_dim, game.state_dim, game.num_actions)
     if found != wanted:
@@ -129,6 +134,8 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
     game = envs.make(env, task)
     _known(env, task, name)
     episodes = episodes or EPISODES.get(name, 1000)
+    if episodes < 1:
+        raise ValueError(f"a dataset needs at least one episode, not {episodes}")
     generator = torch.Generator().manual_seed(seed)
     if env == "matrix":
         behaviour = MATRIX_BEHAVIOURS.get(task or "xor", {}).get(name)
@@ -182,7 +189,7 @@ def _matrix_actions(behaviour, episodes, generator):
     """Joint actions (E, N) int64 of one of `MATRIX_BEHAVIOURS`."""
     if isinstance(behaviour[0], str):
         joint = torch.tensor([[ord(letter) - ord("A") for letter in word] for word in behaviour])
-        return joint.repeat_interleave(episodes // len(joint), 0)
+        return joint[torch.arange(episodes) * len(joint) // episodes]  # equal parts, up to the rounding
     draws = [torch.multinomial(torch.tensor(p).double(), episodes, True, generator=generator) for p in behaviour]
     return torch.stack(draws, 1)
 
@@ -225,22 +232,18 @@ def _bridge_optimal(episodes, limit, generator):
 
 @dataclass
 class Args:
-    env: str = "bridge"
-    """the environment: bridge or matrix"""
-    task: str = ""
-    """its task; for matrix also a payoff table as JSON"""
-    dataset: str = "mixed"
-    """the behaviour: a name from the README's table; for matrix also the probabilities of the actions as JSON"""
-    episodes: int = 0
-    """how many episodes; 0 for the default"""
-    seed: int = 0
-    """of the behaviour"""
-    out: Path = Path("dataset.h5")
-    """the HDF5 file to write"""
+    env: str = "bridge"  # the environment: bridge or matrix
+    task: str = ""  # its task; for matrix also a payoff table as JSON
+    dataset: str = ""  # the behaviour, by default the task's last; for matrix also probabilities as JSON
+    episodes: int = 0  # how many episodes; 0 for the default
+    seed: int = 0  # of the behaviour
+    out: Path = Path("dataset.h5")  # the HDF5 file to write
 
 
 def main(args):
-    dataset = collect_dataset(args.env, args.task, args.dataset, args.seed, args.episodes)
+    dataset = collect_dataset(
+        args.env, args.task, args.dataset or names(args.env, args.task)[-1], args.seed, args.episodes
+    )
     write(dataset, args.out)
     print(f"{args.out}: {len(dataset.returns)} episodes, mean return {dataset.returns.mean():.4f}")
 
@@ -250,5 +253,8 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args, description=__doc__.splitlines()[0]))
+    except KeyboardInterrupt:
+        print("interrupted: no file was written", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -82,25 +82,43 @@ class Dataset:
             if not good:
                 raise ValueError(f"{source}: {complaint}")
 
-        insist(self.obs.dim() == 4, f"obs must be (episodes, steps + 1, agents, entries), not {_shape(self.obs)}")
+        flags = torch.bool
+        discrete = self.actions.dtype == torch.int64
+        rank = {
+            "obs": 4,
+            "state": 3,
+            "avail_actions": 4,
+            "actions": 3 if discrete else 4,
+            "reward": 2,
+            "terminated": 2,
+            "mask": 2,
+        }
+        kind = {
+            "avail_actions": flags,
+            "terminated": flags,
+            "mask": flags,
+            "actions": torch.int64 if discrete else torch.float32,
+        }
+        for name, dimensions in rank.items():
+            tensor = getattr(self, name)
+            if tensor is None and name == "avail_actions":
+                insist(not discrete, "discrete actions need avail_actions (E, T + 1, N, A)")
+                continue
+            insist(
+                tensor.dim() == dimensions, f"{name} must have {dimensions} dimensions, not the shape {_shape(tensor)}"
+            )
+            wanted = kind.get(name, torch.float32)
+            insist(tensor.dtype == wanted, f"{name} must be {wanted}, not {tensor.dtype}")
         E, T, N = self.obs.shape[0], self.obs.shape[1] - 1, self.obs.shape[2]
         insist(E > 0 and T > 0 and self.mask.any(), "it holds no step; an empty dataset teaches nothing")
-        discrete = not self.actions.is_floating_point()
-        insist(
-            discrete or self.actions.dim() == 4, f"continuous actions must be (E, T, N, A), not {_shape(self.actions)}"
-        )
-        insist(not discrete or self.avail_actions is not None, "discrete actions need avail_actions (E, T + 1, N, A)")
         A = self.avail_actions.shape[-1] if discrete else self.actions.shape[-1]
-        wanted = {
-            "state": (E, T + 1, self.state.shape[-1]),
-            "actions": (E, T, N) if discrete else (E, T, N, A),
-            "reward": (E, T), "terminated": (E, T), "mask": (E, T),
-        }  # fmt: skip
+        shapes = {"state": (E, T + 1, self.state.shape[-1]), "actions": (E, T, N) if discrete else (E, T, N, A)}
+        shapes |= {"reward": (E, T), "terminated": (E, T), "mask": (E, T)}
         if self.avail_actions is not None:
-            wanted["avail_actions"] = (E, T + 1, N, A)
-        for name, shape in wanted.items():
+            shapes["avail_actions"] = (E, T + 1, N, A)
+        for name, shape in shapes.items():
             found = getattr(self, name)
-            insist(tuple(found.shape) == shape, f"{name} has shape {_shape(found)}, but obs calls for {shape}")
+            insist(_shape(found) == shape, f"{name} has shape {_shape(found)}, but obs calls for {shape}")
         for name in ("obs", "state", "reward") + (() if discrete else ("actions",)):
             insist(getattr(self, name).isfinite().all(), f"{name} holds NaN or infinite numbers")
         insist(self.mask[:, 0].all(), "an episode has no step")
@@ -114,6 +132,8 @@ class Dataset:
             insist(not outside.any(), f"actions must lie in 0 .. {A - 1}; found {_extremes(self.actions)}")
             legal = self.avail_actions[:, :-1].gather(-1, self.actions[..., None])[..., 0] | ~self.mask[..., None]
             insist(legal.all(), "an action was taken that avail_actions forbids")
+            seen = torch.cat([torch.ones_like(self.mask[:, :1]), self.mask], 1)  # (E, T+1): there is an observation
+            insist(self.avail_actions[seen].any(-1).all(), "an agent has no available action")
         else:
             insist(
                 self.actions.abs().max() <= 1 + 1e-5, f"actions must lie in [-1, 1]; found {_extremes(self.actions)}"
@@ -122,7 +142,6 @@ class Dataset:
 
 
 TENSORS = tuple(f.name for f in fields(Dataset) if f.name != "info")
-DTYPES = {"terminated": torch.bool, "mask": torch.bool, "avail_actions": torch.bool}  # the others: by kind
 
 
 def write(dataset, path):
@@ -170,6 +189,8 @@ def _read_hdf5(path):
             missing = [n for n in TENSORS if n not in file and n != "avail_actions"]
             if missing:
                 raise ValueError(f"{path} is not one of our datasets: it lacks {', '.join(missing)}")
+            if not all(isinstance(file[name], h5py.Dataset) for name in TENSORS if name in file):
+                raise ValueError(f"{path} is not one of our datasets: it holds groups in place of arrays")
             arrays = {name: file[name][()] for name in TENSORS if name in file}
             info = {key: json.loads(value) for key, value in file.attrs.items()}
     except (OSError, RuntimeError, KeyError) as error:
@@ -178,15 +199,20 @@ def _read_hdf5(path):
         raise ValueError(f"{path} is not one of our datasets: its attributes are not JSON") from None
     if info.get("format") != FORMAT:
         raise ValueError(f"{path} has format {info.get('format')}, this code reads {FORMAT}: collect it again")
-    return Dataset(**{name: _tensor(arrays[name], name) if name in arrays else None for name in TENSORS}, info=info)
+    tensors = {name: _tensor(arrays[name], name, path) if name in arrays else None for name in TENSORS}
+    return Dataset(**tensors, info=info)
 
 
-def _tensor(array, name):
-    """A float array as float32, an integer one as int64, a mask as bool."""
+def _tensor(array, name, source):
+    """A numpy array as the tensor that the field `name` calls for: float32, bool, or, for actions, by its kind."""
     if array.dtype.kind not in "fiub":
-        raise ValueError(f"{name} holds {array.dtype}, not numbers")
-    kind = torch.float32 if array.dtype.kind == "f" else torch.int64
-    return torch.as_tensor(array).to(DTYPES.get(name, kind))
+        raise ValueError(f"{source}: {name} holds {array.dtype}, not numbers")
+    if name in ("terminated", "mask", "avail_actions", "filled"):
+        if not np.isin(array, (0, 1)).all():
+            raise ValueError(f"{source}: {name} must hold 0 and 1 only")
+        return torch.as_tensor(array.astype(bool))
+    whole = name == "actions" and array.dtype.kind != "f"
+    return torch.as_tensor(array).to(torch.int64 if whole else torch.float32)
 
 
 def read_alberdice(folder):
@@ -196,31 +222,31 @@ def read_alberdice(folder):
     action is junk. It marks a time-out as terminated; here a game is terminated only if both agents stand on
     their goals, so that a value function may look beyond the time limit.
     """
-    names = ("obs", "state", "avail_actions", "actions", "reward", "terminated", "filled")
-    try:
-        array = {n: np.load(Path(folder) / f"{n}.npy", allow_pickle=False) for n in names}
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder} is not a folder of AlberDICE's .npy files: it lacks {Path(error.filename).name}"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{folder}: a .npy file is damaged ({error})") from None
-    if array["state"].shape[-1] != 8:
-        raise ValueError(
-            f"{folder}: the state has {array['state'].shape[-1]} entries; only Bridge, with 8, is known here"
-        )
-    filled = torch.as_tensor(array["filled"][..., 0]).bool()  # (E, T+1)
+    rank = {"obs": 4, "state": 3, "avail_actions": 4, "actions": 4, "reward": 3, "terminated": 3, "filled": 3}
+    tensor = {}
+    for name, dimensions in rank.items():
+        try:
+            array = np.load(Path(folder) / f"{name}.npy", allow_pickle=False)
+        except FileNotFoundError:
+            raise ValueError(f"{folder} is not a folder of AlberDICE's .npy files: it lacks {name}.npy") from None
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{folder}: {name}.npy is damaged ({error})") from None
+        tensor[name] = _tensor(array, name, folder)
+        if array.ndim != dimensions or array.shape[:2] != tensor["obs"].shape[:2] or 0 in array.shape:
+            raise ValueError(f"{folder}: {name}.npy has the shape {array.shape}, which does not fit the other arrays")
+    state, filled = tensor["state"], tensor["filled"][..., 0]
+    if state.shape[-1] != 8:
+        raise ValueError(f"{folder}: the state has {state.shape[-1]} entries; only Bridge, with 8, is known here")
     mask = filled[:, 1:]
     longest = int(mask.sum(1).max())
-    state = _tensor(array["state"], "state")
     home = (state[..., [0, 1, 4, 5]] == state[..., [2, 3, 6, 7]]).all(-1)  # (E, T+1) both agents on their goals
     return Dataset(
-        obs=_tensor(array["obs"], "obs")[:, : longest + 1],
+        obs=tensor["obs"][:, : longest + 1],
         state=state[:, : longest + 1],
-        avail_actions=_tensor(array["avail_actions"], "avail_actions")[:, : longest + 1],
-        actions=(_tensor(array["actions"], "actions")[:, :-1, :, 0] * mask[..., None])[:, :longest],
-        reward=_tensor(array["reward"], "reward")[:, :longest, 0],
-        terminated=(home[:, 1:] & mask & _tensor(array["terminated"], "terminated")[:, :-1, 0])[:, :longest],
+        avail_actions=tensor["avail_actions"][:, : longest + 1],
+        actions=(tensor["actions"][:, :-1, :, 0] * mask[..., None])[:, :longest],
+        reward=tensor["reward"][:, :longest, 0],
+        terminated=(home[:, 1:] & mask & tensor["terminated"][:, :-1, 0])[:, :longest],
         mask=mask[:, :longest],
         info={"env": "bridge", "task": "", "name": Path(folder).name, "behaviour": "published with AlberDICE"},
     )

@@ -8,24 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
 import tyro
+from matplotlib.figure import Figure
 
 if __name__ == "__main__":  # let `python data/describe.py` find the packages beside its own folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from data import runs
 from data.dataset import TENSORS, read
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 
 @dataclass
 class Args:
-    path: Annotated[Path, tyro.conf.Positional]
-    """an HDF5 file of ours, or AlberDICE's folder of .npy files"""
-    out: Path | None = None
-    """the histogram picture; by default runs/describe/NAME.png"""
+    path: Annotated[Path, tyro.conf.Positional]  # an HDF5 file of ours, or AlberDICE's folder of .npy files
+    out: Path | None = None  # the histogram picture; by default runs/describe/NAME.png
 
 
 def describe(dataset):
@@ -48,29 +44,32 @@ def describe(dataset):
     return lines
 
 
-def histogram(dataset, path):
-    """Write a picture of the episode returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
-    axes.hist(dataset.returns.numpy(), bins=40, color="tab:blue")
-    axes.axvline(dataset.returns.mean(), color="black", linestyle="--", label=f"mean {dataset.returns.mean():.3f}")
-    axes.set(xlabel="episode return", ylabel="episodes", title=" ".join(
-        str(dataset.info[key]) for key in ("env", "task", "name") if dataset.info.get(key)))  # fmt: skip
+def histogram(dataset):
+    """A figure of the episode returns."""
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes, returns = figure.subplots(), dataset.returns.double()
+    title = " ".join(str(dataset.info[key]) for key in ("env", "task", "name") if dataset.info.get(key))
+    axes.hist(returns.numpy(), bins=40 if returns.max() > returns.min() else 1, color="tab:blue")
+    axes.axvline(returns.mean(), color="black", linestyle="--", label=f"mean {returns.mean():.3f}")
+    axes.set(xlabel="episode return", ylabel="episodes", title=title)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 def main(args):
     dataset = read(args.path)
     print("\n".join(describe(dataset)))
     out = args.out or Path("runs") / "describe" / f"{args.path.stem}.png"
-    histogram(dataset, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    runs.save_figure(out, histogram(dataset))
     print(f"{'histogram':14s} {out}")
 
 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__.splitlines()[0]))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

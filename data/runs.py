@@ -6,10 +6,11 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,13 @@ def choose_device(name):
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def compiler(wanted, device):
+    """`torch.compile` if it is wanted, else a function that changes nothing; ValueError if it cannot work here."""
+    if wanted and device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        raise ValueError("--compile needs a C++ compiler on the CPU, and there is none")
+    return torch.compile if wanted else lambda function: function
+
+
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
@@ -118,21 +126,29 @@ def open_folder(script, args, device):
         ValueError: the folder holds a run already, or there is none to resume, or a flag would change its result.
         OSError: it cannot be written.
     """
-    folder = Path(
-        args.out_dir or f"runs/{script}/{slug(args.env, args.task, args.dataset)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
-    args.out_dir = str(folder)
-    path = folder / "config.json"
     if args.resume:
+        folder = Path(args.out_dir)
         for key, value in asdict(saved_args(type(args), folder)).items():
             if key not in MAY_CHANGE and getattr(args, key) != value:
                 flag = "--" + key.replace("_", "-")
                 raise ValueError(f"{folder} was begun with {flag} {value}: it cannot go on with {getattr(args, key)}")
         return folder
-    if path.exists():
-        raise ValueError(f"{folder} holds a run already: add --resume to go on with it, or name another --out-dir")
+    name = f"runs/{script}/{slug(args.env, args.task, args.dataset)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, again = Path(args.out_dir or name), 1
+    while not args.out_dir:  # a folder that no run beside this one has taken
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            folder, again = Path(f"{name}-{again}"), again + 1
+    args.out_dir = str(folder)
+    for file in ("config.json", "checkpoint.pt"):
+        if (folder / file).exists():
+            raise ValueError(
+                f"{folder} holds a run already: --resume goes on with it; else delete it or change --out-dir"
+            )
     folder.mkdir(parents=True, exist_ok=True)
-    save_json(path, {"script": script, "args": asdict(args)} | provenance(device))
+    save_json(folder / "config.json", {"script": script, "args": asdict(args)} | provenance(device))
     return folder
 
 
@@ -151,10 +167,13 @@ def saved_args(kind, folder):
     """The arguments, a dataclass `kind`, with which the run in `folder` was begun; ValueError if there are none."""
     path = Path(folder) / "config.json"
     try:
-        return kind(**json.loads(path.read_text())["args"])
+        saved = json.loads(path.read_text())["args"]
+        if saved.keys() != {field.name for field in fields(kind)}:
+            raise KeyError
+        return kind(**saved)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no run to resume in {folder or '--out-dir'}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is damaged, or of another version: the run cannot be resumed") from None
 
 
@@ -168,13 +187,14 @@ def start_tracking(script, args):
 
 
 def slug(*words):
-    """A folder name of the words that are not empty."""
-    return "-".join(re.sub(r"[^\w.]+", "_", Path(word).stem).strip("_") for word in words if word)
+    """A folder name of the words that are not empty; of a path its last part."""
+    words = [Path(word).stem if "/" in word or word.endswith((".h5", ".hdf5")) else word for word in words]
+    return "-".join(re.sub(r"[^\w.-]+", "_", word).strip("_")[:60] for word in words if word)
 
 
 def stream(seed, purpose, device="cpu"):
     """A generator of its own for each seed and purpose, so that a seed's numbers do not depend on its neighbours."""
-    return torch.Generator(device).manual_seed(1_000_003 * seed + purpose)
+    return torch.Generator(device).manual_seed((1_000_003 * seed + purpose) % 2**63)
 
 
 def uniform(generators, *shape):

@@ -62,20 +62,21 @@ class MatrixGame(VectorEnv):
 
     def _observe(self):
         ones = torch.ones(self.num_envs, self.num_agents, 1, device=self.device)
-        return ones, {"state": ones[:, 0], "avail_actions": self.avail.expand(self.num_envs, -1, -1)}
+        return ones, {"state": ones[:, 0].clone(), "avail_actions": self.avail.repeat(self.num_envs, 1, 1)}
 
 
 def draw_joints(tables):
     """A figure of two agents' joint actions: {title: probabilities (A_0, A_1)}, each a shaded table."""
     figure = Figure(figsize=(2.1 * len(tables), 2.4), layout="constrained")
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    most = max(max(table.shape) for table in tables.values())
+    names = [chr(ord("A") + k) if most <= 26 else str(k) for k in range(most)]
     for axes, (title, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items()):
         axes.imshow(table.tolist(), cmap="Blues", vmin=0, vmax=1)
         for a, row in enumerate(table.tolist()):
             for b, p in enumerate(row):
                 axes.text(b, a, f"{p:.2f}", ha="center", va="center", color="white" if p > 0.6 else "black", fontsize=8)
-        axes.set_xticks(range(table.shape[1]), letters[: table.shape[1]])
-        axes.set_yticks(range(table.shape[0]), letters[: table.shape[0]])
+        axes.set_xticks(range(table.shape[1]), names[: table.shape[1]])
+        axes.set_yticks(range(table.shape[0]), names[: table.shape[0]])
         axes.set(title=title, xlabel="agent 1", ylabel="agent 0")
     return figure
 

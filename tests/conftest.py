@@ -1,4 +1,4 @@
-"""What the tests share: the scripts as modules, a command line, and the marker for long runs."""
+"""What the tests share: the scripts as modules, and a command line."""
 
 import importlib.util
 import os
@@ -12,22 +12,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # real data by other authors; tests that need it are skipped without it
 sys.path.insert(0, str(ROOT))
-
-
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that take many minutes")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes many minutes; runs only with --slow")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        skip = pytest.mark.skip(reason="takes many minutes: add --slow")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
 
 
 def load_script(name):

@@ -78,7 +78,7 @@ BROKEN = {
     "a forbidden action": (lambda d: {"avail_actions": torch.zeros_like(d.avail_actions)}, "forbids"),
     "too few rewards": (lambda d: {"reward": d.reward[:, 1:]}, "reward has shape"),
     "too many agents": (lambda d: {"actions": d.actions.repeat(1, 1, 2)}, "actions has shape"),
-    "flat observations": (lambda d: {"obs": d.obs[:, :, 0]}, "obs must be"),
+    "flat observations": (lambda d: {"obs": d.obs[:, :, 0]}, "obs must have 4 dimensions"),
     "a hole in the mask": (lambda d: {"mask": d.mask & (torch.arange(d.mask.shape[1]) != 2)}, "hole"),
     "an episode without steps": (lambda d: {"mask": d.mask & (torch.arange(len(d.mask)) > 0)[:, None]}, "has no step"),
     "life after the end": (lambda d: {"terminated": torch.ones_like(d.terminated)}, "goes on after it terminated"),
@@ -157,7 +157,7 @@ def joint_counts(dataset, actions):
                                          ("aa-ab-ba", [[1, 1], [1, 0]]), ("all", [[1, 1], [1, 1]])])  # fmt: skip
 def test_xor_is_an_equal_mix(name, share):
     share = torch.tensor(share) / sum(map(sum, share))
-    found = data.collect_dataset("matrix", "xor", name)
+    found = data.collect_dataset("matrix", "xor", name, episodes=1200)
     assert torch.allclose(joint_counts(found, 2) / len(found.mask), share)
     assert found.returns.mean().item() == pytest.approx((share * torch.tensor([[0, 1], [1, 0]])).sum().item())
 

@@ -553,7 +553,7 @@ def test_bridge_is_crossed_by_five_of_five_seeds(tmp_path, dataset):
     (("--out-dir", "/dev/null/run"), "/dev/null"),
     (("--out-dir", "/proc/run"), "/proc/run"),
     (("--resume", "--out-dir", "nowhere"), "no run to resume in nowhere"),
-    (("--critic-lr", "1e30", "--clone-steps", "5", "--eval-every", "20"), "q_loss is not finite after 20 sweeps"),
+    (("--critic-lr", "1e30", "--clone-steps", "5", "--eval-every", "20"), "q_loss is not finite after 20 updates"),
     (("--env", "matrix", "--one-hot", "--task", "xor"), "add --no-one-hot"),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_line(tmp_path, words, said):
@@ -575,7 +575,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     words = ("--env", "matrix", "--steps", 4, "--eval-every", 2, "--clone-steps", 2, "--out-dir", tmp_path / "run")
     train(tmp_path / "run", *words[:-2])
     before = {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()}
-    complains(command("algorithms/inspo.py", *words), "holds a run already: add --resume")
+    complains(command("algorithms/inspo.py", *words), "holds a run already: --resume goes on")
     complains(
         command("algorithms/inspo.py", "--resume", "--out-dir", tmp_path / "run", "--alpha", 1),
         "begun with --alpha 0.02",
