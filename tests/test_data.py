@@ -83,6 +83,10 @@ BROKEN = {
     "an episode without steps": (lambda d: {"mask": d.mask & (torch.arange(len(d.mask)) > 0)[:, None]}, "has no step"),
     "life after the end": (lambda d: {"terminated": torch.ones_like(d.terminated)}, "goes on after it terminated"),
     "no available actions": (lambda d: {"avail_actions": None}, "need avail_actions"),
+    "no dimension": (lambda d: {"state": torch.tensor(1.0)}, "state must have 3 dimensions"),
+    "whole numbers as reward": (lambda d: {"reward": d.reward.long()}, "reward must be torch.float32"),
+    "nothing to choose": (lambda d: {"avail_actions": d.avail_actions & (torch.arange(51) < 1)[:, None, None],
+                                     "mask": d.mask & (torch.arange(50) < 1)}, "no available action"),
     "continuous actions out of range": (
         lambda d: {"actions": torch.full((*d.actions.shape, 3), 1.5), "avail_actions": None}, "in \\[-1, 1\\]"),
 }  # fmt: skip
@@ -146,6 +150,18 @@ def test_a_name_is_collected_once_and_a_damaged_cache_again(tmp_path, monkeypatc
     assert same(first, data.read(cached))
     with pytest.raises(ValueError, match="no dataset 'expert': choose balanced, imbalanced"):
         data.load("matrix", "m-ne", "expert")
+
+
+def test_cached_files_never_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.collect, "CACHE", tmp_path)
+    wide, tall = "[[1, 2, 3], [4, 5, 6]]", "[[1, 2], [3, 4], [5, 6]]"
+    first = data.load("matrix", "[[5, 20], [20, 1]]", "uniform")
+    second = data.load("matrix", "[[5, -20], [-20, 1]]", "uniform")
+    assert second.reward.min() == -20 and first.reward.min() == 1
+    assert data.load("matrix", wide, "uniform").reward.max() == data.load("matrix", tall, "uniform").reward.max() == 6
+    few, many = (data.load("matrix", "[[1, 2], [3, 4]]", name) for name in ("[1e-1, 1]", "[1e+1, 1]"))
+    assert few.actions.double().mean() > 0.8 and many.actions.double().mean() < 0.2
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def joint_counts(dataset, actions):
@@ -239,8 +255,17 @@ def test_alberdice_folder_gives_the_same_dataset(small, tmp_path):
     found = data.read(tmp_path)
     assert same(small, found)  # also the time-outs: cut off, not terminated
     assert small.truncated.any()
-    (tmp_path / "reward.npy").write_bytes(b"not an array")
-    with pytest.raises(ValueError, match="damaged"):
+    good = np.load(tmp_path / "reward.npy")
+    for content in (b"not an array", b""):
+        (tmp_path / "reward.npy").write_bytes(content)
+        with pytest.raises(ValueError, match="reward.npy is damaged"):
+            data.read(tmp_path)
+    for bad in (good[:3], good[..., 0], np.float32(1), good[:, :0]):
+        np.save(tmp_path / "reward.npy", bad)
+        with pytest.raises(ValueError, match="reward.npy has the shape"):
+            data.read(tmp_path)
+    np.save(tmp_path / "reward.npy", good.astype(str))
+    with pytest.raises(ValueError, match="reward holds <U"):
         data.read(tmp_path)
 
 
@@ -279,4 +304,5 @@ def test_commands_complain_in_one_line(tmp_path):
     complains(command("data/describe.py", tmp_path / "text.h5"), "text.h5", "damaged")
     complains(command("data/collect.py", "--dataset", "expert"), "no dataset 'expert'")
     complains(command("data/collect.py", "--episodes", 4, "--out", "/dev/null/x.h5"), "/dev/null")
+    complains(command("data/collect.py", "--episodes", -1, "--out", tmp_path / "a.h5"), "at least one episode")
     assert not (ROOT / "runs" / "describe" / "text.png").exists()

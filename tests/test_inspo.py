@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import asdict
 
+import h5py
 import pytest
 import torch
 from conftest import ROOT, SHARED, command, complains, load_script
@@ -541,6 +542,31 @@ def test_bridge_is_crossed_by_five_of_five_seeds(tmp_path, dataset):
     assert config["args"] == asdict(inspo.Args(dataset=dataset, out_dir=str(folder))) and config["git_commit"]
 
 
+@pytest.mark.parametrize(
+    "words, worse_than",
+    [(("--no-resampling",), -1.5), (("--cql", 0), -1.5), (("--alpha", 0.1), -1.4)],
+    ids=["no resampling", "no conservative term", "alpha too large"],
+)
+def test_bridge_needs_each_part(tmp_path, words, worse_than):
+    """On the optimal data a cloned team samples about -1.85, InSPO -1.25; without one of its parts it stays behind."""
+    words = ("--dataset", "optimal", "--steps", 1500, "--eval-every", 1500, *words)
+    summary, _ = train(tmp_path / "run", *words)
+    assert summary["sampled_return"]["mean"] < worse_than
+
+
+@pytest.mark.parametrize("dataset", ["neutral", "unfavourable"])
+def test_coordination_is_solved_whatever_the_data_prefer(tmp_path, dataset):
+    words = ("--env", "matrix", "--task", "coordination", "--dataset", dataset, "--num-seeds", 10)
+    summary, _ = train(tmp_path / "run", *words)
+    assert summary["return"]["per_seed"] == [1.0] * 10 and summary["sampled_return"]["mean"] > 0.95
+
+
+def test_a_table_of_three_agents_written_on_the_command_line(tmp_path):
+    words = ("--env", "matrix", "--task", "[[[1, 0], [0, 0]], [[0, 0], [0, 1]]]", "--steps", 600, "--eval-every", 200)
+    summary, _ = train(tmp_path / "run", *words)
+    assert summary["return"]["mean"] > summary["dataset_return"] and summary["best_return"] == 1
+
+
 # ---------------------------------------------------------------- bad input
 @pytest.mark.parametrize("words, said", [
     (("--env", "chess"), "unknown environment 'chess': choose one of"),
@@ -562,13 +588,73 @@ def test_bad_input_ends_in_one_line(tmp_path, words, said):
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("summary.json"))
 
 
-def test_bad_dataset_files_end_in_one_line(tmp_path):
-    good = data.collect_dataset("matrix", "xor", "all")
-    data.write(good, tmp_path / "xor.h5")
-    complains(command("algorithms/inspo.py", "--dataset", tmp_path / "xor.h5"), "use --env matrix --task 'xor'")
-    (tmp_path / "cut.h5").write_bytes((tmp_path / "xor.h5").read_bytes()[:2000])
-    complains(command("algorithms/inspo.py", "--env", "matrix", "--dataset", tmp_path / "cut.h5"), "cut.h5 is damaged")
-    assert not (ROOT / "runs" / "inspo" / "matrix-xor-cut").exists()
+def damage(name):
+    """A way to make a good file bad, by the name of the harm."""
+
+    def nan(file):
+        file["reward"][3, 0] = float("nan")
+
+    def out_of_range(file):
+        file["actions"][3, 0] = 7
+
+    def wrong_shape(file):
+        reward = file["reward"][:, :0]
+        del file["reward"]
+        file["reward"] = reward
+
+    def empty(file):
+        for key in list(file):
+            array = file[key][:0]
+            del file[key]
+            file[key] = array
+
+    def text(file):
+        del file["reward"]
+        file["reward"] = ["one", "two"]
+
+    def missing(file):
+        del file["obs"]
+
+    return locals()[name]
+
+
+@pytest.mark.parametrize(
+    "harm, said",
+    [
+        ("nan", "reward holds NaN or infinite numbers"),
+        ("out_of_range", "actions must lie in 0 .. 1; found 0 .. 7"),
+        ("wrong_shape", "reward has shape (1000, 0)"),
+        ("empty", "an empty dataset teaches nothing"),
+        ("text", "reward holds object, not numbers"),
+        ("missing", "lacks obs"),
+    ],
+)
+def test_a_damaged_dataset_ends_in_one_line(tmp_path, harm, said):
+    path = tmp_path / "xor.h5"
+    data.write(data.collect_dataset("matrix", "xor", "all"), path)
+    with h5py.File(path, "a") as file:
+        damage(harm)(file)
+    words = ("--env", "matrix", "--dataset", path, "--out-dir", tmp_path / "run")
+    complains(command("algorithms/inspo.py", *words), "xor.h5", said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_or_cut_dataset_ends_in_one_line(tmp_path):
+    path = tmp_path / "xor.h5"
+    data.write(data.collect_dataset("matrix", "xor", "all"), path)
+    complains(command("algorithms/inspo.py", "--dataset", path), "use --env matrix --task 'xor'")
+    path.write_bytes(path.read_bytes()[:2000])
+    complains(command("algorithms/inspo.py", "--env", "matrix", "--dataset", path), "xor.h5 is damaged")
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
+    script = ROOT / "algorithms" / "inspo.py"
+    words = "--env matrix --steps 2 --eval-every 2 --eval-episodes 1 --clone-steps 2".split()
+    together = [
+        subprocess.Popen([sys.executable, script, *words], cwd=tmp_path, stdout=subprocess.PIPE) for _ in range(3)
+    ]
+    assert [process.communicate(timeout=120) and process.returncode for process in together] == [0, 0, 0]
+    assert len(list((tmp_path / "runs" / "inspo").glob("*/summary.json"))) == 3  # and from another working folder
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
@@ -581,8 +667,13 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
         "begun with --alpha 0.02",
     )
     assert before == {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()}
+    resume = ("algorithms/inspo.py", "--resume", "--out-dir", tmp_path / "run")
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    complains(command("algorithms/inspo.py", "--resume", "--out-dir", tmp_path / "run"), "checkpoint.pt is damaged")
+    complains(command(*resume), "checkpoint.pt is damaged")
+    torch.save({"team": {}}, tmp_path / "run" / "checkpoint.pt")
+    complains(command(*resume), "checkpoint.pt is of another run")
+    (tmp_path / "run" / "config.json").write_text('{"args": {"alpha": 1}}')
+    complains(command(*resume), "config.json is damaged, or of another version")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
