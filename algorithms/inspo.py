@@ -431,9 +431,9 @@ def report(folder, args, team, data, dataset, encode, rows, seconds, wall, devic
         figures["policy.png"] = draw_joints(tables)
         for seed, table in zip(summary["seeds"], joint.tolist()):
             print(f"joint policy, seed {seed}:  " + "   ".join(" ".join(f"{p:.2f}" for p in row) for row in table))
+    runs.save_json(folder / "summary.json", summary)
     for name, figure in figures.items():
         runs.save_figure(folder / name, figure)
-    runs.save_json(folder / "summary.json", summary)
     scores = {"InSPO": ("return", "sampled_return"), "behavioural cloning": ("cloned_return", "cloned_sampled_return")}
     print(f"\n{title}: {folder}")
     runs.print_table(("greedy", "sampled"), {name: [summary[k] for k in keys] for name, keys in scores.items()}, levels)

@@ -204,6 +204,23 @@ def test_teammate_model_is_autoregressive(float64):
         assert torch.allclose(total, torch.ones(S, 1))
 
 
+def test_cloned_models_fit_the_counts():
+    """Eq. 21 and 22 on correlated data: mu_i meets the marginals, mu(a_j | a_i) the conditionals, not their product."""
+    recorded = data.collect_dataset("matrix", "xor", "aa-ab-ba")
+    flat = recorded.flatten()
+    args = inspo.Args(num_seeds=S, **{k: v for k, v in inspo.preset("xor").items() if k != "dataset"})
+    team = inspo.Team(2, 2, 1, 1, args, [torch.Generator().manual_seed(s) for s in range(S)])
+    inspo.clone(team, flat, args, [torch.Generator().manual_seed(s) for s in range(S)])
+    inspo.tabulate(team, flat, S)
+    share = recorded.joint_actions()
+    for i, table in enumerate((share, share.T)):  # rows: agent i
+        marginal, conditional = table.sum(1), table / table.sum(1, keepdim=True)
+        assert torch.allclose(flat["log_mu"][i].exp()[:, 0], marginal.expand(S, 2), atol=0.05)
+        taken, other = flat["actions"][:, i], flat["actions"][:, 1 - i]
+        assert torch.allclose(flat["log_mu_others"][i].exp(), conditional[taken, other].expand(S, -1), atol=0.07)
+    assert torch.equal(team.policies[0][0].weight, team.mus[0][0].weight)
+
+
 def test_auto_alpha_moves_towards_the_target(tmp_path):
     """Eq. 25: alpha rises while the KL divergence is above its target, and falls below it."""
     for target, rises in ((0.05, True), (3.0, False)):
