@@ -24,10 +24,10 @@ the joint value averaged over what its teammates do now, and Q'_i a slowly movin
   Eq. 25  L(alpha) = -alpha E [ KL(pi_i || mu_i) - target ]
 
 Commands, and the return you should see (mean of all seeds; one CPU core of a small server, torch 2.13):
-  python algorithms/inspo.py                                              Bridge, mixed data, 5 seeds at once, 35 s:
+  python algorithms/inspo.py                                              Bridge, mixed data, 5 seeds at once, 32 s:
       greedy -1.2355 (the best possible) in 5 of 5 seeds, sampled -1.258; the data -9.31, behavioural cloning -13.3
-  python algorithms/inspo.py --env matrix --task xor --num-seeds 10       11 s: 1 in 10 of 10 seeds, cloning 0.45
-  python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10      36 s: 20 in 10 of 10 seeds, cloning 3.6
+  python algorithms/inspo.py --env matrix --task xor --num-seeds 10       13 s: 1 in 10 of 10 seeds, cloning 0.45
+  python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10      32 s: 20 in 10 of 10 seeds, cloning 3.6
   ... with --beta 0                                                       5: caught in the data's local optimum
   ... on xor with --no-resampling                                         0: both play the action nobody combined
 
@@ -36,7 +36,8 @@ The authors' code is not public, and public copies of the paper have lost some o
   2. The conservative term of Eq. 24 has the logsumexp form. alpha, beta, cql, step sizes and lengths are ours.
   3. One network models all teammates: mu(a_j | s, what is known of the joint action), see `teammate_log_prob`.
   4. Policies start as copies of the cloned mu_i. Two layers of 64 units do what the paper's three of 256 do, faster.
-  5. On M-NE, beta stays at its start until the policies have flattened, and the Q-functions get a head start.
+  5. In games such as M-NE, beta stays at its start until the policies have flattened, and the Q-functions get a head
+     start; see `preset` for the weights in units of the payoffs.
   6. On XOR, where not every joint action is recorded, Eq. 20 uses the resampled minibatch (--actor-data).
   7. Bridge's cells enter the networks as one-hot values. A time limit is not the end: Q looks beyond it (the step that
      meets the limit pays 0 by Bridge's rules, in these data as in AlberDICE's, and is used as it stands).
