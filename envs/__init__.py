@@ -12,6 +12,7 @@ Every environment is a `gymnasium.vector.VectorEnv` that steps B games as torch 
     truncated   (B,) bool              the game was cut off by the time limit
     info["state"]          (B, S) float32     for training only
     info["avail_actions"]  (B, N, A) bool     discrete actions only
+    info["won"]            (B,) bool          where a game can be won
 
 There is no autoreset: a finished game stays put, pays 0, and starts again with
 `reset(options={"reset_mask": mask})`, where mask is (B,) bool.
@@ -19,9 +20,10 @@ There is no autoreset: a finished game stays put, pays 0, and starts again with
 
 from envs.bridge import Bridge
 from envs.matrix import MATRIX_TASKS, MatrixGame
+from envs.smac import MAPS, Smac
 
 # What `--env` and `--task` accept; the first task is the default. Bridge has only one.
-TASKS = {"matrix": tuple(MATRIX_TASKS), "bridge": ("",)}
+TASKS = {"matrix": tuple(MATRIX_TASKS), "bridge": ("",), "smac": tuple(MAPS)}
 
 
 def make(env, task="", num_envs=1, device="cpu", **options):
@@ -30,14 +32,21 @@ def make(env, task="", num_envs=1, device="cpu", **options):
     Args:
         env: a key of `TASKS`.
         task: one of `TASKS[env]`; for "matrix" also a payoff table written as JSON, such as "[[1, 0], [0, 2]]".
-        options: passed on to the environment, such as `time_limit=20` for Bridge.
+        options: passed on to the environment, such as `time_limit=20` for Bridge; for "smac" also `backend="sc2"`,
+            the real StarCraft II in place of our simulator (see `envs/sc2.py`).
     Raises:
-        ValueError: an unknown environment or task, or a malformed payoff table.
+        ValueError: an unknown environment or task, a malformed payoff table, or no StarCraft II.
     """
     if env not in TASKS:
         raise ValueError(f"unknown environment {env!r}: choose one of {', '.join(TASKS)}")
     if env == "matrix":
         return MatrixGame(task or TASKS[env][0], num_envs, device, **options)
+    if env == "smac":
+        if options.pop("backend", "torch") == "sc2":
+            from envs.sc2 import StarCraft2
+
+            return StarCraft2(task or TASKS[env][0], num_envs, device, **options)
+        return Smac(task or TASKS[env][0], num_envs, device, **options)
     if task not in TASKS[env]:
         raise ValueError(f"{env} has no task {task!r}: leave --task out")
     return Bridge(num_envs, device, **options)
