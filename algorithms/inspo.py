@@ -43,10 +43,15 @@ The authors' code is not public, and public copies of the paper have lost some o
      meets the limit pays 0 by Bridge's rules, in these data as in AlberDICE's, and is used as it stands).
   8. Who goes first is drawn once for all seeds, from a stream that no flag changes; "semi-greedy" averages over seeds.
 
-Recurrent policies for StarCraft-like games are to come; `log_probs` is the one place that runs a policy.
+Policies with a memory (--recurrent, the default in StarCraft-like battles, --env smac). There pi_i and mu_i are GRUs
+that see agent i's views and last actions; the Q-functions see the state. A minibatch consists of whole episodes, laid
+end to end in sequences of one length. Eq. 23 is a ratio of single steps, so single steps are resampled from it; padding
+has ratio 0. One minibatch serves a whole sweep: after agent i's turn only log pi_i has to be unrolled again. The
+teammate model adds what the joint action tells to log mu_j, which has seen the episode. Without a memory the same code
+runs on "sequences" of two rows, an observation and the next.
 
-Shapes: S seeds, B minibatch, N agents, A actions, O observation, D state, R rows (observations), M steps (rows with an
-action).
+Shapes: S seeds, B steps or B' sequences of a minibatch, L rows of a sequence, K = (L - 1) B' its steps, N agents, A actions,
+O observation, I inputs, D state, R rows (observations).
 """
 
 import copy
@@ -77,9 +82,10 @@ ILLEGAL = -1e10  # the logit of an action that is not available
 @dataclass
 class Args:
     # --- what to learn
-    env: str = "bridge"  # the environment: bridge or matrix
-    task: str = ""  # its task; for matrix a name, or any payoff table as JSON
+    env: str = "bridge"  # the environment: bridge, matrix or smac
+    task: str = ""  # its task: a map of smac; for matrix a name, or any payoff table as JSON
     dataset: str = "mixed"  # a dataset's name, or the path of a file
+    episodes: int = 0  # how many episodes a named dataset has; 0 for its default
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 5  # how many seeds train, all at once
@@ -92,6 +98,7 @@ class Args:
     out_dir: str = ""  # the run's folder; by default a new one in runs/inspo
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
+    backend: Literal["torch", "sc2"] = "torch"  # smac: battles in our simulator, or in the real StarCraft II
     # --- the method
     alpha: float = 0.02  # weight of the KL divergence to the behaviour
     auto_alpha: bool = False  # tune alpha until the KL divergence meets --kl-target (Eq. 25)
@@ -111,6 +118,8 @@ class Args:
     hidden: int = 64  # units per hidden layer
     layers: int = 2  # hidden layers
     one_hot: bool = True  # feed integer observations as one-hot values (the cells of a grid)
+    recurrent: bool = False  # policies with a memory (GRU) that see their last action too
+    sequences: int = 16  # recurrent: sequences of whole episodes per sweep, from which each turn draws its steps
     batch_size: int = 128  # recorded steps per update
     policy_lr: float = 1e-3  # Adam's step size for the policies
     critic_lr: float = 1e-3  # Adam's step size for the Q-functions
@@ -123,8 +132,12 @@ class Args:
     clone_batch: int = 128  # their minibatch
 
 
-def preset(task):
-    """What differs from Bridge's values, above, in a matrix game; each value can be set by its flag."""
+def preset(env, task):
+    """What differs from Bridge's values, above, in the other environments; each value can be set by its flag."""
+    if env == "smac":
+        values = dict(dataset="mixed", num_seeds=3, steps=1600, warmup=1000, eval_every=200, recurrent=True)
+        values |= dict(one_hot=False, alpha=0.3, beta=0.0, batch_size=512, policy_lr=5e-4, clone_steps=800)
+        return values
     payoff = envs.make("matrix", task).payoff
     values = dict(dataset=datasets.names("matrix", task)[-1], steps=1500, one_hot=False, tau=0.05, clone_lr=1e-3)
     if task in ("xor", "coordination"):  # conventions that pay the same; a tie breaks where alpha + beta < cql / 2
@@ -158,13 +171,59 @@ def mlp(inputs, outputs, args, generators):
     return nn.Sequential(*body, Linear(sizes[-1], outputs, generators))
 
 
+class GRU(nn.Module):
+    """S independent gated recurrent units with the weights' layout and equations of nn.GRU, but batched over seeds."""
+
+    def __init__(self, inputs, hidden, generators):
+        super().__init__()
+        bound = hidden**-0.5
+        start = [torch.empty(inputs + hidden + 2, 3 * hidden).uniform_(-bound, bound, generator=g) for g in generators]
+        split = torch.stack(start).split([inputs, hidden, 1, 1], 1)  # columns: reset, update, new
+        self.input, self.state, self.input_bias, self.state_bias = (nn.Parameter(part.clone()) for part in split)
+
+    def forward(self, x, first, h):
+        """Run over sequences x (S, L, B, I) from h (S, B, H), forgetting where first (S, L, B): (S, L, B, H)."""
+        S, L, B, _ = x.shape
+        gates = torch.baddbmm(self.input_bias, x.flatten(1, 2), self.input).view(S, L, B, -1).unbind(1)
+        keep, states, H = (~first)[..., None].to(x.dtype).unbind(1), [], h.shape[-1]
+        for gate, kept in zip(gates, keep):
+            h = h * kept
+            recurrent = torch.baddbmm(self.state_bias, h, self.state)  # (S, B, 3H)
+            reset, update = (gate[..., : 2 * H] + recurrent[..., : 2 * H]).sigmoid().chunk(2, -1)
+            new = (gate[..., 2 * H :] + reset * recurrent[..., 2 * H :]).tanh()
+            h = torch.lerp(new, h, update)
+            states.append(h)
+        return torch.stack(states, 1)
+
+
+class Policy(nn.Module):
+    """Logits of all actions along sequences of one agent's inputs, (S, L, B, I) -> (S, L, B, A)."""
+
+    def __init__(self, inputs, outputs, args, generators):
+        super().__init__()
+        self.hidden = args.hidden if args.recurrent else 0
+        if args.recurrent:  # it remembers what it saw and did: no single observation shows the whole battle
+            self.encoder = nn.Sequential(Linear(inputs, args.hidden, generators), nn.ReLU())
+            self.gru = GRU(args.hidden, args.hidden, generators)
+            self.head = Linear(args.hidden, outputs, generators)
+        else:
+            self.body = mlp(inputs, outputs, args, generators)
+
+    def forward(self, x, first, h):
+        S, L, B, _ = x.shape
+        if not self.hidden:
+            return self.body(x.flatten(1, 2)).view(S, L, B, -1), h
+        states = self.gru(self.encoder(x.flatten(1, 2)).view(S, L, B, -1), first, h)
+        return self.head(states.flatten(1, 2)).view(S, L, B, -1), states[:, -1]
+
+
 class Team(nn.Module):
     """Everything that S teams learn. Each agent has networks of its own, or its turn would change the others."""
 
     def __init__(self, num_agents, num_actions, obs_dim, state_dim, args, generators):
         super().__init__()
         N, A, O, D = num_agents, num_actions, obs_dim, state_dim
-        self.mus = nn.ModuleList(mlp(O, A, args, generators) for _ in range(N))  # behaviour, Eq. 21
+        self.mus = nn.ModuleList(Policy(O, A, args, generators) for _ in range(N))  # behaviour, Eq. 21
         self.teammates = mlp(D + N + N * A, A, args, generators)  # joint behaviour, Eq. 22
         self.critics = nn.ModuleList(mlp(D, A, args, generators) for _ in range(N))  # Q_i(s, .), one output an action
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
@@ -172,21 +231,33 @@ class Team(nn.Module):
         self.log_alpha = nn.Parameter(torch.full((len(generators), 1), math.log(args.alpha)))  # (S, 1)
 
 
-def log_probs(network, obs, avail):
-    """Log-probabilities of all actions, (S, B, O) -> (S, B, A); an action that is not available has no mass."""
-    return F.log_softmax(network(obs).masked_fill(~avail, ILLEGAL), -1)
+def log_probs(policy, obs, avail, first, h):
+    """Log-probabilities of all actions along sequences (S, L, B, I) -> (S, L, B, A), and the last memory.
+
+    An action that is not available has no mass. first (S, L, B) is True where an episode begins.
+    """
+    logits, h = policy(obs, first, h)
+    return F.log_softmax(logits.masked_fill(~avail, ILLEGAL), -1), h
+
+
+def together(policies):
+    """N policies of S seeds as one function of N S seeds: every layer is one batched product for the whole team."""
+    parts = [dict(policy.named_parameters()) for policy in policies]
+    stacked = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}  # (N S, ...)
+    return lambda *inputs: torch.func.functional_call(policies[0], stacked, inputs)
 
 
 def chosen(values, action):
-    """The entries of the actions taken: (S, B, A), (S, B) -> (S, B)."""
+    """The entries of the actions taken: (..., A), (...) -> (...)."""
     return values.gather(-1, action[..., None])[..., 0]
 
 
-def teammate_log_prob(network, state, avail, actions, i):
+def teammate_log_prob(network, state, avail, actions, i, prior=None):
     """Eq. 22: log mu(a_-i | s, a_i), (S, B): the sum over teammates j, each given a_i and the teammates before it.
 
     state (S, B, D), avail (S, B, N, A), actions (S, B, N). One network serves every i and j: its input holds the
-    state, which j is asked for, and the known part of the joint action, zeros in place of the rest.
+    state, which j is asked for, and the known part of the joint action, zeros in place of the rest. With a prior,
+    log mu_j (S, B, N, A) of models that remember the episode, the network only adds what the joint action tells.
     """
     S, B, N, A = avail.shape
     agent = torch.arange(N, device=state.device)
@@ -195,35 +266,66 @@ def teammate_log_prob(network, state, avail, actions, i):
     joint = F.one_hot(actions, A)[:, :, None] * known[..., None]  # (S, B, N-1, N, A)
     who = F.one_hot(j, N).expand(S, B, -1, -1)  # (S, B, N-1, N)
     x = torch.cat([state[:, :, None].expand(-1, -1, N - 1, -1), who, joint.flatten(3)], -1)
-    log_mu = log_probs(network, x.flatten(1, 2), avail[:, :, j].flatten(1, 2))  # (S, B (N-1), A)
-    return chosen(log_mu, actions[:, :, j].flatten(1)).view(S, B, N - 1).sum(-1)
+    logits = network(x.flatten(1, 2)).view(S, B, N - 1, A)
+    if prior is not None:
+        logits = logits + prior[:, :, j]
+    log_mu = F.log_softmax(logits.masked_fill(~avail[:, :, j], ILLEGAL), -1)
+    return chosen(log_mu, actions[:, :, j]).sum(-1)
 
 
 # ---------------------------------------------------------------- update
 class Batch(NamedTuple):
-    """What agent i needs of B recorded steps, for each seed."""
+    """What agent i needs of B recorded steps, for each seed; log_pi and next_log_pi are its own policy's."""
 
     state: torch.Tensor  # (S, B, D)
-    obs: torch.Tensor  # (S, B, O)
     avail: torch.Tensor  # (S, B, A) bool
     log_mu: torch.Tensor  # (S, B, A) log mu_i(.|s)
     next_state: torch.Tensor
-    next_obs: torch.Tensor
-    next_avail: torch.Tensor
     next_log_mu: torch.Tensor
     action: torch.Tensor  # (S, B) int64
     reward: torch.Tensor  # (S, B)
     done: torch.Tensor  # (S, B) 1 where the game ended by its own rules
+    valid: torch.Tensor  # (S, B) 1 where there is a step, 0 where a sequence is padded
+    log_pi: torch.Tensor  # (S, B, A)
+    next_log_pi: torch.Tensor
 
 
-def gather(i, pick, data):
-    """The recorded steps `pick` (S, B), each seed's own, as a `Batch` for agent i."""
-    row, seed = data["row"][pick], torch.arange(len(pick), device=pick.device)[:, None]
-    now, after = (
-        (data["state"][r], data["obs"][r, i], data["avail_actions"][r, i], data["log_mu"][i][seed, r])
-        for r in (row, row + 1)
-    )
-    return Batch(*now, *after, data["actions"][pick, i], data["reward"][pick], data["done"][pick])
+def gather(i, pick, rows, log_pi, data):
+    """The steps at the places `pick` (S, B) of the minibatch as a `Batch` for agent i.
+
+    The minibatch is `rows` (S, L, B'), sequences of row numbers, with agent i's log_pi (S, L, B', A); its places are
+    the entries that have a successor, L - 1 times B' of them.
+    """
+    seed = torch.arange(len(rows), device=rows.device)[:, None]
+    now, after = (r.flatten(1).gather(1, pick) for r in (rows[:, :-1], rows[:, 1:]))
+    pi, next_pi = (p.flatten(1, 2)[seed, pick] for p in (log_pi[:, :-1], log_pi[:, 1:]))
+    state, log_mu = data["state"], data["log_mu"][i]
+    return Batch(
+        state[now], data["avail_actions"][now, i], log_mu[seed, now], state[after], log_mu[seed, after],
+        data["actions"][now, i], data["reward"][now], data["done"][now], data["acted"][now], pi, next_pi,
+    )  # fmt: skip
+
+
+def draw(data, generators, args):
+    """A minibatch for each seed: B' sequences as row numbers (S, L, B')."""
+    noise = runs.uniform(generators, args.sequences if args.recurrent else args.batch_size)
+    return data["sequences"][noise.mul(len(data["sequences"])).long()].mT
+
+
+def unroll(policies, agents, rows, data):
+    """log_pi of the agents' policies along the sequences rows (S, L, B): (len(agents), S, L, B, A)."""
+    n, (S, _, B) = len(agents), rows.shape
+    obs, avail = (torch.stack([data[name][rows, i] for i in agents]) for name in ("obs", "avail_actions"))
+    h = obs.new_zeros(n * S, B, policies[0].hidden)
+    first = data["first"][rows].repeat(n, 1, 1)
+    policy = together(policies) if n > 1 else policies[0]
+    return log_probs(policy, obs.flatten(0, 1), avail.flatten(0, 1), first, h)[0].unflatten(0, (n, S))
+
+
+def recall(i, rows, data):
+    """What `unroll` returns for a policy that is still the cloned mu_i, from its table: (S, L, B, A)."""
+    seed = torch.arange(len(rows), device=rows.device)[:, None, None]
+    return data["log_mu"][i][seed, rows]
 
 
 def importance_ratio(log_pi_others, log_mu_others, num_agents, cap):
@@ -232,15 +334,18 @@ def importance_ratio(log_pi_others, log_mu_others, num_agents, cap):
 
 
 def resample(ratio, uniform):
-    """Draw positions in the minibatch with replacement, with probability ratio / sum(ratio); all are (S, B)."""
+    """Draw places in the minibatch with replacement, with probability ratio / sum(ratio).
+
+    ratio (S, K), uniform (S, B) in [0, 1): the places (S, B); one whose ratio is 0 is never drawn.
+    """
     cumulative = ratio.cumsum(1)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp(max=ratio.shape[1] - 1)
 
 
-def critic_loss(critic, target, policy, batch, alpha, beta, gamma, cql):
+def critic_loss(critic, target, batch, alpha, beta, gamma, cql):
     """Eq. 24, for each seed (S,); alpha (S, 1), beta (). As in the paper, y leaves out the others' KL and entropy."""
     with torch.no_grad():
-        log_pi = log_probs(policy, batch.next_obs, batch.next_avail)  # (S, B, A)
+        log_pi = batch.next_log_pi  # (S, B, A)
         soft = target(batch.next_state) - alpha[..., None] * (log_pi - batch.next_log_mu) - beta * log_pi
         y = batch.reward + gamma * (1 - batch.done) * (log_pi.exp() * soft).sum(-1)  # Eq. 15: (S, B)
     q = critic(batch.state)  # (S, B, A)
@@ -251,7 +356,7 @@ def critic_loss(critic, target, policy, batch, alpha, beta, gamma, cql):
     return ((q_taken - y) ** 2 + cql * gap).mean(1)
 
 
-def policy_loss(policy, target, batch, alpha, beta, cap):
+def policy_loss(target, batch, alpha, beta, cap):
     """Eq. 20, for each seed: the loss (S,) and KL(pi_i || mu_i) (S,); alpha (S, 1), beta ().
 
     The weight of a recorded action is how much likelier Eq. 12 makes it than mu_i does. V_i is the normaliser
@@ -264,9 +369,9 @@ def policy_loss(policy, target, batch, alpha, beta, cap):
         v_over_T = scaled.masked_fill(~batch.avail, ILLEGAL).logsumexp(-1)  # (S, B)
         log_weight = (chosen(q, batch.action) - beta * chosen(batch.log_mu, batch.action)) / T - v_over_T
         weight = log_weight.exp().clamp(max=cap)
-    log_pi = log_probs(policy, batch.obs, batch.avail)
-    kl = (log_pi.exp() * (log_pi - batch.log_mu)).sum(-1).mean(1)
-    return -(weight * chosen(log_pi, batch.action)).mean(1), kl.detach()
+    share = batch.valid / batch.valid.sum(1, keepdim=True)
+    kl = (batch.log_pi.exp() * (batch.log_pi - batch.log_mu)).sum(-1)
+    return -(share * weight * chosen(batch.log_pi, batch.action)).sum(1), (share * kl).sum(1).detach()
 
 
 def descend(optimizer, loss):
@@ -276,31 +381,30 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
-def turn(i, team, seen, data, noise, beta, learn_policy, adams, losses, args):
-    """One update of agent i, which takes its teammates' policies to be `seen`.
+def turn(i, team, log_pi, rows, data, noise, beta, learn_policy, adams, losses, args):
+    """One update of agent i on the sequences rows (S, L, B'), in which its teammates j play by log_pi[j].
 
-    noise (S, 2, B) in [0, 1) picks the minibatch and resamples it: given it, a turn is a function without chance or
-    host synchronisation. Returns diagnostics, a dictionary of (S,) tensors.
+    Each log_pi[j] is (S, L - 1, B', A); noise (S, B) in [0, 1) resamples the steps: given it, a turn is a function
+    without chance or host synchronisation. Returns diagnostics, a dictionary of (S,) tensors.
     """
     N = len(team.policies)
-    pick = again = noise[:, 0].mul(len(data["row"])).long()  # (S, B), uniform over the recorded steps
-    ratio = torch.ones_like(noise[:, 0])
+    now = rows[:, :-1].flatten(1)  # (S, K) the minibatch's places, every entry that has a successor
+    ratio = data["acted"][now]  # 0 for padding and for an episode's last observation
     if args.resampling:
-        with torch.no_grad():  # Eq. 23, with the teammates as they are now: this is what makes the method sequential
-            row, actions = data["row"][pick], data["actions"][pick]
-            log_pi_others = sum(
-                chosen(log_probs(seen[j], data["obs"][row, j], data["avail_actions"][row, j]), actions[..., j])
-                for j in range(N) if j != i
-            )  # fmt: skip
-            ratio = importance_ratio(log_pi_others, data["log_mu_others"][i].gather(1, pick), N, args.ratio_cap)
-            again = pick.gather(1, resample(ratio, noise[:, 1]))
+        # Eq. 23, with the teammates as they are now: this is what makes the method sequential
+        actions, others = data["actions"][now], [j for j in range(N) if j != i]
+        log_pi_others = sum(chosen(log_pi[j].flatten(1, 2), actions[..., j]) for j in others)
+        log_mu_others = data["log_mu_others"][i].gather(1, now)
+        ratio = ratio * importance_ratio(log_pi_others, log_mu_others, N, args.ratio_cap)
+    every = torch.arange(now.shape[1], device=now.device).expand_as(now)
+    again = resample(ratio, noise) if args.resampling or args.recurrent else every
     critic_objective, policy_objective = losses
-    batch, alpha = gather(i, again, data), team.log_alpha.detach().exp()
+    own = unroll([team.policies[i]], [i], rows, data)[0] if learn_policy else recall(i, rows, data)
+    alpha = team.log_alpha.detach().exp()
 
     # Policy evaluation
-    q_loss = critic_objective(
-        team.critics[i], team.targets[i], team.policies[i], batch, alpha, beta, args.gamma, args.cql
-    )
+    batch = gather(i, again, rows, own.detach(), data)
+    q_loss = critic_objective(team.critics[i], team.targets[i], batch, alpha, beta, args.gamma, args.cql)
     descend(adams["critics"][i], q_loss)
     with torch.no_grad():
         torch._foreach_lerp_(list(team.targets[i].parameters()), list(team.critics[i].parameters()), args.tau)
@@ -308,13 +412,37 @@ def turn(i, team, seen, data, noise, beta, learn_policy, adams, losses, args):
 
     # Policy improvement
     if learn_policy:
-        batch = batch if args.actor_data == "resampled" else gather(i, pick, data)
-        pi_loss, kl = policy_objective(team.policies[i], team.targets[i], batch, alpha, beta, args.weight_cap)
+        batch = gather(i, again if args.actor_data == "resampled" else every, rows, own, data)
+        pi_loss, kl = policy_objective(team.targets[i], batch, alpha, beta, args.weight_cap)
         descend(adams["policies"][i], pi_loss)
         logs |= {"policy_loss": pi_loss.detach(), "kl": kl}
         if args.auto_alpha:
             descend(adams["alpha"][0], team.log_alpha.exp()[:, 0] * (args.kl_target - kl))  # Eq. 25
             team.log_alpha.data.clamp_(-12, 4)  # a target out of reach must not drive alpha to 0 or infinity
+    return logs
+
+
+def sweep(team, data, beta, learn_policy, generators, adams, losses, args):
+    """Every agent's turn, in some order; returns the diagnostics of the last."""
+    N = len(team.policies)
+    seen = team.policies if args.sequential else copy.deepcopy(team.policies)  # "simultaneous": a snapshot
+    rows = None
+    for turns, i in enumerate(agent_order(team, data, generators, args)):
+        for _ in range(args.inner):
+            if rows is None or not args.recurrent:
+                rows = draw(data, generators[1:], args)  # (S, L, B')
+                agents = [j for j in range(N) if j != i or args.recurrent]
+                with torch.no_grad():
+                    now = rows[:, :-1]
+                    if learn_policy:
+                        log_pi = dict(zip(agents, unroll([seen[j] for j in agents], agents, now, data)))
+                    else:
+                        log_pi = {j: recall(j, now, data) for j in agents}
+            noise = runs.uniform(generators[1:], args.batch_size)
+            logs = turn(i, team, log_pi, rows, data, noise, beta, learn_policy, adams, losses, args)
+        if args.recurrent and args.sequential and learn_policy and turns < N - 1:  # one minibatch serves the sweep: only i has moved
+            with torch.no_grad():
+                log_pi[i] = unroll([team.policies[i]], [i], rows[:, :-1], data)[0]
     return logs
 
 
@@ -331,11 +459,12 @@ def agent_order(team, data, generators, args):
         return sorted(order)
     if args.order == "semi-greedy":
         left, order, size = order, [], []
-        pick = runs.uniform(generators[1:], args.batch_size).mul(len(data["row"])).long()
-        for i, (policy, target) in enumerate(zip(team.policies, team.targets)):
-            batch = gather(i, pick, data)
-            q, pi = target(batch.state), log_probs(policy, batch.obs, batch.avail).exp()
-            size.append((chosen(q, batch.action) - (pi * q).sum(-1)).abs().mean().item())
+        rows = draw(data, generators[1:], args)
+        every = torch.arange(rows[0, 1:].numel(), device=rows.device).expand(len(rows), -1)
+        for i, log_pi in enumerate(unroll(team.policies, range(len(team.policies)), rows, data)):
+            batch = gather(i, every, rows, log_pi, data)
+            q = team.targets[i](batch.state)
+            size.append(((chosen(q, batch.action) - (batch.log_pi.exp() * q).sum(-1)).abs() * batch.valid).sum().item())
         while left:
             order.append(left[0] if len(order) % 2 else max(left, key=size.__getitem__))
             left.remove(order[-1])
@@ -345,32 +474,42 @@ def agent_order(team, data, generators, args):
 def clone(team, data, args, generators):
     """Fit the behaviour before anything else: mu_i of each agent (Eq. 21) and the teammate model (Eq. 22)."""
     adam = torch.optim.Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr, fused=True)
+    agents, seed = range(len(team.mus)), torch.arange(len(generators), device=data["acted"].device)[:, None]
     for _ in range(args.clone_steps):
-        pick = runs.uniform(generators, args.clone_batch).mul(len(data["row"])).long()  # (S, B)
-        row, actions = data["row"][pick], data["actions"][pick]
-        obs, state, avail = data["obs"][row], data["state"][row], data["avail_actions"][row]
-        loss = 0.0
-        for i, mu in enumerate(team.mus):
-            log_mu = chosen(log_probs(mu, obs[:, :, i], avail[:, :, i]), actions[:, :, i])
-            loss = loss - (log_mu + teammate_log_prob(team.teammates, state, avail, actions, i)).mean(1)
+        rows = draw(data, generators, args)[:, :-1]  # (S, L - 1, B')
+        log_mu = unroll(team.mus, agents, rows, data).flatten(2, 3)  # (N, S, K, A)
+        rows = rows.flatten(1)  # (S, K)
+        valid = data["acted"][rows]
+        own = sum(chosen(log_mu[i], data["actions"][rows, i]) for i in agents)
+        loss = -(own * valid).sum(1) / valid.sum(1)
+        prior = None
+        if args.recurrent:  # some of the steps are enough for the teammate model
+            at = resample(valid, runs.uniform(generators, args.batch_size))
+            rows, prior = rows.gather(1, at), log_mu.detach().movedim(0, 2)[seed, at]  # (S, B), (S, B, N, A)
+        known = data["state"][rows], data["avail_actions"][rows], data["actions"][rows]
+        for i in agents:
+            loss = loss - teammate_log_prob(team.teammates, *known, i, prior).mean(1)
         descend(adam, loss)
     team.policies.load_state_dict(team.mus.state_dict())  # a cloned team is a good place to start from
 
 
 @torch.no_grad()
-def tabulate(team, data, S):
+def tabulate(team, data, args):
     """The behaviour never changes again, so it becomes two tables, both lists over agents i: log mu_i of every row,
-    (S, R, A), and log mu(a_-i | s, a_i) of every step, (S, M)."""
-    data["log_mu"], data["log_mu_others"] = [], []
-    for i, mu in enumerate(team.mus):
-        own, others = [], []
-        for r in torch.arange(len(data["obs"]), device=data["row"].device).split(10_000):
-            own.append(log_probs(mu, data["obs"][r, i].expand(S, -1, -1), data["avail_actions"][r, i]))
-        for m in torch.arange(len(data["row"]), device=data["row"].device).expand(S, -1).split(10_000, 1):
-            r, actions = data["row"][m], data["actions"][m]
-            others.append(teammate_log_prob(team.teammates, data["state"][r], data["avail_actions"][r], actions, i))
-        data["log_mu"].append(torch.cat(own, 1).clamp(min=-20))  # as good as never, and safe to multiply by beta
-        data["log_mu_others"].append(torch.cat(others, 1))
+    (S, R, A), and log mu(a_-i | s, a_i) of every step, (S, R)."""
+    S, (R, N, A) = args.num_seeds, data["avail_actions"].shape
+    log_mu, others = data["obs"].new_zeros(N, S, R, A), data["obs"].new_zeros(N, S, R)
+    for rows in data["sequences"].split(max(1, 10_000 // data["sequences"].shape[1])):
+        for i, table in enumerate(unroll(team.mus, range(N), rows.T.expand(S, -1, -1), data)):
+            log_mu[i, :, rows.T] = table
+    for r in torch.arange(R, device=log_mu.device).split(5_000):
+        known = (data[name][r].expand(S, *data[name][r].shape) for name in ("state", "avail_actions", "actions"))
+        state, avail, actions = known
+        prior = log_mu[:, :, r].movedim(0, 2) if args.recurrent else None
+        for i in range(N):
+            others[i, :, r] = teammate_log_prob(team.teammates, state, avail, actions, i, prior)
+    data["log_mu"] = list(log_mu.clamp_(min=-20))  # as good as never, and safe to multiply by beta
+    data["log_mu_others"] = list(others)
 
 
 # ---------------------------------------------------------------- evaluation
@@ -378,28 +517,37 @@ def tabulate(team, data, S):
 def evaluate(policies, encode, args, step, episodes, device):
     """Play the greedy and the sampled team of every seed, all in one batch of games.
 
-    Returns the undiscounted returns of both, (S, E) each, and the states (T+1, 2, D) of the first seed's first
-    greedy and first sampled game.
+    Returns two dictionaries, of the greedy and the sampled games: "return" (S, E), undiscounted, and, where games can
+    be won, "win_rate" (S, E); and the states (T+1, 2, D) of the first seed's first greedy and first sampled game.
     """
-    S, E = args.num_seeds, episodes
-    game = envs.make(args.env, args.task, num_envs=S * 2 * E, device=device)
+    S, E, N = args.num_seeds, episodes, len(policies)
+    options = {"backend": args.backend} if args.env == "smac" else {}
+    game = envs.make(args.env, args.task, S * 2 * E, device, **options)
     generators = [runs.stream(args.seed + s, 10 + step, device) for s in range(S)]
     obs, info = game.reset(seed=step)
     total, film = torch.zeros(S, 2 * E, device=device, dtype=torch.float64), [info["state"][[0, E]]]
+    team, last = together(policies), torch.full((S * 2 * E, N), -1, device=device)
+    h = torch.zeros(N * S, 2 * E, policies[0].hidden, device=device, dtype=torch.get_default_dtype())
+    first = torch.zeros(N * S, 1, 2 * E, dtype=torch.bool, device=device)
     for _ in range(game.time_limit):
+        x = encode(obs, last).view(S, 1, 2 * E, N, -1).movedim(3, 0).flatten(0, 1)  # (N S, 1, 2E, I)
+        avail = info["avail_actions"].view(S, 1, 2 * E, N, -1).movedim(3, 0).flatten(0, 1)
+        log_pi, h = log_probs(team, x, avail, first, h)
         actions = []
-        for i, policy in enumerate(policies):
-            avail = info["avail_actions"][:, i].view(S, 2 * E, -1)
-            log_pi = log_probs(policy, encode(obs[:, i]).view(S, 2 * E, -1), avail)  # (S, 2E, A)
-            clocks = torch.stack([torch.empty_like(log_pi[0, E:]).exponential_(generator=g) for g in generators])
-            sampled = (log_pi[:, E:] - clocks.log()).argmax(-1)  # which clock rings first is a draw from pi
-            actions.append(torch.cat([log_pi[:, :E].argmax(-1), sampled], 1).flatten())
-        obs, reward, terminated, truncated, info = game.step(torch.stack(actions, 1))
+        for log_p in log_pi[:, 0].unflatten(0, (N, S)):  # (S, 2E, A)
+            clocks = torch.stack([torch.empty_like(log_p[0, E:]).exponential_(generator=g) for g in generators])
+            sampled = (log_p[:, E:] - clocks.log()).argmax(-1)  # which clock rings first is a draw from pi
+            actions.append(torch.cat([log_p[:, :E].argmax(-1), sampled], 1).flatten())
+        last = torch.stack(actions, 1)
+        obs, reward, terminated, truncated, info = game.step(last)
         total += reward.view(S, 2 * E)
         film.append(info["state"][[0, E]])
         if (terminated | truncated).all():
             break
-    return total[:, :E], total[:, E:], torch.stack(film).cpu()
+    game.close()
+    scores = {"return": total} | ({"win_rate": info["won"].view(S, 2 * E).double()} if "won" in info else {})
+    greedy, sampled = ({name: x[:, half] for name, x in scores.items()} for half in (slice(E), slice(E, None)))
+    return greedy, sampled, torch.stack(film).cpu()
 
 
 def report(folder, args, team, data, dataset, encode, rows, seconds, wall, device):
@@ -407,25 +555,40 @@ def report(folder, args, team, data, dataset, encode, rows, seconds, wall, devic
     summary.json and the pictures, print the table."""
     S, best = args.num_seeds, envs.make(args.env, args.task).best_return
     summary = {"script": "inspo", "env": args.env, "task": args.task, "dataset": args.dataset, "steps": args.steps}
-    summary["seeds"], films = list(range(args.seed, args.seed + S)), {}
+    summary |= {"seeds": list(range(args.seed, args.seed + S)), "normalized_return": None, "win_rate": None}
+    films = {}
     for name, key, policies in (("cloned team", "cloned_", team.mus), ("InSPO", "", team.policies)):
         greedy, sampled, films[name] = evaluate(policies, encode, args, args.steps, 10 * args.eval_episodes, device)
-        summary |= {f"{key}return": runs.over_seeds(greedy), f"{key}sampled_return": runs.over_seeds(sampled)}
+        for mode, scores in (("", greedy), ("sampled_", sampled)):
+            summary |= {f"{key}{mode}{score}": runs.over_seeds(value) for score, value in scores.items()}
     summary |= {
-        "dataset_return": dataset.returns.mean().item(), "best_return": best, "normalized_return": None,
-        "win_rate": None, "updates_per_second": args.steps / seconds, "wall_seconds": time.perf_counter() - wall,
+        "dataset_return": dataset.returns.mean().item(), "dataset_win_rate": dataset.win_rate, "best_return": best,
+        "updates_per_second": args.steps / seconds, "wall_seconds": time.perf_counter() - wall,
         "device": runs.device_name(device),
     }  # fmt: skip
     title = f"InSPO on {runs.slug(args.env, args.task, args.dataset)}, {S} seeds"
-    levels = {"dataset": summary["dataset_return"]} | ({} if best is None else {"best possible": best})
-    columns = {"return": "greedy", "sampled_return": "sampled"}
-    figures = {"curve.png": runs.draw_curves(rows, columns, levels, title, "updates")}
+    figures = {}
+    for score in ("return", "win_rate") if summary["win_rate"] else ("return",):
+        columns = {score: "greedy", f"sampled_{score}": "sampled"}
+        levels = {"dataset": summary[f"dataset_{score}"]}
+        if score == "return" and best is not None:
+            levels["best possible"] = best
+        levels = {name: level for name, level in levels.items() if level is not None}
+        name = score.replace("_", " ")
+        figures["curve.png" if score == "return" else f"{score}.png"] = runs.draw_curves(
+            rows, columns, levels, title, "updates", name
+        )
+        print(f"\n{title}: {folder}" if score == "return" else "")
+        scores = {"InSPO": "", "behavioural cloning": "cloned_"}
+        cells = {name: [summary[f"{key}{mode}{score}"] for mode in ("", "sampled_")] for name, key in scores.items()}
+        runs.print_table(("greedy", "sampled"), cells, levels, name)
     if args.env == "bridge":
         strips = {"cloned team": films["cloned team"][:, 1], "InSPO": films["InSPO"][:, 0]}
         figures["policy.png"] = draw_strips(strips)
     if args.env == "matrix" and len(team.policies) == 2:
-        obs, avail = data["obs"][:1].expand(S, -1, -1), data["avail_actions"][0]
-        pi = [log_probs(p, obs[:, None, i], avail[i]).exp().detach() for i, p in enumerate(team.policies)]  # (S, 1, A)
+        with torch.no_grad():
+            one = torch.zeros(S, 1, 1, dtype=torch.int64, device=device)
+            pi = unroll(team.policies, range(2), one, data)[:, :, 0].exp()  # (2, S, 1, A)
         joint = (pi[0].mT * pi[1]).cpu()  # (S, A, A)
         summary["joint_policy"] = joint.tolist()
         tables = {"dataset": dataset.joint_actions()} | {f"seed {s}": p for s, p in zip(summary["seeds"], joint[:5])}
@@ -435,9 +598,6 @@ def report(folder, args, team, data, dataset, encode, rows, seconds, wall, devic
     runs.save_json(folder / "summary.json", summary)
     for name, figure in figures.items():
         runs.save_figure(folder / name, figure)
-    scores = {"InSPO": ("return", "sampled_return"), "behavioural cloning": ("cloned_return", "cloned_sampled_return")}
-    print(f"\n{title}: {folder}")
-    runs.print_table(("greedy", "sampled"), {name: [summary[k] for k in keys] for name, keys in scores.items()}, levels)
     return summary
 
 
@@ -456,18 +616,66 @@ def one_hot(x):
     return lambda raw: (raw[..., pairs[:, 0].long()] == pairs[:, 1]).to(torch.get_default_dtype())
 
 
+def arrange(dataset, args):
+    """The dataset as R rows, one for each observation, and as sequences of row numbers to draw minibatches from.
+
+    Returns the data and the function that turns observations (..., N, O) and everybody's last actions (..., N), -1
+    for none, into the policies' inputs. The data is a dictionary: obs (R, N, I), state (R, D), avail_actions
+    (R, N, A); of the step that begins in a row actions (R, N), reward, done and acted (R,), 0 where none does; first
+    (R,) bool where an episode begins; sequences (Q, L). These are the pairs of successive rows, or, for policies
+    with a memory, whole episodes laid end to end and padded with the last row, which is empty.
+    """
+    dtype = torch.get_default_dtype()
+    data = dataset.flatten(dtype)
+    row, A = data.pop("row"), data["avail_actions"].shape[-1]
+    R = len(data["obs"]) + 1
+    for name in ("obs", "state", "avail_actions"):
+        data[name] = torch.cat([data[name], torch.ones_like(data[name][:1])])
+    data["acted"] = torch.ones_like(data["reward"])
+    for name in ("actions", "reward", "done", "acted"):
+        step = data[name]
+        data[name] = step.new_zeros(R, *step.shape[1:]).index_copy_(0, row, step)
+    data["first"] = torch.cat([row.new_ones(1), 1 - data["acted"][:-1]]).bool()
+    encode = lambda obs, last: obs.to(dtype)  # noqa: E731
+    if args.one_hot:
+        cells = one_hot(data["obs"][:-1].flatten(0, 1))
+        encode = lambda obs, last: cells(obs)  # noqa: E731
+        data["state"] = one_hot(data["state"][:-1])(data["state"])
+    if args.recurrent:
+        plain = encode
+        encode = lambda obs, last: torch.cat([plain(obs, last), F.one_hot(last + 1, A + 1)[..., 1:].to(dtype)], -1)  # noqa: E731
+    last = torch.where(data["first"][:, None], -1, data["actions"].roll(1, 0))
+    data["obs"] = encode(data["obs"], last)
+    data["sequences"] = pack(dataset.lengths + 1, R - 1) if args.recurrent else torch.stack([row, row + 1], 1)
+    return data, encode
+
+
+def pack(lengths, empty):
+    """Lay whole episodes of `lengths` (E,) rows end to end in sequences of the longest length: (Q, L) row numbers.
+
+    Each sequence takes the longest episode that is left, then the shortest ones as long as they fit, so that little
+    is padding (the row `empty`) and every update has the same shape.
+    """
+    begin = lengths.cumsum(0) - lengths
+    left = sorted(zip(lengths.tolist(), begin.tolist()))
+    longest, sequences = left[-1][0], []
+    while left:
+        length, start = left.pop()
+        sequence = [*range(start, start + length)]
+        while left and len(sequence) + left[0][0] <= longest:
+            length, start = left.pop(0)
+            sequence.extend(range(start, start + length))
+        sequences.append(sequence + [empty] * (longest - len(sequence)))
+    return torch.tensor(sequences, device=lengths.device)
+
+
 def main(args):
     """Train, evaluate and fill the run folder; returns what summary.json holds."""
     wall = time.perf_counter()
     torch.set_num_threads(args.threads)
     device = runs.choose_device(args.device)
-    dataset = datasets.load(args.env, args.task, args.dataset, device)
-    data = dataset.flatten(torch.get_default_dtype())
-    encode = lambda x: x.to(torch.get_default_dtype())  # noqa: E731
-    if args.one_hot:
-        encode = one_hot(data["obs"].flatten(0, 1))
-        data["state"] = one_hot(data["state"])(data["state"])
-    data["obs"] = encode(data["obs"])
+    dataset = datasets.load(args.env, args.task, args.dataset, device, episodes=args.episodes)
+    data, encode = arrange(dataset, args)
     S, seeds = args.num_seeds, range(args.seed, args.seed + args.num_seeds)
     (_, N, A), O, D = data["avail_actions"].shape, data["obs"].shape[-1], data["state"].shape[-1]
     team = Team(N, A, O, D, args, [runs.stream(seed, 0) for seed in seeds]).to(device)
@@ -495,7 +703,7 @@ def main(args):
             raise ValueError(f"{folder}/checkpoint.pt is of another run: delete it to start this one again") from None
     else:
         clone(team, data, args, [runs.stream(seed, 1, device) for seed in seeds])
-    tabulate(team, data, S)
+    tabulate(team, data, args)
 
     beta = torch.zeros((), device=device)
     logs = {name: torch.zeros(S, device=device) for name in ("q_loss", "policy_loss", "kl", "sample_size")}
@@ -505,7 +713,9 @@ def main(args):
                 if not value.isfinite().all():
                     raise FloatingPointError(f"{name} is not finite after {step} updates: try smaller step sizes")
             greedy, sampled, _ = evaluate(team.policies, encode, args, step, args.eval_episodes, device)
-            logs |= {"return": greedy.mean(1), "sampled_return": sampled.mean(1), "alpha": team.log_alpha.exp()[:, 0]}
+            logs |= {name: value.mean(1) for name, value in greedy.items()}
+            logs |= {f"sampled_{name}": value.mean(1) for name, value in sampled.items()}
+            logs |= {"alpha": team.log_alpha.exp()[:, 0]}
             columns = {name: value.tolist() for name, value in logs.items()}
             for s, seed in enumerate(seeds):
                 rows.append({"step": step, "seed": seed} | {name: value[s] for name, value in columns.items()})
@@ -516,7 +726,12 @@ def main(args):
                 "seconds": seconds, "wall": time.perf_counter() - wall, "args": asdict(args),
             })  # fmt: skip
             speed = f"{step / seconds:7.1f} updates/s" if step else "(the cloned team)"
-            print(f"step {step:6d}   greedy {greedy.mean():9.4f}   sampled {sampled.mean():9.4f}   {speed}", flush=True)
+            score = "   ".join(
+                f"{mode} {scores['return'].mean():9.4f}"
+                + (f" ({scores['win_rate'].mean():.0%} won)" if "win_rate" in scores else "")
+                for mode, scores in (("greedy", greedy), ("sampled", sampled))
+            )
+            print(f"step {step:6d}   {score}   {speed}", flush=True)
             if tracker:
                 tracker.log({name: sum(value) / S for name, value in columns.items()}, step=step)
         if step == args.steps:
@@ -525,11 +740,7 @@ def main(args):
         for step in range(step, min(args.steps, step + args.eval_every - step % args.eval_every)):
             decay = max(0, step - args.beta_hold) / max(1, args.steps - args.beta_hold)
             beta.fill_(args.beta * (args.beta_end / args.beta) ** decay if args.beta else 0.0)
-            seen = team.policies if args.sequential else copy.deepcopy(team.policies)  # "simultaneous": a snapshot
-            for i in agent_order(team, data, generators, args):
-                for _ in range(args.inner):
-                    noise = runs.uniform(generators[1:], 2, args.batch_size)  # (S, 2, B)
-                    logs |= turn(i, team, seen, data, noise, beta, step >= args.warmup, adams, losses, args)
+            logs |= sweep(team, data, beta, step >= args.warmup, generators, adams, losses, args)
         step += 1
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -543,10 +754,10 @@ def parse(argv=None):
     args = read()
     if args.resume:
         args = read(default=replace(runs.saved_args(Args, args.out_dir), resume=True, out_dir=args.out_dir))
-    elif args.env == "matrix":
-        task = args.task or "xor"
-        args = read(default=Args(**preset(task), env="matrix", task=task))
-    zero = "seed beta beta_hold warmup cql kl_target gamma layers clone_steps"
+    elif args.env in ("matrix", "smac"):
+        task = args.task or {"matrix": "xor", "smac": "5m_vs_6m"}[args.env]
+        args = read(default=Args(**preset(args.env, task), env=args.env, task=task))
+    zero = "seed episodes beta beta_hold warmup cql kl_target gamma layers clone_steps"
     runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma tau")
     return args
 

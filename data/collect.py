@@ -1,6 +1,7 @@
 """Record datasets by rolling out behaviour policies in our own environments, and load them by name.
 
 python data/collect.py --env bridge --dataset mixed --out mixed.h5
+python data/collect.py --env smac --task 2s3z --dataset medium-replay --episodes 5000 --out mine.h5
 python data/collect.py --env matrix --task "[[1, 0], [0, 2]]" --dataset "[0.9, 0.1]" --out mine.h5
 """
 
@@ -15,6 +16,8 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 if __name__ == "__main__":  # let `python data/collect.py` find the packages beside its own folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,6 +27,7 @@ from data.dataset import Dataset, read, write
 from envs.matrix import read_payoff
 
 CACHE = Path(__file__).parent / "cache"
+BEHAVIOUR = Path(__file__).parent / "behaviour"  # weights of the teams that play our datasets, see its README
 COLLECTOR = 1  # raise it when a collector changes, so that data cached before are not used again
 
 # Matrix games. Joint actions in equal parts ("AB": agent 0 plays A, agent 1 plays B), or for each agent the
@@ -39,6 +43,8 @@ MATRIX_BEHAVIOURS = {
     "climbing": {"uniform": [[1, 1, 1]] * 2},
     "penalty": {"uniform": [[1, 1, 1]] * 2},
 }
+SMAC_DATASETS = ("medium", "expert", "mixed", "medium-replay")
+BLOCK = 250  # battles that are played at once
 EPISODES = {"optimal": 500}  # how many by default, where it is not 1,000
 
 
@@ -46,6 +52,8 @@ def names(env, task=""):
     """The dataset names that exist for one task, a tuple of str."""
     if env == "matrix":
         return tuple(MATRIX_BEHAVIOURS.get(task or "xor", {"uniform": None}))
+    if env == "smac":
+        return SMAC_DATASETS
     return ("optimal", "mixed")
 
 
@@ -64,7 +72,7 @@ def load(env, task, dataset, device="cpu", seed=0, episodes=None):
     if not dataset.startswith("[") and (
         "/" in dataset or path.suffix or (path.exists() and dataset not in names(env, task))
     ):
-        found = read(path)
+        found = read(path, time_limit=game.time_limit)
     else:
         found = _cached(env, task, dataset, seed, episodes)
     _belongs(found, env, task, game, dataset)
@@ -143,6 +151,8 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
             behaviour = _independent(name, game.payoff.shape)
         actions = _matrix_actions(behaviour, episodes, generator)[:, None]  # (E, 1, N)
         said = json.dumps(behaviour)
+    elif env == "smac":
+        dataset, said = _battles(task or envs.TASKS[env][0], name, episodes, seed)
     else:
         half = episodes // 2 if name == "mixed" else 0
         limit = game.time_limit
@@ -150,8 +160,9 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
         optimal = _bridge_optimal(episodes - half, limit, generator)
         actions = torch.cat([random, optimal])  # (E, T, N)
         said = f"{half} uniformly random episodes, {episodes - half} by two optimal conventions in equal parts"
-    dataset = record(envs.make(env, task, num_envs=len(actions)), lambda t, obs, info: actions[:, t])
-    dataset.info = {
+    if env != "smac":
+        dataset = record(envs.make(env, task, num_envs=len(actions)), lambda t, obs, info: actions[:, t])
+    dataset.info |= {
         "env": env, "task": task, "name": name, "seed": seed, "behaviour": said, "collector": COLLECTOR,
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__,
@@ -161,16 +172,16 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
     return dataset.check()
 
 
-def record(game, act):
+def record(game, act, seed=None):
     """Play all games of `game` once and keep what happened, padded to the longest episode.
 
     Args:
         game: one of our environments with B games; every episode that it plays becomes one of the dataset.
         act: function of (step, obs, info) that returns the actions (B, N) of all games.
     Returns:
-        A `Dataset` of B episodes without `info`.
+        A `Dataset` of B episodes; its `info` holds "won", a list of 0 and 1, if these games can be won.
     """
-    obs, info = game.reset()
+    obs, info = game.reset(seed=seed)
     running = torch.ones(game.num_envs, dtype=torch.bool, device=game.device)
     before, after = [(obs, info["state"], info["avail_actions"])], []
     while running.any():
@@ -182,7 +193,88 @@ def record(game, act):
         running = running & ~(terminated | truncated)
     obs, state, avail = (torch.stack(x, 1) for x in zip(*before))
     actions, reward, terminated, mask = (torch.stack(x, 1) for x in zip(*after))
-    return Dataset(obs, state, avail, actions, reward, terminated, mask)
+    won = {"won": info["won"].int().tolist()} if "won" in info else {}
+    return Dataset(obs, state, avail, actions, reward, terminated, mask, won)
+
+
+def _battles(task, name, episodes, seed):
+    """`episodes` battles of the teams that `name` stands for; returns the `Dataset` and who played it."""
+    half = episodes // 2
+    if name == "mixed":
+        plan = {"medium": half, "expert": episodes - half}
+    elif name == "medium-replay":
+        files = sorted((BEHAVIOUR / task).glob("replay-*.npz"), key=lambda path: int(path.stem[7:]))
+        if not files:
+            raise ValueError(f"no snapshots of a behaviour for {task} ship with the repository")
+        share = [episodes * (k + 1) // len(files) - episodes * k // len(files) for k in range(len(files))]
+        plan = dict(zip((path.stem for path in files), share))
+    else:
+        plan = {name: episodes}
+    parts, said, block = [], [], 0
+    with tqdm(total=episodes, desc=f"battles of {task} {name}", unit="", leave=False) as bar:
+        for team, count in plan.items():
+            play, info = read_behaviour(BEHAVIOUR / task / f"{team}.npz")
+            said.append(f"{count} by {team} ({info['script']} after {info['steps']} steps)")
+            for start in range(0, count, BLOCK):
+                game = envs.make("smac", task, min(BLOCK, count - start), check=False)
+                generator = torch.Generator().manual_seed(1_000_003 * seed + block)
+                parts.append(record(game, lambda t, obs, info: play(t, obs, info, generator), 1000 * seed + block))
+                bar.update(game.num_envs)
+                block += 1
+    return _concatenate(parts), ", ".join(said)
+
+
+def read_behaviour(path):
+    """A team's weights as a function that draws its actions, and what is known of it.
+
+    The file is one of those that `algorithms/mappo.py --save-snapshots` writes: arrays weight0, bias0, ... of a ReLU
+    network that all agents share, and a JSON text `info`.
+
+    Returns:
+        A function of (step, obs (B, N, O), info, generator) that returns actions (B, N), and a dictionary.
+    Raises:
+        ValueError: there is no such file, or it is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about = json.loads(str(file["info"]))
+            layers = [(file[f"weight{k}"], file[f"bias{k}"]) for k in range(sum("weight" in key for key in file))]
+    except FileNotFoundError:
+        raise ValueError(
+            f"no behaviour {path.parent.name}/{path.stem} ships with the repository: "
+            f"`python algorithms/mappo.py --env {path.parent.name}` makes one"
+        ) from None
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
+        raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
+    layers = [(torch.tensor(w).float(), torch.tensor(b).float()) for w, b in layers]
+    last = None
+
+    def play(t, obs, info, generator):
+        nonlocal last
+        avail = info["avail_actions"]  # (B, N, A)
+        B, N, A = avail.shape
+        last = torch.full((B, N), -1) if t == 0 else last
+        x = torch.cat([obs, F.one_hot(last + 1, A + 1)[..., 1:], torch.eye(N).expand(B, N, N)], -1)
+        for w, b in layers[:-1]:
+            x = F.relu(x @ w + b)
+        logits = (x @ layers[-1][0] + layers[-1][1]).masked_fill(~avail, -torch.inf)
+        clocks = torch.empty_like(logits).exponential_(generator=generator)
+        last = (logits - clocks.log()).argmax(-1)  # a draw from the policy
+        return last
+
+    return play, about
+
+
+def _concatenate(parts):
+    """Datasets of the same task, one after the other, padded to the longest episode of all."""
+    longest, fields = max(part.mask.shape[1] for part in parts), {}
+    for name in ("obs", "state", "avail_actions", "actions", "reward", "terminated", "mask"):
+        tensors = [getattr(part, name) for part in parts]
+        extra = [longest - part.mask.shape[1] for part in parts]
+        fields[name] = torch.cat(
+            [torch.cat([x, x.new_zeros(len(x), e, *x.shape[2:])], 1) for x, e in zip(tensors, extra)]
+        )
+    return Dataset(**fields, info={"won": sum((part.info["won"] for part in parts), [])})
 
 
 def _matrix_actions(behaviour, episodes, generator):
@@ -232,8 +324,8 @@ def _bridge_optimal(episodes, limit, generator):
 
 @dataclass
 class Args:
-    env: str = "bridge"  # the environment: bridge or matrix
-    task: str = ""  # its task; for matrix also a payoff table as JSON
+    env: str = "bridge"  # the environment: bridge, matrix or smac
+    task: str = ""  # its task: a map of smac; for matrix also a payoff table as JSON
     dataset: str = ""  # the behaviour, by default the task's last; for matrix also probabilities as JSON
     episodes: int = 0  # how many episodes; 0 for the default
     seed: int = 0  # of the behaviour

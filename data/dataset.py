@@ -45,6 +45,12 @@ class Dataset:
         """Whether each episode was cut off rather than terminated, (E,) bool."""
         return ~(self.terminated & self.mask).any(1)
 
+    @property
+    def win_rate(self):
+        """Share of the episodes that were won, or None where `info["won"]` (a list of 0 and 1) does not say."""
+        won = self.info.get("won")
+        return None if won is None else sum(won) / len(won)
+
     def joint_actions(self):
         """How often each joint action of two agents was recorded, (A, A), as shares that sum to 1."""
         A = self.avail_actions.shape[-1]
@@ -138,6 +144,9 @@ class Dataset:
             insist(
                 self.actions.abs().max() <= 1 + 1e-5, f"actions must lie in [-1, 1]; found {_extremes(self.actions)}"
             )
+        won = self.info.get("won")
+        good = won is None or isinstance(won, list) and len(won) == E and all(w in (0, 1) for w in won)
+        insist(good, "info 'won' must hold one 0 or 1 for each episode")
         return self
 
 
@@ -170,22 +179,39 @@ def write(dataset, path):
         part.unlink(missing_ok=True)
 
 
-def read(path):
-    """Read a file that `write` wrote, or AlberDICE's folder of .npy files, and check it.
+def read(path, time_limit=None):
+    """Read and check a dataset, in whichever of these forms its content is.
 
+    - a file that `write` wrote;
+    - CFCQL's HDF5 (see `read_cfcql`);
+    - OG-MARL's vault, or the folder around one (see `read_vault`);
+    - AlberDICE's folder of .npy files (see `read_alberdice`).
+
+    Args:
+        time_limit: steps after which the game was cut off. CFCQL's files and OG-MARL's vaults mark such an end
+            like any other; with the limit, episodes that last that long count as truncated. The other forms tell.
     Raises:
         ValueError: damaged, foreign or malformed content.
         OSError: no such file.
     """
     path = Path(path)
+    if time_limit is not None and time_limit < 1:
+        raise ValueError(f"a time limit is at least one step, not {time_limit}")
     if not path.exists():
         raise FileNotFoundError(f"no dataset file {path}")
-    return (read_alberdice(path) if path.is_dir() else _read_hdf5(path)).check(path)
+    if not path.is_dir():
+        found = _read_hdf5(path, time_limit)
+    else:
+        vault = _find_vault(path)
+        found = read_vault(vault, time_limit) if vault else read_alberdice(path)
+    return found.check(path)
 
 
-def _read_hdf5(path):
+def _read_hdf5(path, time_limit):
     try:
         with h5py.File(path, "r") as file:
+            if "filled" in file and "mask" not in file:
+                return read_cfcql(file, path, time_limit)
             missing = [n for n in TENSORS if n not in file and n != "avail_actions"]
             if missing:
                 raise ValueError(f"{path} is not one of our datasets: it lacks {', '.join(missing)}")
@@ -203,16 +229,20 @@ def _read_hdf5(path):
     return Dataset(**tensors, info=info)
 
 
+# What holds 0 and 1, under our names and the other formats'.
+FLAGS = ("terminated", "mask", "avail_actions", "filled", "terminals", "truncations", "infos.legals")
+
+
 def _tensor(array, name, source):
     """A numpy array as the tensor that the field `name` calls for: float32, bool, or, for actions, by its kind."""
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{source}: {name} holds {array.dtype}, not numbers")
-    if name in ("terminated", "mask", "avail_actions", "filled"):
+    if name in FLAGS:
         if not np.isin(array, (0, 1)).all():
             raise ValueError(f"{source}: {name} must hold 0 and 1 only")
         return torch.as_tensor(array.astype(bool))
     whole = name == "actions" and array.dtype.kind != "f"
-    return torch.as_tensor(array).to(torch.int64 if whole else torch.float32)
+    return torch.as_tensor(array.astype(np.int64 if whole else np.float32, copy=False))
 
 
 def read_alberdice(folder):
@@ -228,7 +258,7 @@ def read_alberdice(folder):
         try:
             array = np.load(Path(folder) / f"{name}.npy", allow_pickle=False)
         except FileNotFoundError:
-            raise ValueError(f"{folder} is not a folder of AlberDICE's .npy files: it lacks {name}.npy") from None
+            raise ValueError(f"{folder} is neither a vault nor AlberDICE's .npy files: it lacks {name}.npy") from None
         except (ValueError, EOFError) as error:
             raise ValueError(f"{folder}: {name}.npy is damaged ({error})") from None
         tensor[name] = _tensor(array, name, folder)
@@ -250,6 +280,149 @@ def read_alberdice(folder):
         mask=mask[:, :longest],
         info={"env": "bridge", "task": "", "name": Path(folder).name, "behaviour": "published with AlberDICE"},
     )
+
+
+def read_cfcql(file, path, time_limit=None):
+    """Read an open HDF5 file in the layout of CFCQL (github.com/thu-rllab/CFCQL), which is PyMARL's episode batch.
+
+    Its arrays are (episodes, time limit + 1, ...); `filled` is 1 up to and including the last observation, whose
+    action is junk. It marks a time-out as terminated, and keeps nothing that tells a time-out from a lost battle
+    but the length. So an episode that lasts as long as the limit counts as truncated here, any shorter one as the
+    file says. The rare battle that is decided in exactly the last step allowed is then taken for a time-out.
+
+    Args:
+        time_limit: by default the padded length, which is StarCraft's own limit in the published files.
+    """
+    rank = {"filled": 3, "terminated": 3, "reward": 3, "actions": 4, "avail_actions": 4, "state": 3, "obs": 4}
+    missing = [name for name in rank if name not in file]
+    if missing:
+        raise ValueError(f"{path} is not one of CFCQL's datasets: it lacks {', '.join(missing)}")
+    for name, dimensions in rank.items():
+        shape = getattr(file[name], "shape", None) or ()
+        single = name in ("filled", "terminated", "reward", "actions")
+        if len(shape) != dimensions or shape[:2] != file["filled"].shape[:2] or single and shape[-1] != 1:
+            raise ValueError(f"{path}: {name} has the shape {shape}, which does not fit CFCQL's layout")
+    filled = _tensor(file["filled"][()], "filled", path)[..., 0]  # (E, limit + 1)
+    terminated = _tensor(file["terminated"][()], "terminated", path)[..., 0]
+    limit = time_limit or filled.shape[1] - 1
+    if (filled[:, 1:] & ~filled[:, :-1]).any():
+        raise ValueError(f"{path}: filled has a hole; each episode must be one run of steps")
+    if (terminated[:, :-1] & ~filled[:, 1:]).any() or terminated[:, -1:].any():
+        raise ValueError(f"{path}: an episode ends without an observation after its last step")
+    rows = max(int(filled.sum(1).max()), 1) if filled.numel() else 1
+    seen, mask = filled[:, :rows], filled[:, 1:rows]  # (E, T+1), (E, T)
+
+    def padded(name, real):
+        """One array up to the longest episode, with zeros where nothing is real."""
+        tensor = _tensor(file[name][:, : real.shape[1]], name, path)
+        tensor[~real] = 0
+        return tensor
+
+    actions = padded("actions", mask)[..., 0]
+    if not (actions == actions.long()).all():
+        raise ValueError(f"{path}: actions must be whole numbers")
+    steps = mask.sum(1, keepdim=True)  # (E, 1)
+    timed_out = (torch.arange(rows - 1) == steps - 1) & (steps >= limit)  # (E, T) at the last step
+    return Dataset(
+        obs=padded("obs", seen),
+        state=padded("state", seen),
+        avail_actions=padded("avail_actions", seen),
+        actions=actions.long(),
+        reward=padded("reward", mask)[..., 0],
+        terminated=terminated[:, : rows - 1] & ~timed_out,
+        mask=mask,
+        info={"name": path.stem, "behaviour": "published by CFCQL"},
+    )
+
+
+def _find_vault(folder):
+    """The vault that a folder is or holds, or None; ValueError if it holds several."""
+
+    def marked(path):
+        return (path / "metadata.json").is_file() or (path / "manifest.ocdbt").is_file()
+
+    inside = [folder] if marked(folder) else sorted(filter(marked, folder.iterdir()))
+    if len(inside) > 1:
+        raise ValueError(f"{folder} holds several vaults: choose {', '.join(str(path) for path in inside)}")
+    return inside[0] if inside else None
+
+
+def read_vault(folder, time_limit=None):
+    """Read a vault (flashbax's storage) in the layout of OG-MARL (github.com/instadeepai/og-marl).
+
+    Its arrays are (1, M, ...), all M steps one after the other. An episode ends where every agent has a terminal or
+    a truncation; what follows the last end is dropped. A vault keeps no observation after an episode's last step,
+    so a copy of the one before it stands in. Nothing reads it where the game terminated; where it was cut off, a
+    value function bootstraps from that copy, which is one step old: an approximation.
+
+    Args:
+        time_limit: episodes that last that long count as truncated. Without it, every end that is stored as a
+            terminal is one, also the time-outs that OG-MARL's StarCraft and MuJoCo sets store as terminals.
+    """
+    try:
+        import tensorstore
+    except ImportError:
+        raise ValueError(f"{folder}: reading an OG-MARL vault needs tensorstore: pip install tensorstore") from None
+    agent = {"terminals": 3, "truncations": 3, "rewards": 3, "actions": 3, "infos.legals": 4, "observations": 4}
+    rank = {"vault_index": 1, **agent, "infos.state": 3}
+    base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
+    try:
+        store, leaf = tensorstore.KvStore.open(base).result(), {}
+        for name in rank:
+            key = name if name == "vault_index" else f"{name}."
+            if store.read(f"{key}/.zarray").result().state == "value":
+                spec = {"driver": "zarr", "kvstore": {**base, "path": key}}
+                leaf[name] = tensorstore.open(spec, read=True).result()
+        missing = [name for name in rank if name not in leaf and name != "infos.legals"]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        agents = leaf["terminals"].shape[2:]
+        for name, array in leaf.items():
+            fits = len(array.shape) in (rank[name], 4 if name == "actions" else rank[name])
+            if not fits or array.shape[0] != 1 or name in agent and array.shape[2:3] != agents:
+                raise ValueError(f"{name} has the shape {array.shape}")
+        steps = int(leaf["vault_index"].read().result()[0])
+
+        def flat(name):
+            """One leaf without the leading 1, (M, ...)."""
+            return _tensor(leaf[name][0, :steps].read().result(), name, folder)
+
+        terminals, truncations = flat("terminals"), flat("truncations")  # (M, N)
+        last = (terminals | truncations).all(1).nonzero()[:, 0]  # (E,) the last step of each episode
+        if len(last) == 0:
+            raise ValueError("no episode in it ever ends")
+        steps = int(last[-1]) + 1
+        lengths = last.diff(prepend=last.new_tensor([-1]))
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (E, T)
+        acted = torch.cat([mask, torch.zeros_like(mask[:, :1])], 1)  # (E, T+1)
+
+        def padded(flat, where):
+            """Steps end to end (M, ...) as episodes (E, T, ...), or (E, T + 1, ...) with the last one twice."""
+            tensor = flat.new_zeros(*where.shape, *flat.shape[1:])
+            tensor[where] = flat[:steps]
+            if where is acted:
+                tensor[torch.arange(len(last)), lengths] = flat[last]
+            return tensor
+
+        reward, actions = flat("rewards"), flat("actions")
+        if ((reward - reward[:, :1]).abs() > 0).any():
+            raise ValueError("the agents' rewards differ; a team shares one")
+        short = lengths < (time_limit or steps + 1)  # (E,)
+        ended = terminals[:steps].all(1) & short.repeat_interleave(lengths)
+        discrete = not actions.is_floating_point() and "infos.legals" in leaf
+        return Dataset(
+            obs=padded(flat("observations"), acted),
+            state=padded(flat("infos.state"), acted),
+            avail_actions=padded(flat("infos.legals"), acted) if discrete else None,
+            actions=padded(actions, mask),
+            reward=padded(reward[:, 0], mask),
+            terminated=padded(ended, mask),
+            mask=mask,
+            info={"name": folder.resolve().name, "behaviour": "OG-MARL vault"},
+        )
+    except (ValueError, OSError, RuntimeError, KeyError, IndexError) as error:
+        reason = str(error).split(" [source")[0].removeprefix(f"{folder}: ")
+        raise ValueError(f"{folder} is damaged or no OG-MARL vault: {reason}") from None
 
 
 def _shape(tensor):

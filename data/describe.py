@@ -1,6 +1,6 @@
 """Say what is in a dataset: shapes, counts, ends and returns, with a histogram.
 
-python data/describe.py FILE_OR_FOLDER [--out histogram.png]
+python data/describe.py FILE_OR_FOLDER [--time-limit 120] [--out histogram.png]
 """
 
 import sys
@@ -20,13 +20,15 @@ from data.dataset import TENSORS, read
 
 @dataclass
 class Args:
-    path: Annotated[Path, tyro.conf.Positional]  # an HDF5 file of ours, or AlberDICE's folder of .npy files
+    path: Annotated[Path, tyro.conf.Positional]  # a file of ours or CFCQL's, OG-MARL's vault, or AlberDICE's folder
+    time_limit: int | None = None  # for CFCQL and OG-MARL: episodes that last so many steps count as cut off
     out: Path | None = None  # the histogram picture; by default runs/describe/NAME.png
 
 
 def describe(dataset):
     """What a reader wants to know first, as a list of lines."""
-    lines = [f"{key:14s} {value}" for key, value in sorted(dataset.info.items()) if value != ""]
+    told = {key: value for key, value in sorted(dataset.info.items()) if value != "" and key != "won"}
+    lines = [f"{key:14s} {value}" for key, value in told.items()]
     for name in TENSORS:
         tensor = getattr(dataset, name)
         if tensor is not None:
@@ -39,6 +41,8 @@ def describe(dataset):
     for name, values in (("length", dataset.lengths.double()), ("return", dataset.returns.double())):
         low, mean, middle, high = values.min(), values.mean(), values.median(), values.max()
         lines.append(f"{name:14s} min {low:.4f}  mean {mean:.4f}  median {middle:.4f}  max {high:.4f}")
+    if dataset.win_rate is not None:
+        lines.append(f"{'win rate':14s} {dataset.win_rate:.4f}")
     if terminals == 0:
         lines.append("warning: no episode terminates; a value function will bootstrap from every last observation")
     return lines
@@ -57,7 +61,7 @@ def histogram(dataset):
 
 
 def main(args):
-    dataset = read(args.path)
+    dataset = read(args.path, args.time_limit)
     print("\n".join(describe(dataset)))
     out = args.out or Path("runs") / "describe" / f"{args.path.stem}.png"
     out.parent.mkdir(parents=True, exist_ok=True)

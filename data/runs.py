@@ -209,7 +209,7 @@ def over_seeds(values):
     return {"mean": float(means.mean()), "stderr": float(stderr), "per_seed": means.tolist()}
 
 
-def draw_curves(rows, columns, levels, title, xlabel):
+def draw_curves(rows, columns, levels, title, xlabel, ylabel="return"):
     """Mean (line) and range (band) over seeds of some columns of metrics.csv against steps.
 
     Args:
@@ -226,12 +226,12 @@ def draw_curves(rows, columns, levels, title, xlabel):
         axes.fill_between(steps, value.min(1), value.max(1), color=f"C{colour}", alpha=0.2, linewidth=0)
     for (label, level), style in zip(levels.items(), ("--", ":", "-.")):
         axes.axhline(level, color="black", linestyle=style, linewidth=1, label=label)
-    axes.set(xlabel=xlabel, ylabel="return", title=title)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.legend(frameon=False)
     return figure
 
 
-def print_table(columns, scores, levels):
+def print_table(columns, scores, levels, score="return"):
     """Print mean ± standard error over seeds of each score, then the plain numbers in `levels`.
 
     Args:
@@ -239,7 +239,7 @@ def print_table(columns, scores, levels):
         scores: {name: one result of `over_seeds` for each column}.
         levels: {name: number}.
     """
-    print(f"{'return':22s}" + "".join(f"{head:>20s}" for head in columns))
+    print(f"{score:22s}" + "".join(f"{head:>20s}" for head in columns))
     for name, cells in scores.items():
         print(f"{name:22s}" + "".join(f"{cell['mean']:11.4f} ± {cell['stderr']:.4f}" for cell in cells))
     for name, level in levels.items():

@@ -26,13 +26,19 @@ up to its target if it has to. Units on the agents' side do nothing on their own
 Shapes: B battles, N agents, M enemies, U = N + M units, A = 6 + M actions.
 """
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import tyro
 from gymnasium.vector import VectorEnv
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Rectangle
+from PIL import Image
 
 if __name__ == "__main__":  # let `python envs/smac.py` find the package that this file belongs to
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -172,7 +178,7 @@ class Smac(VectorEnv):
         bits[N:] = bits[N:].flip(1)  # SMAC writes the enemies' types the other way round
         self.bits = bits[..., None] if K else bits[:, :0, None]  # (U, K, 1)
         others = [[j for j in range(N) if j != i] for i in range(N)]
-        self.others = torch.tensor(others, device=self.device).view(N, N - 1)
+        self.others = torch.tensor(others, dtype=torch.int64, device=self.device).view(N, N - 1)
         self.unit_reward = SCALE / (KILL * M + WIN + sum(e.health + e.shield for e in units[N:]))
         shape = (N + M, num_envs)
         self.x, self.y, self.health, self.shield, self.cooldown, self.pause, self.quiet = (
@@ -206,7 +212,7 @@ class Smac(VectorEnv):
         order = actions.T.clamp(0, self.num_actions - 1)  # (N, B)
         life, enemies = self._life(), (self.health[N:] > 0).sum(0)
         names = ("x", "y", "health", "shield", "cooldown", "pause", "quiet", "target")
-        before = [getattr(self, name) for name in names]
+        before = [getattr(self, name).clone() for name in names]  # `_acquire` writes into the tensors themselves
         if not self.mirror:
             self.target = torch.cat([torch.where(order >= 6, order - 6 + N, -1), self.target[N:]])
         heading = self.step_x[order.clamp(max=6)], self.step_y[order.clamp(max=6)]  # (N, B)
@@ -331,7 +337,7 @@ class Smac(VectorEnv):
 
     def _observe(self):
         """Observations and info of SMAC's layout, entry for entry."""
-        N, M, u = self.num_agents, self.num_enemies, self.unit
+        N, u = self.num_agents, self.unit
         dx, dy, distance = self._distance()
         avail, alive = self._available(distance), (self.health > 0).float()
         health, shield = self.health / u.health, self.shield / u.shield.clamp(min=1)
@@ -431,3 +437,109 @@ def _walk(env, info, dx, dy):
 
 
 POLICIES = {"idle": idle, "random": random, "nearest": nearest, "focus": focus, "kite": kite}
+
+
+# ---------------------------------------------------------------- the picture and the command line
+@dataclass
+class Args:
+    map: str = "3s_vs_5z"  # 3m, 8m, 2s3z, 3s5z, 3s_vs_5z, 5m_vs_6m or 6h_vs_8z
+    policy: str = "kite"  # who commands the agents: idle, random, nearest, focus or kite
+    out: Path | None = None  # the animation of one battle; by default runs/smac/MAP-POLICY.gif
+    seed: int = 0
+    battles: int = 0  # also play so many battles and print win rate, mean return and mean length
+
+
+def play(env, policy, seed=0, watch=lambda: None):
+    """Play every battle to its end, calling `watch()` after each step. Returns won, return and length, each (B,)."""
+    _, info = env.reset(seed=seed)
+    total, over = torch.zeros(env.num_envs, device=env.device), torch.zeros((), dtype=torch.bool)
+    while not over.all():
+        _, reward, terminated, truncated, info = env.step(policy(env, info))
+        total, over = total + reward, terminated | truncated
+        watch()
+    return info["won"], total, env.elapsed
+
+
+class Filmed(Smac):
+    """One battle that keeps a film of itself: `frames` grows by a picture whenever `picture` is called."""
+
+    def __init__(self, task):
+        super().__init__(task)
+        self.frames, self.shots = [], []
+        x0, x1, y0, y1 = zip(*self.battle.walkable)
+        self.box = min(x0) - 0.5, max(x1) + 0.5, min(y0) - 0.5, max(y1) + 0.5
+        high = 5.5 * (self.box[3] - self.box[2]) / (self.box[1] - self.box[0])  # inches, for a width of 5.5
+        self.figure = Figure(figsize=(5.5, high + 0.3), dpi=80)
+        self.canvas, self.axes = FigureCanvasAgg(self.figure), self.figure.add_axes((0, 0, 1, high / (high + 0.3)))
+
+    def _substep(self, heading, period):
+        x, y, cooldown = self.x, self.y, self.cooldown.clone()
+        super()._substep(heading, period)
+        fired = (self.cooldown > cooldown) & (self.cooldown > REACTION)  # choosing a target never lifts it so high
+        for i in fired[:, 0].nonzero()[:, 0].tolist():
+            ends = [i, self.target[i, 0].item()]
+            self.shots.append((x[ends, 0].tolist(), y[ends, 0].tolist(), self._colour(i)))
+
+    def _colour(self, i):
+        return "#2c3e87" if i < self.num_agents else "#c0392b"
+
+    def picture(self):
+        """Draw the walls, the shots since the last picture, and the units with their health and shield as bars."""
+        axes = self.axes
+        axes.clear()
+        axes.set(xlim=self.box[:2], ylim=self.box[2:], xticks=[], yticks=[], facecolor="#6b655b")
+        axes.set_title(f"step {self.elapsed.item()}: agents blue, enemies red", fontsize=10)
+        for x0, x1, y0, y1 in self.battle.walkable:
+            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor="#f4efe4"))
+        for x, y, colour in self.shots:
+            axes.plot(x, y, color=colour, linewidth=1, zorder=3)
+        for i in (self.health[:, 0] > 0).nonzero()[:, 0].tolist():
+            x, y, r = (v[i, 0].item() for v in (self.x, self.y, self.unit.radius))
+            axes.add_patch(Circle((x, y), r, facecolor=self._colour(i)))
+            for name, height, colour in (("health", 0.1, "#3a9d4a"), ("shield", 0.3, "#5aa9e6")):
+                if full := getattr(self.unit, name)[i, 0].item():
+                    left = getattr(self, name)[i, 0].item() / full
+                    bar = Rectangle((x - r, y + r + height), 2 * r * left, 0.2, facecolor=colour, zorder=2)
+                    axes.add_patch(bar)
+        self.canvas.draw()
+        image = Image.frombuffer("RGBA", self.canvas.get_width_height(), self.canvas.buffer_rgba()).convert("RGB")
+        # The first picture's colours serve all, so that the film does not flicker and stays small.
+        self.frames.append(image.quantize(palette=self.frames[0], dither=0) if self.frames else image.quantize(64))
+        self.shots = []
+
+
+def main(args):
+    if args.policy not in POLICIES:
+        raise ValueError(f"there is no policy {args.policy!r}: choose one of {', '.join(POLICIES)}")
+    if args.battles < 0 or not 0 <= args.seed < 2**63:
+        raise ValueError("--battles and --seed must not be negative, and --seed must be below 2^63")
+    env, policy = Filmed(args.map), POLICIES[args.policy]
+    out = args.out or Path("runs") / "smac" / f"{args.map}-{args.policy}.gif"
+    if out.suffix != ".gif":
+        raise ValueError(f"--out {out} must end in .gif")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    won, total, length = play(env, policy, args.seed, env.picture)
+    film, part = io.BytesIO(), out.with_name(out.name + ".part")
+    held = [125] * (len(env.frames) - 1) + [2000]  # milliseconds: eight steps a second, and a rest at the end
+    env.frames[0].save(film, "GIF", save_all=True, append_images=env.frames[1:], duration=held, loop=0)
+    try:  # whole or not at all
+        part.write_bytes(film.getvalue())
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+    end = "won" if won.item() else "not won"
+    print(f"{out}: {args.map}, {args.policy}, {end} after {length.item()} steps, return {total.item():.2f}")
+    if args.battles:
+        numbers = play(Smac(args.map, args.battles), policy, args.seed)
+        rate, total, length = (x.double().mean().item() for x in numbers)
+        print(f"{args.battles} battles: win rate {rate:.3f}, mean return {total:.2f}, mean length {length:.1f}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__.splitlines()[0]))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,19 +1,33 @@
-"""Measure speed; nothing here is asserted.  python tests/bench.py [--cuda]
+"""Measure speed; nothing here is asserted.  python tests/bench.py [games] [smac] [inspo] [--cuda]
 
-CPU figures are for one thread and count CPU seconds, so that other work on the machine disturbs them little.
-An InSPO update is a sweep: every agent's Q-function and policy once, for all seeds.
+Without a word it measures all three. CPU figures are for one thread and count CPU seconds, so that other work on the
+machine disturbs them little. An InSPO update is a sweep: every agent's Q-function and policy once, for all seeds.
+
+`smac` also measures two other simulators of the same game, where they can be imported:
+
+    SMAX        pip install jaxmarl
+    SMAClite    pip install PATH_TO_A_CHECKOUT, then pip install -U "Rtree>=1.3"
+
+All three play available actions at random, restart finished battles, and make observations, state and masks at every
+step. Their rules differ: a step of SMAX and SMAClite holds 1.4 times as much fighting, SMAX has no shields, and
+SMAClite steers units around one another. XLA takes as many threads as it likes, so compare CPU seconds.
 """
 
 import contextlib
+import importlib.util
 import io
+import json
+import statistics
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from conftest import load_script
 
 import envs
+from envs.smac import MAPS, POLICIES
 
 
 def environment(name, task, num_envs, device, steps=200):
@@ -32,6 +46,100 @@ def environment(name, task, num_envs, device, steps=200):
     return num_envs * steps / (clock() - begin)
 
 
+def median_speed(play, steps, clock, repeats=3):
+    """Environment steps per second of `play()`, which makes `steps` of them: the median, after a warm-up."""
+    play()
+    speeds = []
+    for _ in range(repeats):
+        begin = clock()
+        play()
+        speeds.append(steps / (clock() - begin))
+    return statistics.median(speeds)
+
+
+def smac(task, num_envs, device, steps=100):
+    """Environment steps per second (CPU seconds on the CPU, wall seconds on a GPU) of our simulator."""
+    game = envs.make("smac", task, num_envs=num_envs, device=device)
+    _, info = game.reset(seed=0)
+
+    def play():
+        nonlocal info
+        for _ in range(steps):
+            _, _, terminated, truncated, _ = game.step(POLICIES["random"](game, info))
+            _, info = game.reset(options={"reset_mask": terminated | truncated})
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return median_speed(play, num_envs * steps, time.process_time if device == "cpu" else time.perf_counter)
+
+
+def smax(task, num_envs, steps=200):
+    """The same for SMAX, compiled: environment steps per CPU second."""
+    import jax
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints while it is imported
+        from jaxmarl.environments.smax import HeuristicEnemySMAX, map_name_to_scenario
+
+    game = HeuristicEnemySMAX(scenario=map_name_to_scenario(task))
+
+    def step(carry, key):
+        state, total = carry
+        keys = jax.random.split(key, 1 + len(game.agents))
+        avail = jax.vmap(game.get_avail_actions)(state)
+        actions = {
+            name: jax.random.categorical(k, jax.numpy.where(avail[name] > 0, 0.0, -jax.numpy.inf))
+            for name, k in zip(game.agents, keys[1:])
+        }
+        obs, state, reward, _, _ = jax.vmap(game.step)(jax.random.split(keys[0], num_envs), state, actions)
+        return (state, total + sum(x.sum() for x in (*obs.values(), *reward.values()))), None  # so that all is computed
+
+    @jax.jit
+    def play(key):
+        _, state = jax.vmap(game.reset)(jax.random.split(key, num_envs))  # obs["world_state"] is the state
+        return jax.lax.scan(step, (state, 0.0), jax.random.split(key, steps))[0][1]
+
+    key = jax.random.PRNGKey(0)
+    return median_speed(lambda: play(key).block_until_ready(), num_envs * steps, time.process_time)
+
+
+def smaclite(task, steps=300):
+    """The same for SMAClite, which plays one battle at a time: environment steps per CPU second."""
+    import numpy as np
+    from smaclite.env import SMACliteEnv
+
+    battle, shields = MAPS[task], ("stalker", "zealot")  # it lacks some of the maps, so it gets ours
+    groups = [
+        {"x": int(x), "y": int(y), "faction": side, "units": {name.upper(): count for name, count in team.items()}}
+        for side, team, (x, y) in (("ALLY", battle.agents, battle.start), ("ENEMY", battle.enemies, battle.enemy_start))
+    ]
+    plan = {
+        "name": task, "num_allied_units": sum(battle.agents.values()), "num_enemy_units": sum(battle.enemies.values()),
+        "groups": groups, "attack_point": [int(x) for x in battle.start], "terrain_preset": "SIMPLE",
+        "num_unit_types": len(battle.agents), "ally_has_shields": any(name in shields for name in battle.agents),
+        "enemy_has_shields": any(name in shields for name in battle.enemies),
+        "unit_type_ids": {name.upper(): i for i, name in enumerate(battle.agents)},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "map.json").write_text(json.dumps(plan))
+        with contextlib.redirect_stdout(io.StringIO()):  # it says which library steers the units: the numpy one
+            game = SMACliteEnv(map_file=f"{folder}/map.json", seed=0)
+    choose = np.random.default_rng(0)
+
+    def play():
+        game.reset()
+        played = 0
+        for _ in range(steps):
+            actions = [int(choose.choice(np.flatnonzero(mask))) for mask in game.get_avail_actions()]
+            _, _, done, _, _ = game.step(actions)
+            game.get_state()
+            played += 1
+            if done or played >= battle.limit:
+                game.reset()
+                played = 0
+
+    return median_speed(play, steps, time.process_time)
+
+
 def inspo(device, *flags, steps):
     """Milliseconds per update on Bridge's mixed data, evaluations and compilation not counted."""
     script = load_script("inspo")
@@ -44,13 +152,32 @@ def inspo(device, *flags, steps):
     return 1000 / summary["updates_per_second"] * (busy if device == "cpu" else 1)
 
 
-def main(device):
-    torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else 'CPU, one thread'}\n")
-    print("environment steps per second")
+def bench_games(device):
+    print("\nenvironment steps per second")
     for name, task in (("matrix", "xor"), ("bridge", "")):
         speeds = [f"{n} games {environment(name, task, n, device):,.0f}" for n in (32, 512, 8192)]
         print(f"  {name:8s}" + "   ".join(speeds))
+
+
+def bench_smac(device):
+    print(f"\nenvironment steps per {'CPU second' if device == 'cpu' else 'second'}, StarCraft micromanagement")
+    for task, sizes in (("5m_vs_6m", (32, 512, 4096)), ("2s3z", (512,))):
+        for n in sizes:
+            print(f"  {task:9s} {n:5d} battles   ours {smac(task, n, device):10,.0f}", flush=True)
+    for name, package, measure, sizes in (
+        ("SMAX", "jaxmarl", smax, (32, 512)),
+        ("SMAClite", "smaclite", smaclite, (1,)),
+    ):
+        if device != "cpu" or importlib.util.find_spec(package) is None:
+            print(f"  {name}: {'measured on the CPU only' if device != 'cpu' else 'peer not installed'}")
+            continue
+        for task in ("5m_vs_6m", "2s3z"):
+            for n in sizes:
+                speed = measure(task, n) if name == "SMAX" else measure(task)
+                print(f"  {task:9s} {n:5d} battles   {name} {speed:10,.0f}", flush=True)
+
+
+def bench_inspo(device):
     print("\nInSPO on Bridge, milliseconds per update")
     for network, flags in (("64 x 2", ()), ("256 x 3", ("--hidden", "256", "--layers", "3"))):
         for seeds in (1, 5, 10):
@@ -60,5 +187,19 @@ def main(device):
                     print(f"  {network}, {seeds:2d} seeds, {compiled:13s}{took:8.2f}", flush=True)
 
 
+PARTS = {"games": bench_games, "smac": bench_smac, "inspo": bench_inspo}
+
+
+def main(words):
+    device = "cuda" if "--cuda" in words else "cpu"
+    parts = [word for word in words if word != "--cuda"] or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        sys.exit(f"error: unknown words {sorted(unknown)}: choose from {', '.join(PARTS)} and --cuda")
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else 'CPU, one thread'}")
+    for part in parts:
+        PARTS[part](device)
+
+
 if __name__ == "__main__":
-    main("cuda" if "--cuda" in sys.argv[1:] else "cpu")
+    main(sys.argv[1:])

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import h5py
 import pytest
@@ -21,6 +22,9 @@ from conftest import ROOT, SHARED, command, complains, load_script
 from tabular import boltzmann, evaluate, local_q, one_state_operator, random_game, sweep
 
 import data
+import envs
+from data.collect import record
+from envs.smac import random as random_play
 
 inspo = load_script("inspo")
 S, B, A, D, O = 3, 7, 4, 5, 6
@@ -28,6 +32,11 @@ S, B, A, D, O = 3, 7, 4, 5, 6
 
 def table(rows):
     return [[float(x) for x in row] for row in rows]
+
+
+def streams(seed=0, count=S):
+    """A generator for each of S seeds."""
+    return [torch.Generator().manual_seed(seed + s) for s in range(count)]
 
 
 def random_batch(seed=0):
@@ -44,23 +53,23 @@ def random_batch(seed=0):
         torch.log_softmax(normal(S, B, A).masked_fill(~a, inspo.ILLEGAL), -1).clamp(min=-20)
         for a in (avail, next_avail)
     )
+    log_pi, next_log_pi = (
+        torch.log_softmax(normal(S, B, A).masked_fill(~a, inspo.ILLEGAL), -1) for a in (avail, next_avail)
+    )
+    valid = (torch.rand(S, B, generator=g) > 0.3).double()
+    valid[:, 0] = 1
     return inspo.Batch(
-        state=normal(S, B, D), obs=normal(S, B, O), avail=avail, log_mu=log_mu, next_state=normal(S, B, D),
-        next_obs=normal(S, B, O), next_avail=next_avail, next_log_mu=next_log_mu, action=action,
-        reward=normal(S, B), done=(torch.rand(S, B, generator=g) > 0.7).double(),
+        state=normal(S, B, D), avail=avail, log_mu=log_mu, next_state=normal(S, B, D), next_log_mu=next_log_mu,
+        action=action, reward=normal(S, B), done=(torch.rand(S, B, generator=g) > 0.7).double(), valid=valid,
+        log_pi=log_pi.requires_grad_(), next_log_pi=next_log_pi.requires_grad_(),
     )  # fmt: skip
 
 
 def networks(seed=0):
-    """A critic, a target and a policy with S seeds."""
-    generators = [torch.Generator().manual_seed(seed + s) for s in range(S)]
+    """A critic and a target with S seeds."""
+    generators = streams(seed)
     args = inspo.Args(hidden=8)
-    return inspo.mlp(D, A, args, generators), inspo.mlp(D, A, args, generators), inspo.mlp(O, A, args, generators)
-
-
-def softmax_of(logits, avail):
-    weights = [math.exp(x) if ok else 0.0 for x, ok in zip(logits, avail)]
-    return [w / sum(weights) for w in weights]
+    return inspo.mlp(D, A, args, generators), inspo.mlp(D, A, args, generators)
 
 
 # ---------------------------------------------------------------- the equations, one number at a time
@@ -75,14 +84,14 @@ def test_linear_layers_are_s_single_layers(float64):
 
 
 def test_critic_loss_is_equation_24(float64):
-    batch, (critic, target, policy) = random_batch(), networks()
+    batch, (critic, target) = random_batch(), networks()
     alpha, beta, gamma, cql = torch.tensor([[0.1], [0.5], [2.0]]), torch.tensor(0.3), 0.9, 0.7
-    q, q_next, logits = critic(batch.state), target(batch.next_state), policy(batch.next_obs)
-    found = inspo.critic_loss(critic, target, policy, batch, alpha, beta, gamma, cql)
+    q, q_next = critic(batch.state), target(batch.next_state)
+    found = inspo.critic_loss(critic, target, batch, alpha, beta, gamma, cql)
     for s in range(S):
         total = 0.0
         for b in range(B):
-            pi = softmax_of(logits[s, b].tolist(), batch.next_avail[s, b].tolist())
+            pi = batch.next_log_pi[s, b].exp().tolist()
             value = 0.0
             for a in range(A):
                 if pi[a] > 0:
@@ -94,45 +103,66 @@ def test_critic_loss_is_equation_24(float64):
             total += (taken - y) ** 2 + cql * (math.log(all_q) - taken)
         assert found[s].item() == pytest.approx(total / B, rel=1e-12)
     found.sum().backward()
-    assert all(p.grad is None for p in [*target.parameters(), *policy.parameters()])  # y is a constant
+    assert all(p.grad is None for p in [*target.parameters(), batch.log_pi, batch.next_log_pi])  # y is a constant
 
 
 def test_conservative_term_pushes_unseen_actions_down(float64):
-    batch, (critic, target, policy) = random_batch(), networks()
+    batch, (critic, target) = random_batch(), networks()
     batch = batch._replace(avail=torch.ones_like(batch.avail), action=torch.zeros_like(batch.action), reward=torch.zeros(S, B),
                            done=torch.ones(S, B))  # fmt: skip
     adam = torch.optim.Adam(critic.parameters(), 1e-2)
     for _ in range(300):
-        inspo.descend(
-            adam, inspo.critic_loss(critic, target, policy, batch, torch.ones(S, 1), torch.tensor(0.0), 0.9, 0.5)
-        )
+        inspo.descend(adam, inspo.critic_loss(critic, target, batch, torch.ones(S, 1), torch.tensor(0.0), 0.9, 0.5))
     q = critic(batch.state)
     assert (q[..., 0, None] > q[..., 1:] + 1).all()
 
 
 def test_policy_loss_is_equation_20(float64):
-    batch, (_, target, policy) = random_batch(), networks()
+    batch, (_, target) = random_batch(), networks()
     alpha, beta = torch.tensor([[0.1], [0.5], [2.0]]), torch.tensor(0.3)
-    q, logits = target(batch.state), policy(batch.obs)
-    found, kl = inspo.policy_loss(policy, target, batch, alpha, beta, cap=1.5)
+    q = target(batch.state)
+    found, kl = inspo.policy_loss(target, batch, alpha, beta, cap=1.5)
     capped = 0
     for s in range(S):
-        T, total, divergence = alpha[s, 0].item() + 0.3, 0.0, 0.0
+        T, total, divergence, steps = alpha[s, 0].item() + 0.3, 0.0, 0.0, 0
         for b in range(B):
+            if not batch.valid[s, b]:
+                continue
+            steps += 1
             legal = [a for a in range(A) if batch.avail[s, b, a]]
             mu, taken = batch.log_mu[s, b].exp().tolist(), batch.action[s, b].item()
             z = sum(mu[a] ** (alpha[s, 0].item() / T) * math.exp(q[s, b, a].item() / T) for a in legal)
             weight = math.exp((q[s, b, taken].item() - 0.3 * math.log(mu[taken]) - T * math.log(z)) / T)
             capped += weight > 1.5
             assert weight <= 1 / mu[taken] * (1 + 1e-9)
-            pi = softmax_of(logits[s, b].tolist(), batch.avail[s, b].tolist())
+            pi = batch.log_pi[s, b].exp().tolist()
             total -= min(weight, 1.5) * math.log(pi[taken])
             divergence += sum(pi[a] * math.log(pi[a] / mu[a]) for a in legal)
-        assert found[s].item() == pytest.approx(total / B, rel=1e-10)
-        assert kl[s].item() == pytest.approx(divergence / B, rel=1e-10)
+        assert found[s].item() == pytest.approx(total / steps, rel=1e-10)
+        assert kl[s].item() == pytest.approx(divergence / steps, rel=1e-10)
     assert capped  # or the cap was not tested
     found.sum().backward()
-    assert all(p.grad is None for p in target.parameters())
+    assert all(p.grad is None for p in target.parameters()) and not kl.requires_grad
+    assert (batch.log_pi.grad[batch.valid == 0] == 0).all() and (batch.log_pi.grad[batch.valid == 1] < 0).any()
+
+
+def one_state_batch(actions, mu):
+    """A `Batch` of recorded actions (1, B) of one agent in one state, in which mu (A,) is its behaviour."""
+    (_, n), number = actions.shape, len(mu)
+    row, no = torch.zeros(1, n, 1), None
+    avail = torch.ones(1, n, number, dtype=torch.bool)
+    return inspo.Batch(row, avail, mu.log().expand(1, n, number), row, no, actions, no, no, torch.ones(1, n), no, no)
+
+
+def best_clone(batch, q, alpha, beta):
+    """The logits (A,) of one policy that the policy loss ends at, when Q is q (A,) everywhere."""
+    logits = torch.zeros(len(q), requires_grad=True)
+    adam = torch.optim.Adam([logits], 0.05)
+    for _ in range(200):
+        batch = batch._replace(log_pi=torch.log_softmax(logits, 0).expand_as(batch.log_mu))
+        loss, _ = inspo.policy_loss(lambda x: q.expand_as(batch.log_mu), batch, alpha, beta, cap=1e9)
+        inspo.descend(adam, loss)
+    return logits
 
 
 def test_the_best_clone_is_equation_12(float64):
@@ -140,16 +170,8 @@ def test_the_best_clone_is_equation_12(float64):
     g = torch.Generator().manual_seed(1)
     mu, q = torch.softmax(torch.randn(A, generator=g), 0), torch.randn(A, generator=g)
     actions = torch.multinomial(mu, 100_000, True, generator=g)[None]  # (1, B)
-    n = actions.shape[1]
-    row = torch.zeros(1, n, 1)
-    batch = inspo.Batch(row, row, torch.ones(1, n, A, dtype=torch.bool), mu.log().expand(1, n, A), row, row, None, None,
-                        actions, None, None)  # fmt: skip
-    logits = torch.zeros(A, requires_grad=True)
-    adam = torch.optim.Adam([logits], 0.05)
-    for _ in range(200):
-        loss, _ = inspo.policy_loss(lambda x: logits.expand(1, n, A), lambda x: q.expand(1, n, A), batch,
-                                    torch.tensor([[0.4]]), torch.tensor(0.2), cap=1e9)  # fmt: skip
-        inspo.descend(adam, loss)
+    batch = one_state_batch(actions, mu)
+    logits = best_clone(batch, q, torch.tensor([[0.4]]), torch.tensor(0.2))
     assert torch.allclose(torch.softmax(logits, 0), boltzmann(q, mu, 0.4, 0.2), atol=0.01)
 
 
@@ -177,11 +199,12 @@ def test_resampling_frequencies_follow_the_ratio():
     assert edge.max() <= 3 and edge.min() >= 0
 
 
-def test_teammate_model_is_autoregressive(float64):
-    """Eq. 22: it normalises, sees a_i and earlier teammates, and does not see a later one's action."""
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_teammate_model_is_autoregressive(float64, with_prior):
+    """Eq. 22: it normalises, sees a_i and earlier teammates, and does not see a later one's action; a prior adds."""
     N = 3
-    g = [torch.Generator().manual_seed(s) for s in range(S)]
-    net = inspo.mlp(D + N + N * A, A, inspo.Args(hidden=8), g)
+    net = inspo.mlp(D + N + N * A, A, inspo.Args(hidden=8), streams())
+    prior = torch.log_softmax(torch.randn(S, 1, N, A), -1) if with_prior else None
     state, avail = torch.randn(S, 1, D), torch.ones(S, 1, N, A, dtype=torch.bool)
     avail[:, :, 2, 3] = False
     for i in range(N):
@@ -189,7 +212,7 @@ def test_teammate_model_is_autoregressive(float64):
         for actions in itertools.product(range(A), repeat=N):
             if actions[i] == 1 and actions[2] != 3:
                 joint = torch.tensor(actions).expand(S, 1, N)
-                log_prob = inspo.teammate_log_prob(net, state, avail, joint, i)
+                log_prob = inspo.teammate_log_prob(net, state, avail, joint, i, prior)
                 total = total + log_prob.exp()
                 slow = 0.0
                 for j in [j for j in range(N) if j != i]:
@@ -198,7 +221,8 @@ def test_teammate_model_is_autoregressive(float64):
                         if k == i or k < j:
                             known[k, actions[k]] = 1
                     x = torch.cat([state[:, 0], torch.eye(N)[j].expand(S, -1), known.flatten().expand(S, -1)], -1)
-                    logits = net(x[:, None])[:, 0].masked_fill(~avail[:, 0, j], -torch.inf)
+                    logits = net(x[:, None])[:, 0] + (prior[:, 0, j] if with_prior else 0)
+                    logits = logits.masked_fill(~avail[:, 0, j], -torch.inf)
                     slow = slow + torch.log_softmax(logits, -1)[:, actions[j]]
                 assert torch.allclose(log_prob[:, 0], slow, atol=1e-12)
         assert torch.allclose(total, torch.ones(S, 1))
@@ -207,18 +231,22 @@ def test_teammate_model_is_autoregressive(float64):
 def test_cloned_models_fit_the_counts():
     """Eq. 21 and 22 on correlated data: mu_i meets the marginals, mu(a_j | a_i) the conditionals, not their product."""
     recorded = data.collect_dataset("matrix", "xor", "aa-ab-ba")
-    flat = recorded.flatten()
-    args = inspo.Args(num_seeds=S, **{k: v for k, v in inspo.preset("xor").items() if k != "dataset"})
-    team = inspo.Team(2, 2, 1, 1, args, [torch.Generator().manual_seed(s) for s in range(S)])
-    inspo.clone(team, flat, args, [torch.Generator().manual_seed(s) for s in range(S)])
-    inspo.tabulate(team, flat, S)
+    args = inspo.Args(num_seeds=S, **inspo.preset("matrix", "xor"))
+    flat, _ = inspo.arrange(recorded, args)
+    team = inspo.Team(2, 2, 1, 1, args, streams())
+    inspo.clone(team, flat, args, streams())
+    inspo.tabulate(team, flat, args)
+    steps = flat["acted"].bool()
+    assert steps.sum() == len(recorded.returns)
     share = recorded.joint_actions()
     for i, table in enumerate((share, share.T)):  # rows: agent i
         marginal, conditional = table.sum(1), table / table.sum(1, keepdim=True)
         assert torch.allclose(flat["log_mu"][i].exp()[:, 0], marginal.expand(S, 2), atol=0.05)
-        taken, other = flat["actions"][:, i], flat["actions"][:, 1 - i]
-        assert torch.allclose(flat["log_mu_others"][i].exp(), conditional[taken, other].expand(S, -1), atol=0.07)
-    assert torch.equal(team.policies[0][0].weight, team.mus[0][0].weight)
+        taken, other = flat["actions"][steps, i], flat["actions"][steps, 1 - i]
+        found = flat["log_mu_others"][i][:, steps].exp()
+        assert torch.allclose(found, conditional[taken, other].expand(S, -1), atol=0.07)
+    cloned = team.mus.state_dict()
+    assert all(torch.equal(weight, cloned[name]) for name, weight in team.policies.state_dict().items())
 
 
 def test_auto_alpha_moves_towards_the_target(tmp_path):
@@ -231,27 +259,81 @@ def test_auto_alpha_moves_towards_the_target(tmp_path):
         assert all((alpha > 0.02) == rises for alpha in alphas), alphas
 
 
-def small_team(num_agents=4, M=20, **flags):
-    """A team of S seeds and random one-step data for it: (team, data, args)."""
-    args = inspo.Args(hidden=8, batch_size=16, num_seeds=S, **flags)
-    g = torch.Generator().manual_seed(0)
-    data = {
-        "obs": torch.randn(2 * M, num_agents, O, generator=g),
-        "state": torch.randn(2 * M, D, generator=g),
-        "avail_actions": torch.ones(2 * M, num_agents, A, dtype=torch.bool),
-        "row": torch.arange(0, 2 * M, 2),
-        "actions": torch.randint(A, (M, num_agents), generator=g),
-        "reward": torch.randn(M, generator=g),
-        "done": torch.ones(M),
+def random_dataset(lengths, num_agents=3, seed=0, free=False, barred=None):
+    """Random episodes of these lengths. Unless `free`, actions are barred by chance, and agents die on the way; the
+    action `barred` is never available."""
+    g = torch.Generator().manual_seed(seed)
+    E, T, N, single = len(lengths), max(lengths), num_agents, torch.float32
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    seen = torch.cat([torch.ones(E, 1, dtype=torch.bool), mask], 1)
+    avail = (torch.rand(E, T + 1, N, A, generator=g) > 0.3) | torch.tensor(free)
+    avail[..., 1] = True
+    dead = torch.arange(T + 1)[:, None] >= torch.randint(1, 2 * T, (E, 1, N), generator=g)  # (E, T+1, N)
+    if not free:
+        avail[dead] = torch.arange(A) == 0  # as in StarCraft: the dead do nothing
+    if barred is not None:
+        avail[..., barred] = False
+    actions = (torch.rand(E, T, N, A, generator=g) * avail[:, :-1]).argmax(-1)
+    last = mask & ~torch.cat([mask[:, 1:], ~seen[:, :1]], 1)
+    obs, state = (torch.randn(E, T + 1, *size, generator=g, dtype=single) for size in ((N, O), (D,)))
+    reward = torch.randn(E, T, generator=g, dtype=single)
+    return data.Dataset(
+        obs * seen[..., None, None], state * seen[..., None], avail & seen[..., None, None], actions * mask[..., None],
+        reward * mask, last & (torch.rand(E, T, generator=g) > 0.5), mask,
+    ).check()  # fmt: skip
+
+
+def small_team(num_agents=4, lengths=(1,) * 20, free=True, dataset=None, **flags):
+    """A team of S seeds and random data for it: (team, data, args)."""
+    args = inspo.Args(hidden=8, batch_size=16, num_seeds=S, one_hot=False, **flags)
+    flat, _ = inspo.arrange(dataset or random_dataset(lengths, num_agents, free=free), args)
+    N, inputs = flat["obs"].shape[1:]
+    team = inspo.Team(N, A, inputs, D, args, streams())
+    inspo.tabulate(team, flat, args)
+    return team, flat, args
+
+
+def recurrent_team(num_agents=3, lengths=(2, 5, 3, 4, 1, 5), **flags):
+    """The same with policies that remember, on episodes in which actions are barred and agents die; each policy has
+    left its behaviour."""
+    team, flat, args = small_team(num_agents, lengths, False, recurrent=True, sequences=4, **flags)
+    g = torch.Generator().manual_seed(7)
+    for parameter in team.policies.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=g)
+    return team, flat, args
+
+
+def optimizers(team, kind=torch.optim.Adam, rate=1e-2):
+    return {
+        "critics": [kind(critic.parameters(), rate) for critic in team.critics],
+        "policies": [kind(policy.parameters(), rate) for policy in team.policies],
+        "alpha": [kind([team.log_alpha], rate)],
     }
-    team = inspo.Team(num_agents, A, O, D, args, [torch.Generator().manual_seed(s) for s in range(S)])
-    inspo.tabulate(team, data, S)
-    return team, data, args
+
+
+def same(one, other):
+    """Whether two nests of dictionaries, lists and tensors are equal to the bit."""
+    if torch.is_tensor(one):
+        return torch.equal(one, other)
+    keys = one.keys() if isinstance(one, dict) else range(len(one))
+    return len(one) == len(other) and all(same(one[key], other[key]) for key in keys)
+
+
+LOSSES = inspo.critic_loss, inspo.policy_loss
+
+
+def minibatch(team, flat, args, seed=0):
+    """Sequences rows (S, L, B'), every agent's log_pi along them, and noise (S, B): what a turn needs."""
+    g, agents = streams(seed), range(len(team.policies))
+    rows = inspo.draw(flat, g, args)
+    with torch.no_grad():
+        log_pi = dict(zip(agents, inspo.unroll(list(team.policies), agents, rows[:, :-1], flat)))
+    return rows, log_pi, torch.stack([torch.rand(args.batch_size, generator=one) for one in g])
 
 
 def test_orders():
     team, data, args = small_team()
-    generators = [torch.Generator().manual_seed(s) for s in range(S + 1)]
+    generators = streams(count=S + 1)
 
     def order(kind):
         args.order = kind
@@ -272,16 +354,13 @@ def test_orders():
         assert found[2] == max(left, key=(0.1, 0.7, 0.3, 0.2).__getitem__)
 
 
-def test_a_turn_changes_one_agent_only(float64):
-    team, data, args = small_team()
-    adams = {
-        "critics": [torch.optim.Adam(critic.parameters(), 1e-2) for critic in team.critics],
-        "policies": [torch.optim.Adam(policy.parameters(), 1e-2) for policy in team.policies],
-    }
-    before = copy.deepcopy(team.state_dict())
-    noise = torch.rand(S, 2, args.batch_size)
-    losses = inspo.critic_loss, inspo.policy_loss
-    logs = inspo.turn(2, team, team.policies, data, noise, torch.tensor(0.1), True, adams, losses, args)
+@pytest.mark.parametrize("make", [small_team, recurrent_team])
+def test_a_turn_changes_one_agent_only(float64, make):
+    team, data, args = make()
+    rows, log_pi, noise = minibatch(team, data, args)
+    before, kept = copy.deepcopy(team.state_dict()), copy.deepcopy((data, log_pi))
+    logs = inspo.turn(2, team, log_pi, rows, data, noise, torch.tensor(0.1), True, optimizers(team), LOSSES, args)
+    assert same((data, log_pi), kept)
     after = team.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith(("critics.2.", "policies.2.", "targets.2."))}
@@ -290,7 +369,506 @@ def test_a_turn_changes_one_agent_only(float64):
         assert torch.allclose(after[name], expected, atol=1e-14)
     assert all(value.shape == (S,) for value in logs.values())
     # An action that nobody took with the team's current ones has a small ratio, so the sample shrinks.
-    assert ((logs["sample_size"] > 1) & (logs["sample_size"] <= args.batch_size)).all()
+    assert ((logs["sample_size"] > 1) & (logs["sample_size"] < data["acted"][rows[:, :-1]].sum((1, 2)))).all()
+
+
+# ---------------------------------------------------------------- policies that remember
+def alone_linear(layer, s):
+    """Seed s of a `Linear` as torch.nn.Linear."""
+    single = torch.nn.Linear(*layer.weight.shape[1:])
+    single.weight.data, single.bias.data = layer.weight[s].detach().T.clone(), layer.bias[s, 0].detach().clone()
+    return single
+
+
+def alone_mlp(network, s):
+    return torch.nn.Sequential(*(alone_linear(m, s) if isinstance(m, inspo.Linear) else m for m in network))
+
+
+def alone_gru(gru, s):
+    """Seed s of a `GRU` as torch.nn.GRU."""
+    single = torch.nn.GRU(gru.input.shape[1], gru.state.shape[1])
+    for name, weight in (("ih", gru.input), ("hh", gru.state)):
+        getattr(single, f"weight_{name}_l0").data = weight[s].detach().T.clone()
+    for name, bias in (("ih", gru.input_bias), ("hh", gru.state_bias)):
+        getattr(single, f"bias_{name}_l0").data = bias[s, 0].detach().clone()
+    return single
+
+
+def gru_gradients(single):
+    """The gradients of torch.nn.GRU in the layout of `GRU`."""
+    weights = {"input": single.weight_ih_l0.grad.T, "state": single.weight_hh_l0.grad.T}
+    return weights | {"input_bias": single.bias_ih_l0.grad[None], "state_bias": single.bias_hh_l0.grad[None]}
+
+
+class AlonePolicy(torch.nn.Module):
+    """Seed s of a recurrent `Policy` on torch's own layers: the logits along one episode, (L, I) -> (L, A)."""
+
+    def __init__(self, policy, s):
+        super().__init__()
+        self.encoder, self.head = (alone_linear(layer, s) for layer in (policy.encoder[0], policy.head))
+        self.gru = alone_gru(policy.gru, s)
+
+    def forward(self, x):
+        return self.head(self.gru(self.encoder(x).relu())[0])
+
+    def gradients(self):
+        """By the names that the parameters have in `Policy`."""
+        found = {f"gru.{name}": gradient for name, gradient in gru_gradients(self.gru).items()}
+        for name, layer in (("encoder.0", self.encoder), ("head", self.head)):
+            found |= {f"{name}.weight": layer.weight.grad.T, f"{name}.bias": layer.bias.grad[None]}
+        return found
+
+
+def test_gru_is_torchs_gru(float64):
+    L, H, starts = 6, 5, (None, 2, 0, 5)  # in sequence b an episode begins at starts[b]
+    gru = inspo.GRU(D, H, streams())
+    assert all(p.abs().max() <= H**-0.5 and p.std() > 0.4 * H**-0.5 for p in gru.parameters())
+    none = torch.zeros(S, L, len(starts), dtype=torch.bool)
+    some = none.clone()
+    for b, start in enumerate(starts):
+        if start is not None:
+            some[:, start, b] = True
+    for first in (none, some):
+        x = torch.randn(S, L, len(starts), D, requires_grad=True)
+        h, push = torch.randn(S, len(starts), H, requires_grad=True), torch.randn(S, L, len(starts), H)
+        out = gru(x, first, h)
+        gru.zero_grad()
+        (out * push).sum().backward()
+        for s in range(S):
+            single, mine, memory = alone_gru(gru, s), x[s].detach().requires_grad_(), h[s].detach().requires_grad_()
+            columns = []
+            for b, start in enumerate(starts):
+                cut = start if first is some and start is not None else L
+                parts = [single(mine[:cut, b], memory[None, b])[0]] if cut else []
+                parts += [single(mine[cut:, b])[0]] if cut < L else []  # a run of its own, from no memory
+                columns.append(torch.cat(parts))
+            expected = torch.stack(columns, 1)
+            assert torch.allclose(out[s], expected, rtol=0, atol=1e-12)
+            (expected * push[s]).sum().backward()
+            assert torch.allclose(x.grad[s], mine.grad, rtol=0, atol=1e-12)
+            assert torch.allclose(h.grad[s], memory.grad, rtol=0, atol=1e-12)
+            for name, gradient in gru_gradients(single).items():
+                assert torch.allclose(getattr(gru, name).grad[s], gradient, rtol=0, atol=1e-12), name
+    assert (h.grad[:, 2] == 0).all() and (h.grad[:, :2] != 0).all()
+
+
+def a_policy(recurrent, seed=0):
+    return inspo.Policy(O, A, inspo.Args(hidden=8, recurrent=recurrent), streams(seed))
+
+
+def policy_inputs(rows, L=7):
+    """Random inputs, availability, beginnings of episodes and memories for `rows` rows of seeds."""
+    avail, first = torch.rand(rows, L, B, A) > 0.3, torch.rand(rows, L, B) > 0.8
+    avail[..., 1] = True
+    return torch.randn(rows, L, B, O), avail, first, torch.randn(rows, B, 8)
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_step_by_step_is_the_whole_sequence(float64, recurrent):
+    policy, (x, avail, first, h) = a_policy(recurrent), policy_inputs(S)
+    h = h[..., : policy.hidden]
+    log_pi, end = inspo.log_probs(policy, x, avail, first, h)
+    for t in range(x.shape[1]):
+        now = slice(t, t + 1)
+        step, h = inspo.log_probs(policy, x[:, now], avail[:, now], first[:, now], h)
+        assert torch.allclose(step[:, 0].exp(), log_pi[:, t].exp(), rtol=0, atol=1e-12)
+    assert torch.allclose(h, end, rtol=0, atol=1e-12)
+    assert torch.allclose(log_pi.exp().sum(-1), torch.ones(()), atol=1e-12) and (log_pi.exp()[~avail] == 0).all()
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_policies_together_are_each_one_alone(float64, recurrent):
+    N = 3
+    policies, (x, _, first, h) = [a_policy(recurrent, 10 * i) for i in range(N)], policy_inputs(N * S)
+    h = h[..., : policies[0].hidden]
+    logits, end = inspo.together(policies)(x, first, h)
+    for i, policy in enumerate(policies):
+        mine = slice(i * S, (i + 1) * S)
+        one, memory = policy(x[mine], first[mine], h[mine])
+        assert torch.allclose(logits[mine], one, rtol=0, atol=1e-12)
+        assert torch.allclose(end[mine], memory, rtol=0, atol=1e-12)
+    team, flat, args = recurrent_team() if recurrent else small_team()
+    rows, log_pi, _ = minibatch(team, flat, args)
+    for i, policy in enumerate(team.policies):
+        assert torch.allclose(
+            inspo.unroll([policy], [i], rows[:, :-1], flat)[0].exp(), log_pi[i].exp(), rtol=0, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("kind", ["typical", "equal", "single", "one long"])
+def test_pack_lays_every_episode_down_once(kind):
+    g = torch.Generator().manual_seed(0)
+    lengths = {
+        "typical": torch.randint(20, 61, (300,), generator=g), "equal": torch.full((7,), 9),
+        "single": torch.tensor([4]), "one long": torch.tensor([2, 3, 2, 100, 3, 2]),
+    }[kind]  # fmt: skip
+    total = lengths.sum().item()
+    sequences = inspo.pack(lengths, total).tolist()
+    assert {len(sequence) for sequence in sequences} == {lengths.max().item()}
+    pieces = []
+    for sequence in sequences:
+        real = [row for row in sequence if row < total]
+        assert sequence == real + [total] * (len(sequence) - len(real))  # padding stands behind everything else
+        pieces.append(real)
+    assert sorted(sum(pieces, [])) == list(range(total))
+    for begin, length in zip((lengths.cumsum(0) - lengths).tolist(), lengths.tolist()):
+        (home,) = [piece for piece in pieces if begin in piece]
+        at = home.index(begin)
+        assert home[at : at + length] == list(range(begin, begin + length))
+    padding = 1 - total / (len(sequences) * len(sequences[0]))
+    assert padding <= {"typical": 0.15, "equal": 0, "single": 0, "one long": 0.45}[kind]
+
+
+def by_hand():
+    """Four episodes of 1, 3, 1 and 2 steps, two agents: observations count the rows, and agent 1's are negative."""
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
+    actions = torch.tensor([[[1, 2], [0, 0], [0, 0]], [[0, 1], [2, 0], [1, 1]], [[2, 2], [0, 0], [0, 0]],
+                            [[0, 2], [1, 0], [0, 0]]])  # fmt: skip
+    count = torch.tensor([[0, 1, 0, 0], [2, 3, 4, 5], [6, 7, 0, 0], [8, 9, 10, 0]]).float()
+    seen = torch.cat([torch.ones(4, 1, dtype=torch.bool), mask], 1)
+    terminated = torch.zeros(4, 3, dtype=torch.bool)
+    terminated[0, 0] = terminated[1, 2] = True
+    avail = seen[..., None, None].expand(4, 4, 2, 3).clone()
+    obs, reward = (
+        torch.stack([count, -count], -1)[..., None],
+        torch.tensor([[1, 0, 0], [2, 3, 4], [5, 0, 0], [6, 7, 0]]),
+    )
+    return data.Dataset(obs, 10 * count[..., None], avail, actions, reward.float(), terminated, mask).check()
+
+
+def test_arrange_by_hand():
+    dataset = by_hand()
+    flat, encode = inspo.arrange(dataset, inspo.Args(recurrent=True, one_hot=False))
+    assert flat["first"].int().tolist() == [1, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 1]  # the last row is empty
+    assert flat["acted"].tolist() == [1, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0, 0]
+    assert flat["done"].tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert flat["reward"].tolist() == [1, 0, 2, 3, 4, 0, 5, 0, 6, 7, 0, 0]
+    assert flat["state"][:-1, 0].tolist() == [10 * row for row in range(11)]
+    assert flat["actions"][[0, 2, 3, 4, 6, 8, 9]].tolist() == [[1, 2], [0, 1], [2, 0], [1, 1], [2, 2], [0, 2], [1, 0]]
+    assert flat["sequences"].tolist() == [[2, 3, 4, 5], [8, 9, 10, 11], [6, 7, 0, 1]]
+    nothing, a, b, c = [0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]
+    before = [nothing, b, nothing, a, c, b, nothing, c, nothing, a, b], [nothing, c, nothing, b, a, b, nothing, c,
+                                                                        nothing, c, a]  # fmt: skip
+    for i, sign in enumerate((1, -1)):
+        assert flat["obs"][:-1, i].tolist() == [[sign * row, *last] for row, last in enumerate(before[i])]
+    assert flat["avail_actions"].shape == (12, 2, 3) and flat["obs"].isfinite().all()
+    # What a game shows is encoded like what was recorded.
+    assert torch.equal(encode(dataset.obs[1, 2], dataset.actions[1, 1]), flat["obs"][4])
+    assert torch.equal(encode(dataset.obs[:, 0], torch.full((4, 2), -1)), flat["obs"][[0, 2, 6, 8]])
+
+    plain, encode = inspo.arrange(dataset, inspo.Args(recurrent=False, one_hot=False))
+    assert plain["sequences"].tolist() == [[0, 1], [2, 3], [3, 4], [4, 5], [6, 7], [8, 9], [9, 10]]
+    assert torch.equal(plain["obs"][:-1], flat["obs"][:-1, :, :1])
+    assert torch.equal(encode(dataset.obs[1, 2], dataset.actions[1, 1]), plain["obs"][4])
+    cells, encode = inspo.arrange(dataset, inspo.Args(recurrent=True, one_hot=True))
+    assert (
+        cells["obs"].shape == (12, 2, 21 + 3)
+        and (cells["obs"][:-1].sum(-1) == 2 - flat["first"][:-1, None].int()).all()
+    )
+    assert torch.equal(encode(dataset.obs[1, 2], dataset.actions[1, 1]), cells["obs"][4])
+
+
+def test_a_recurrent_team_plays_as_it_learned(monkeypatch):
+    """In a game the memory and the last action go with the agents: the same probabilities as along a sequence."""
+    args = inspo.Args(num_seeds=2, hidden=8, recurrent=True)
+    flat, encode = inspo.arrange(data.collect_dataset("bridge", "", "mixed", episodes=20), args)
+    team = inspo.Team(2, flat["avail_actions"].shape[-1], flat["obs"].shape[-1], flat["state"].shape[-1], args, streams(count=2))  # fmt: skip
+    for parameter in team.policies.parameters():
+        parameter.data *= 3  # so that memory matters
+    calls, log_probs = [], inspo.log_probs
+
+    def spy(policy, x, avail, first, h):
+        calls.append((x, avail, log_probs(policy, x, avail, first, h)[0]))
+        return log_probs(policy, x, avail, first, h)
+
+    monkeypatch.setattr(inspo, "log_probs", spy)
+    E, N = 3, 2
+    inspo.evaluate(team.policies, encode, args, 0, E, torch.device("cpu"))
+    x, avail, found = (torch.cat(parts, 1) for parts in zip(*calls))  # (N S, L, 2E, .)
+    assert x.shape[1] > 5
+    none = torch.zeros(x.shape[:3], dtype=torch.bool)
+    whole, _ = log_probs(inspo.together(list(team.policies)), x, avail, none, torch.zeros(N * 2, 2 * E, 8))
+    assert torch.allclose(found, whole, atol=1e-5)
+    forgetful, _ = log_probs(inspo.together(list(team.policies)), x, avail, ~none, torch.zeros(N * 2, 2 * E, 8))
+    assert not torch.allclose(forgetful, whole, atol=1e-2)
+    last = x[..., -found.shape[-1] :]  # what was done before
+    assert (last[:, 0] == 0).all()
+    greedy = torch.nn.functional.one_hot(found[:, :-1, :E].argmax(-1), found.shape[-1])
+    assert torch.equal(last[:, 1:, :E], greedy.to(last.dtype)) and (last[:, 1:, E:].sum(-1) == 1).all()
+
+
+def test_cloned_policies_remember():
+    """Agent 0 repeats what it did two steps ago, agent 1 does the same as agent 0; both see nothing."""
+    E, T = 64, 6
+    first_two = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).repeat(E // 4, 1)
+    actions = first_two.repeat(1, T // 2)[..., None].expand(E, T, 2).clone()
+    blank = torch.zeros(E, T + 1, 2, 1)
+    mask, avail = torch.ones(E, T, dtype=torch.bool), torch.ones(E, T + 1, 2, 2, dtype=torch.bool)
+    recorded = data.Dataset(blank, blank[..., 0, :], avail, actions, torch.zeros(E, T), torch.zeros_like(mask), mask)
+    args = inspo.Args(
+        num_seeds=S, recurrent=True, one_hot=False, hidden=16, sequences=16, clone_steps=150, clone_lr=0.01
+    )
+    flat, _ = inspo.arrange(recorded.check(), args)
+    team = inspo.Team(2, 2, 3, 1, args, streams())
+    inspo.clone(team, flat, args, streams())
+    inspo.tabulate(team, flat, args)
+    step, taken = flat["acted"][:-1].view(E, T + 1).nonzero().T, flat["acted"].nonzero()[:, 0]
+    early, late = taken[step[1] < 2], taken[step[1] >= 2]
+    for i in range(2):
+        mu, others = flat["log_mu"][i].exp(), flat["log_mu_others"][i].exp()
+        assert (mu[:, early] - 0.5).abs().mean() < 0.1  # nothing to go by
+        assert mu[:, late, flat["actions"][late, i]].min() > 0.9
+        assert others[:, taken].min() > 0.8 and others[:, taken].mean() > 0.95  # the other agent's action tells
+
+
+def learn(dataset, monkeypatch, spoil=lambda team, flat: None):
+    """Clone a recurrent team and train it for two sweeps. Returns the team, its start, the data and every turn's logs.
+
+    spoil: what to do to the new team and the data before anything else.
+    """
+    args = inspo.Args(num_seeds=S, hidden=8, batch_size=16, sequences=4, recurrent=True, one_hot=False, clone_steps=3,
+                      order="semi-greedy", auto_alpha=True)  # fmt: skip
+    flat, _ = inspo.arrange(dataset, args)
+    _, N, inputs = flat["obs"].shape
+    team = inspo.Team(N, A, inputs, D, args, streams())
+    spoil(team, flat)
+    start, logs, turn, drawn = copy.deepcopy(team.state_dict()), [], inspo.turn, []
+    inspo.clone(team, flat, args, streams())
+    inspo.tabulate(team, flat, args)
+
+    def spy(i, team, log_pi, rows, *rest):
+        drawn.append(rows)
+        logs.append(turn(i, team, log_pi, rows, *rest))
+        return logs[-1]
+
+    adams, generators = optimizers(team), streams(count=S + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(inspo, "turn", spy)
+        for _ in range(2):
+            inspo.sweep(team, flat, torch.tensor(0.1), True, generators, adams, LOSSES, args)
+    assert (torch.cat(drawn) == len(flat["obs"]) - 1).any()  # padding was among what it learned from
+    assert all(value.isfinite().all() for log in logs for value in log.values())
+    return team.state_dict(), start, flat, logs
+
+
+UNEVEN = (2, 6, 3, 4, 1, 5, 6)
+
+
+def test_what_is_no_step_teaches_nothing(monkeypatch):
+    """The padding, what stands where an episode has no more action, and what lies behind the mask: no effect, bit for
+    bit, on any loss, weight, or table entry of a real observation or step."""
+
+    def padding(team, flat):
+        g = torch.Generator().manual_seed(5)
+        flat["obs"][-1], flat["state"][-1] = 9 * torch.randn(3, O + A, generator=g), 9 * torch.randn(D, generator=g)
+        flat["avail_actions"][-1] = torch.arange(A) == 2
+        idle = flat["acted"] == 0
+        for name, value in (("reward", 100.0), ("done", 1.0), ("actions", 3)):
+            flat[name][idle] = value
+
+    def behind(dataset):
+        beyond = ~torch.cat([torch.ones_like(dataset.mask[:, :1]), dataset.mask], 1)
+        dataset.obs[beyond], dataset.state[beyond], dataset.avail_actions[beyond] = 7.0, -7.0, True
+        dataset.actions[~dataset.mask], dataset.reward[~dataset.mask], dataset.terminated[~dataset.mask] = 2, 50.0, True
+        assert beyond.any() and (dataset.lengths == torch.tensor(UNEVEN)).all()
+        return dataset
+
+    weights, _, flat, logs = learn(random_dataset(UNEVEN), monkeypatch)
+    steps = flat["acted"].bool()
+    for dataset, spoil in (
+        (random_dataset(UNEVEN), padding),
+        (behind(random_dataset(UNEVEN)), lambda team, flat: None),
+    ):
+        other, _, tables, records = learn(dataset, monkeypatch, spoil)
+        assert len(logs) == 6 and same(logs, records) and same(weights, other)
+        for i in range(3):
+            assert torch.equal(flat["log_mu"][i][:, :-1], tables["log_mu"][i][:, :-1])
+            assert torch.equal(flat["log_mu_others"][i][:, steps], tables["log_mu_others"][i][:, steps])
+
+
+def test_an_episode_does_not_see_its_neighbours(float64):
+    team, flat, _ = recurrent_team(lengths=UNEVEN)
+    begins = flat["first"].nonzero()[:, 0].tolist()  # the last of them is the padding's
+    assert flat["first"][flat["sequences"][:, 1:]].any()  # episodes do share sequences
+    packed, agents = flat["sequences"].T.expand(S, -1, -1), range(3)
+    found = inspo.unroll(list(team.policies), agents, packed, flat).exp()  # (N, S, L, Q, A)
+    table = found.new_zeros(3, S, len(flat["obs"]), A)
+    for i in agents:
+        table[i][:, flat["sequences"].T] = found[i]
+    for begin, end in zip(begins, begins[1:]):
+        rows = torch.arange(begin, end)[:, None].expand(S, -1, 1)
+        alone = inspo.unroll(list(team.policies), agents, rows, flat)[:, :, :, 0].exp()
+        assert torch.allclose(alone, table[:, :, begin:end], rtol=0, atol=1e-12)
+
+
+def test_an_action_that_is_never_available_has_no_part(monkeypatch):
+    """No probability, weight or share in the conservative term: whatever the networks say of it, nothing changes."""
+    outputs = "head.bias", "critics.{}.4.bias", "targets.{}.4.bias", "teammates.4.bias"
+
+    def is_output(name):
+        return name.endswith(outputs[0]) or name in [text.format(i) for text in outputs[1:] for i in range(3)]
+
+    def praise(team, flat):
+        for name, tensor in team.state_dict().items():
+            if is_output(name):
+                tensor[..., -1] = 50.0
+
+    dataset = random_dataset(UNEVEN, barred=A - 1)
+    plain, plain_start, flat, logs = learn(dataset, monkeypatch)
+    praised, start, tables, records = learn(dataset, monkeypatch, praise)
+    assert same(logs, records) and sum(map(is_output, plain)) == 3 * 4 + 1
+    for name in plain:
+        if is_output(name):
+            assert (praised[name][..., -1] == 50).all() and (plain[name][..., -1] == plain_start[name][..., -1]).all()
+            assert torch.equal(praised[name][..., :-1], plain[name][..., :-1])
+            assert not torch.equal(praised[name], start[name])
+        else:
+            assert torch.equal(praised[name], plain[name]), name
+    for i in range(3):
+        real = flat["log_mu"][i][:, :-1]
+        assert torch.equal(real, tables["log_mu"][i][:, :-1]) and (real[..., -1] == -20).all()
+        assert torch.allclose(real.exp()[..., :-1].sum(-1), torch.ones(()), atol=1e-5)
+
+
+def test_a_dead_agent_neither_weighs_nor_learns():
+    """It can take only action 0: its teammate's ratio is 1, and no update moves its policy."""
+    dataset = random_dataset(UNEVEN, 2)
+    seen = torch.cat([torch.ones_like(dataset.mask[:, :1]), dataset.mask], 1)
+    dataset.avail_actions[:, :, 1] = (torch.arange(A) == 0) & seen[..., None]
+    dataset.actions[:, :, 1] = 0
+    team, flat, args = recurrent_team(dataset=dataset.check())
+    before = copy.deepcopy(team.state_dict())
+    rows, log_pi, noise = minibatch(team, flat, args)
+    one, other = (
+        inspo.turn(i, team, log_pi, rows, flat, noise, torch.tensor(0.1), True, optimizers(team), LOSSES, args)
+        for i in range(2)
+    )
+    assert torch.equal(one["sample_size"], flat["acted"][rows[:, :-1]].sum((1, 2)))  # every ratio is 1
+    assert (other["sample_size"] < one["sample_size"] - 0.1).all()  # the living teammate's are not
+    assert (other["kl"] == 0).all() and (other["policy_loss"] == 0).all() and (one["kl"] > 0).all()
+    after = team.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("policies.1."))
+    assert not torch.equal(before["policies.0.gru.state"], after["policies.0.gru.state"])
+    assert not torch.equal(before["critics.1.0.weight"], after["critics.1.0.weight"])
+
+
+@pytest.mark.parametrize("actor_data", ["uniform", "resampled"])
+def test_a_recurrent_turn_is_a_slow_loop(float64, actor_data):
+    """Ratio, resampled places, both losses and both gradients of one turn, number by number, on torch.nn.GRU."""
+    i, N, beta, rate = 1, 3, 0.3, 0.01
+    team, flat, args = recurrent_team(lengths=UNEVEN, actor_data=actor_data, alpha=0.2, gamma=0.9, cql=0.7,
+                                      ratio_cap=1.3, weight_cap=1.1)  # fmt: skip
+    rows, log_pi, noise = minibatch(team, flat, args)
+    before = copy.deepcopy(team)
+    logs = inspo.turn(i, team, log_pi, rows, flat, noise, torch.tensor(beta), True,
+                      optimizers(team, torch.optim.SGD, rate), LOSSES, args)  # fmt: skip
+    ends = list(itertools.accumulate(length + 1 for length in UNEVEN))
+    spans = list(zip([0, *ends], ends))
+    steps = {row for begin, end in spans for row in range(begin, end - 1)}
+    avail, actions, seen = flat["avail_actions"], flat["actions"], set()
+
+    def table(networks, s):
+        """log-probabilities (R, A) of each network, -inf where barred, every episode on its own."""
+        singles = [AlonePolicy(network, s) for network in networks]
+        return singles, [
+            torch.cat([torch.log_softmax(single(flat["obs"][begin:end, j]).masked_fill(~avail[begin:end, j], -torch.inf), -1)
+                       for begin, end in spans]) for j, single in enumerate(singles)
+        ]  # fmt: skip
+
+    def legal(row):
+        return [a for a in range(A) if avail[row, i, a]]
+
+    for s in range(S):
+        singles, pi = table(before.policies, s)
+        _, prior = table(before.mus, s)
+        mu, log_pi_now = prior[i].clamp(min=-20).tolist(), [p.detach().exp().tolist() for p in pi]
+        teammates, critic, old, new = (
+            alone_mlp(n, s) for n in (before.teammates, before.critics[i], before.targets[i], team.targets[i])
+        )
+
+        # Eq. 23, at every place of the minibatch
+        places, ratios = [row for step in rows[s, :-1].tolist() for row in step], []
+        for row in places:
+            if row not in steps:
+                ratios.append(0.0)
+                continue
+            product = 1.0
+            for j in (0, 2):
+                known = torch.zeros(N, A)
+                for k in range(N):
+                    if k == i or k < j:
+                        known[k, actions[row, k]] = 1
+                x = torch.cat([flat["state"][row], torch.eye(N)[j], known.flatten()])
+                logits = (teammates(x) + prior[j][row]).masked_fill(~avail[row, j], -torch.inf)
+                a = actions[row, j].item()
+                product *= log_pi_now[j][row][a] / torch.softmax(logits, -1)[a].item()
+            ratios.append(min(product ** (1 / (N - 1)), 1.3))
+        seen |= {"capped" if 1.3 in ratios else "", "padding" if 0.0 in ratios else "", "free" if 0 < min(filter(None, ratios)) < 1 else ""}  # fmt: skip
+        cumulative = list(itertools.accumulate(ratios))
+        drawn = [next(row for row, c in zip(places, cumulative) if c >= u * cumulative[-1]) for u in noise[s].tolist()]
+        size = sum(ratios) ** 2 / sum(r**2 for r in ratios)
+        assert logs["sample_size"][s].item() == pytest.approx(size, rel=1e-10)
+
+        # Eq. 24
+        total = 0.0
+        for row in drawn:
+            value, a = 0.0, actions[row, i].item()
+            q, q_next = critic(flat["state"][row]), old(flat["state"][row + 1]).tolist()
+            for b in legal(row + 1):
+                p = log_pi_now[i][row + 1][b]
+                value += p * (q_next[b] - 0.2 * (math.log(p) - mu[row + 1][b]) - beta * math.log(p))
+            done = flat["done"][row].item()
+            seen |= {"done" if done else "", "cut off" if not done and row + 1 not in steps else ""}
+            gap = torch.stack([q[b] for b in legal(row)]).logsumexp(0) - q[a]
+            total = total + (q[a] - flat["reward"][row] - (0.0 if done else 0.9 * value)) ** 2 + 0.7 * gap
+        loss = total / len(drawn)
+        assert logs["q_loss"][s].item() == pytest.approx(loss.item(), rel=1e-10)
+        loss.backward()
+        for k, layer in enumerate(critic):
+            if isinstance(layer, torch.nn.Linear):
+                step = (before.critics[i][k].weight - team.critics[i][k].weight)[s] / rate
+                assert torch.allclose(step, layer.weight.grad.T, rtol=1e-8, atol=1e-10)
+
+        # Eq. 20
+        total, divergence, T, used = 0.0, 0.0, 0.2 + beta, 0
+        for row in drawn if actor_data == "resampled" else [row for row in places if row in steps]:
+            q, a, used = new(flat["state"][row]).tolist(), actions[row, i].item(), used + 1
+            z = sum(math.exp((q[b] + 0.2 * mu[row][b]) / T) for b in legal(row))
+            weight = math.exp((q[a] - beta * mu[row][a]) / T) / z
+            seen |= {"heavy" if weight > 1.1 else "light"}
+            total = total - min(weight, 1.1) * pi[i][row, a]
+            divergence += sum(p * (math.log(p) - mu[row][b]) for b, p in enumerate(log_pi_now[i][row]) if p)
+        assert logs["policy_loss"][s].item() == pytest.approx(total.item() / used, rel=1e-10)
+        assert logs["kl"][s].item() == pytest.approx(divergence / used, rel=1e-10)
+        (total / used).backward()
+        after = dict(team.policies[i].named_parameters())
+        for name, gradient in singles[i].gradients().items():
+            step = (before.policies[i].get_parameter(name) - after.pop(name))[s] / rate
+            assert torch.allclose(step, gradient, rtol=1e-8, atol=1e-10), name
+        assert not after
+    assert seen >= {"capped", "free", "padding", "done", "cut off", "heavy", "light"}  # or they were not tested
+
+
+@pytest.mark.parametrize("make", [small_team, recurrent_team])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_sweep_shows_the_teammates_as_they_are_or_as_they_were(float64, monkeypatch, make, sequential):
+    team, flat, args = make(sequential=sequential, inner=2)
+    start, learned, drawn, turn = copy.deepcopy(team.policies), set(), [], inspo.turn
+
+    def spy(i, team, log_pi, rows, *rest):
+        for j in {*range(len(team.policies))} - {i}:
+            now, before = (inspo.unroll([p[j]], [j], rows[:, :-1], flat)[0].exp() for p in (team.policies, start))
+            assert torch.allclose(log_pi[j].exp(), now if sequential else before, rtol=0, atol=1e-12)
+            assert torch.allclose(now, before, rtol=0, atol=1e-4) == (j not in learned)
+        learned.add(i)
+        drawn.append(rows)
+        return turn(i, team, log_pi, rows, *rest)
+
+    monkeypatch.setattr(inspo, "turn", spy)
+    inspo.sweep(team, flat, torch.tensor(0.1), True, streams(count=S + 1), optimizers(team), LOSSES, args)
+    assert len(learned) == len(team.policies) and len(drawn) == 2 * len(learned)
+    fresh = sum(not torch.equal(one, other) for one, other in zip(drawn, drawn[1:]))
+    assert fresh == (0 if args.recurrent else len(drawn) - 1)  # with memory, one minibatch serves the whole sweep
 
 
 # ---------------------------------------------------------------- the propositions, on tables
@@ -351,15 +929,8 @@ def test_script_parts_compose_to_the_exact_operator(float64):
     assert torch.allclose(found, W / W.sum(), atol=4e-3)
 
     q = (W * XOR).sum(1) / W.sum(1)
-    row, rows = torch.zeros(1, n, 1), (1, n, 2)
-    batch = inspo.Batch(row, row, torch.ones(rows, dtype=torch.bool), mu.log().expand(rows), row, row, None, None,
-                        action[0, again][None], None, None)  # fmt: skip
-    logits = torch.zeros(2, requires_grad=True)
-    adam = torch.optim.Adam([logits], 0.05)
-    for _ in range(200):
-        loss, _ = inspo.policy_loss(lambda x: logits.expand(rows), lambda x: q.expand(rows), batch,
-                                    torch.tensor([[alpha]]), torch.tensor(beta), cap=1e9)  # fmt: skip
-        inspo.descend(adam, loss)
+    batch = one_state_batch(action[0, again][None], mu)
+    logits = best_clone(batch, q, torch.tensor([[alpha]]), torch.tensor(beta))
     exact = one_state_operator(share, XOR, [mu, team], alpha, beta, order=(0,))[0]
     assert torch.allclose(torch.softmax(logits, 0), exact, atol=6e-3)
 
@@ -411,18 +982,19 @@ def test_five_seeds_at_once_are_five_single_runs(tmp_path, float64):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_losses_agree_with_eager(float64):
-    batch, (critic, target, policy) = random_batch(), networks()
+    batch, (critic, target) = random_batch(), networks()
     alpha, beta = torch.full((S, 1), 0.3), torch.tensor(0.1)
-    for loss, inputs in ((inspo.critic_loss, (critic, target, policy, batch, alpha, beta, 0.9, 0.5)),
-                         (inspo.policy_loss, (policy, target, batch, alpha, beta, 5.0))):  # fmt: skip
+    for loss, inputs in ((inspo.critic_loss, (critic, target, batch, alpha, beta, 0.9, 0.5)),
+                         (inspo.policy_loss, (target, batch, alpha, beta, 5.0))):  # fmt: skip
+        leaves = [*critic.parameters(), batch.log_pi]
         results = []
         for function in (loss, torch.compile(loss)):
-            for parameter in [*critic.parameters(), *policy.parameters()]:
-                parameter.grad = None
+            for leaf in leaves:
+                leaf.grad = None
             out = function(*inputs)
             value = out[0] if isinstance(out, tuple) else out
             value.sum().backward()
-            grads = [p.grad.clone() for p in [*critic.parameters(), *policy.parameters()] if p.grad is not None]
+            grads = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
             results.append([value.detach(), *grads])
         assert len(results[0]) == len(results[1]) > 1
         assert all(torch.allclose(eager, compiled, atol=1e-12) for eager, compiled in zip(*results))
@@ -469,6 +1041,64 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path):
     assert not list(broken.glob("*.part"))
 
 
+@pytest.fixture(scope="session")
+def battles(tmp_path_factory):
+    """The path of a few battles that a random team fought."""
+    game = envs.make("smac", "3m", 12)
+    dataset = record(game, lambda t, obs, info: random_play(game, info), seed=0)
+    dataset.info |= {"env": "smac", "task": "3m", "name": "random"}
+    path = tmp_path_factory.mktemp("battles") / "random.h5"
+    data.write(dataset, path)
+    return path
+
+
+BATTLE = ["--env", "smac", "--task", "3m", "--recurrent", "--hidden", "16", "--sequences", "4", "--batch-size", "32",
+          "--eval-episodes", "1", "--clone-steps", "4"]  # fmt: skip
+
+
+def test_recurrent_seeds_at_once_are_single_runs(tmp_path, float64, monkeypatch, battles):
+    # Battles are drawn for all games at once, so that they depend on how many seeds there are: no evaluation here.
+    def no_battles(policies, encode, args, *_):
+        return (*({"return": torch.zeros(args.num_seeds, 1)},) * 2, None)
+
+    monkeypatch.setattr(inspo, "evaluate", no_battles)
+    monkeypatch.setattr(inspo, "report", lambda *_: None)
+    words = [*BATTLE, "--dataset", str(battles), "--steps", "4", "--eval-every", "2", "--beta", "0.1", "--auto-alpha"]
+    inspo.main(inspo.parse([*words, "--seed", "3", "--num-seeds", "3", "--out-dir", str(tmp_path / "all")]))
+    together, rows = weights(tmp_path / "all"), list(csv.DictReader((tmp_path / "all" / "metrics.csv").open()))
+    assert any("gru" in name for name in together)
+    for s in range(3):
+        out = tmp_path / f"one{s}"
+        inspo.main(inspo.parse([*words, "--seed", str(3 + s), "--num-seeds", "1", "--out-dir", str(out)]))
+        for name, tensor in weights(out).items():
+            assert torch.allclose(tensor[0], together[name][s], rtol=0, atol=1e-9), name
+        single = list(csv.DictReader((out / "metrics.csv").open()))
+        mine = [row for row in rows if row["seed"] == str(3 + s)]
+        assert {"q_loss", "policy_loss", "kl", "alpha"} <= single[0].keys() and float(single[-1]["kl"]) > 0
+        for one, other in zip(single, mine, strict=True):
+            assert all(float(one[k]) == pytest.approx(float(other[k]), abs=1e-9) for k in one)
+
+
+def test_a_recurrent_run_killed_and_resumed_is_the_same_to_the_bit(tmp_path, battles):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    words = [*BATTLE, "--dataset", battles, "--num-seeds", "2", "--steps", "20", "--eval-every", "5"]
+    assert command("algorithms/inspo.py", *words, "--out-dir", whole).returncode == 0
+    process = start(*words, "--out-dir", broken)
+    wait_for_step(broken, 10)
+    process.kill()
+    process.communicate()
+    assert 5 <= torch.load(broken / "checkpoint.pt", weights_only=True)["step"] < 20
+    resumed = command("algorithms/inspo.py", "--resume", "--out-dir", broken)
+    assert resumed.returncode == 0, resumed.stderr
+    assert (whole / "metrics.csv").read_text() == (broken / "metrics.csv").read_text()
+    assert same(weights(whole), weights(broken))
+    first, second = (json.loads((f / "summary.json").read_text()) for f in (whole, broken))
+    for volatile in ("wall_seconds", "updates_per_second"):
+        first.pop(volatile), second.pop(volatile)
+    assert first == second and 0 <= first["win_rate"]["mean"] <= 1 and first["dataset_win_rate"] is not None
+    assert all((broken / name).read_bytes().startswith(b"\x89PNG") for name in ("curve.png", "win_rate.png"))
+
+
 def test_ctrl_c_leaves_the_last_checkpoint(tmp_path):
     process = start(*LONGER, "--out-dir", tmp_path / "run")
     wait_for_step(tmp_path / "run", 200)
@@ -480,18 +1110,18 @@ def test_ctrl_c_leaves_the_last_checkpoint(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_turn_on_a_gpu_never_waits_for_the_host():
-    team, data, args = small_team()
+@pytest.mark.parametrize("make", [small_team, recurrent_team])
+def test_a_turn_on_a_gpu_never_waits_for_the_host(make):
+    team, data, args = make()
     team, data = team.cuda(), {k: [x.cuda() for x in v] if isinstance(v, list) else v.cuda() for k, v in data.items()}
-    adams = {
-        "critics": [torch.optim.Adam(critic.parameters(), 1e-2, fused=True) for critic in team.critics],
-        "policies": [torch.optim.Adam(policy.parameters(), 1e-2, fused=True) for policy in team.policies],
-    }
-    noise, beta = torch.rand(S, 2, args.batch_size, device="cuda"), torch.tensor(0.1, device="cuda")
-    losses = inspo.critic_loss, inspo.policy_loss
+    rows, beta = data["sequences"][None, :8].mT.expand(S, -1, -1), torch.tensor(0.1, device="cuda")
+    agents, noise = range(len(team.policies)), torch.rand(S, args.batch_size, device="cuda")
+    with torch.no_grad():
+        log_pi = dict(zip(agents, inspo.unroll(list(team.policies), agents, rows[:, :-1], data)))
+    adams = optimizers(team, functools.partial(torch.optim.Adam, fused=True))
     for mode in ("default", "error"):  # the first turn sets things up
         torch.cuda.set_sync_debug_mode(mode)
-        logs = inspo.turn(1, team, team.policies, data, noise, beta, True, adams, losses, args)
+        logs = inspo.turn(1, team, log_pi, rows, data, noise, beta, True, adams, LOSSES, args)
     torch.cuda.set_sync_debug_mode("default")
     assert all(value.isfinite().all() for value in logs.values())
 
@@ -586,6 +1216,11 @@ def test_a_table_of_three_agents_written_on_the_command_line(tmp_path):
 
 
 # ---------------------------------------------------------------- bad input
+def test_every_flag_is_read():
+    source = (ROOT / "algorithms" / "inspo.py").read_text()
+    assert [field.name for field in fields(inspo.Args) if f"args.{field.name}" not in source] == []
+
+
 @pytest.mark.parametrize("words, said", [
     (("--env", "chess"), "unknown environment 'chess': choose one of"),
     (("--env", "matrix", "--task", "chess"), "matrix has no task 'chess'"),
@@ -594,6 +1229,7 @@ def test_a_table_of_three_agents_written_on_the_command_line(tmp_path):
     (("--dataset", "nowhere.h5"), "no dataset file nowhere.h5"),
     (("--num-seeds", "0"), "--num-seeds must be above 0"),
     (("--device", "tpu"), "unknown device 'tpu'"),
+    (("--env", "smac", "--task", "chess"), "smac has no map 'chess'"),
     (("--out-dir", "/dev/null/run"), "/dev/null"),
     (("--out-dir", "/proc/run"), "/proc/run"),
     (("--resume", "--out-dir", "nowhere"), "no run to resume in nowhere"),

@@ -1,0 +1,463 @@
+"""MAPPO: its estimates and losses against slow loops, what it learns, and its files through the command line."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, complains, load_script
+from gymnasium.vector import VectorEnv
+
+import envs
+
+mappo = load_script("mappo")
+S, M, N, A, D, I = 3, 6, 4, 5, 7, 8
+
+
+def stream(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def networks(discrete=True, hidden=9):
+    """An actor, with larger outputs than at the start of a run, and a critic."""
+    generators, args = [stream(s) for s in range(S)], mappo.Args(hidden=hidden)
+    actor = mappo.Actor(I, A, discrete, args, generators)
+    actor.body[-1].weight.data.mul_(100)
+    return actor, mappo.mlp(D, 1, 1.0, args, generators)
+
+
+class Target(VectorEnv):
+    """Two agents with one continuous action each pay |a - target|^2, for five steps; nothing ends but by the clock.
+
+    An agent sees its own target, which `reset` draws, and the clock; a state is all that is seen.
+    """
+
+    num_agents, num_actions, obs_dim, state_dim, time_limit, best_return = 2, 1, 2, 4, 5, 0.0
+
+    def __init__(self, num_envs, device="cpu"):
+        self.num_envs, self.generator = num_envs, stream(0)
+        self.target, self.clock = torch.zeros(num_envs, 2), torch.zeros(num_envs)
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        mask = (options or {}).get("reset_mask", torch.ones(self.num_envs, dtype=torch.bool))
+        drawn = 1.6 * torch.rand(self.num_envs, 2, generator=self.generator) - 0.8
+        self.target = torch.where(mask[:, None], drawn, self.target)
+        self.clock = torch.where(mask, 0.0, self.clock)
+        return self.see()
+
+    def see(self):
+        obs = torch.stack([self.target, self.clock[:, None].expand(-1, 2)], -1)
+        return obs, {"state": obs.flatten(1)}
+
+    def step(self, actions):
+        assert actions.dtype == torch.float32 and actions.shape == (self.num_envs, 2, 1) and actions.abs().max() <= 1
+        over = self.clock >= self.time_limit
+        reward = -(actions[..., 0] - self.target).square().sum(1) * ~over
+        self.clock = self.clock + ~over.bool()
+        obs, info = self.see()
+        truncated = self.clock >= self.time_limit
+        return obs, reward, torch.zeros_like(truncated), truncated, info
+
+
+@pytest.fixture
+def target_env(monkeypatch):
+    real = envs.make
+    monkeypatch.setattr(
+        envs, "make", lambda env, task="", **k: Target(**k) if env == "target" else real(env, task, **k)
+    )
+
+
+# ---------------------------------------------------------------- against slow loops
+def test_advantages_are_discounted_sums_of_errors(float64):
+    L, B, gamma, lam = 9, 5, 0.9, 0.8
+    g = stream(0)
+    reward, value, after = (torch.randn(S, L, B, generator=g) for _ in range(3))
+    terminated = torch.rand(S, L, B, generator=g) < 0.2
+    truncated = (torch.rand(S, L, B, generator=g) < 0.2) & ~terminated
+    assert terminated.any() and truncated.any()
+    found = mappo.gae(reward, terminated, truncated, value, after, gamma, lam)
+    for s in range(S):
+        for b in range(B):
+            for t in range(L):
+                expected, weight = 0.0, 1.0
+                for k in range(t, L):
+                    bootstrap = 0.0 if terminated[s, k, b] else gamma * after[s, k, b].item()
+                    expected += weight * (reward[s, k, b].item() + bootstrap - value[s, k, b].item())
+                    if terminated[s, k, b] or truncated[s, k, b]:
+                        break
+                    weight *= gamma * lam
+                assert found[s, t, b].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_time_limit_looks_beyond_the_end_from_the_last_state(target_env, monkeypatch):
+    args = mappo.Args(env="target", num_envs=3, rollout=7, num_seeds=2)
+    games, seen = mappo.Games(args, 3, "cpu"), {}
+    team = mappo.Team(games.env, False, args, [stream(0), stream(1)])
+    monkeypatch.setattr(team, "value", lambda state: state[..., 1])  # the clock, in place of V
+    monkeypatch.setattr(mappo, "gae", lambda *x: seen.update(x=x) or torch.zeros_like(x[0]))
+    mappo.play(games, team, [stream(0), stream(1)], args)
+    _, terminated, truncated, value, after, *_ = seen["x"]
+    assert not terminated.any() and truncated[:, 4].all() and truncated.sum() == 6
+    assert value[0, :, 0].tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert after[0, :, 0].tolist() == [1, 2, 3, 4, 5, 1, 2]  # 5 is the state that the limit met, not the next game's
+
+
+def random_batch(seed=0):
+    """Steps with dead agents (only action 0), actions that are not available, and ratios far from 1."""
+    g = stream(seed)
+    alive = torch.rand(S, M, N, generator=g) > 0.3
+    avail = (torch.rand(S, M, N, A, generator=g) > 0.4) & alive[..., None]
+    avail[..., 3] |= alive
+    avail[..., 0] = ~alive
+    action = (torch.rand(S, M, N, A, generator=g) * avail).argmax(-1)
+    x, state = torch.randn(S, M, N, I, generator=g), torch.randn(S, M, D, generator=g)
+    advantage, returns = torch.randn(2, S, M, generator=g)
+    played = torch.randn(S, M, N, generator=g) - 1
+    return mappo.Batch(x, avail, action, played, alive.to(x.dtype), state, advantage, 3 * returns)
+
+
+def test_loss_is_the_clipped_objective_of_living_agents(float64):
+    (actor, critic), batch, clip, huber = networks(), random_batch(), 0.2, 0.7
+    batch = batch._replace(
+        log_prob=actor.log_prob(actor(batch.x, batch.avail), batch.action)[0].detach() + 0.3 * batch.log_prob
+    )
+    policy_loss, value_loss, entropy, kl = mappo.ppo_loss(actor, critic, batch, clip, huber)
+    clipped = 0
+    for s in range(S):
+        gains, entropies, kls, errors = [], [], [], []
+        for m in range(M):
+            h = batch.state[s, m]
+            for k in (0, 2, 4):
+                h = h @ critic[k].weight[s] + critic[k].bias[s, 0]
+                h = h.relu() if k < 4 else h
+            error = abs(h.item() - batch.returns[s, m].item())
+            errors.append(0.5 * error**2 if error < huber else huber * (error - 0.5 * huber))
+            for i in range(N):
+                if not batch.alive[s, m, i]:
+                    continue
+                h = batch.x[s, m, i]
+                for k in (0, 2, 4):
+                    h = h @ actor.body[k].weight[s] + actor.body[k].bias[s, 0]
+                    h = h.relu() if k < 4 else h
+                legal = batch.avail[s, m, i].nonzero()[:, 0].tolist()
+                total = sum(h[a].exp().item() for a in legal)
+                pi = {a: h[a].exp().item() / total for a in legal}
+                ratio = pi[batch.action[s, m, i].item()] / np.exp(batch.log_prob[s, m, i].item())
+                advantage = batch.advantage[s, m].item()
+                gains.append(min(ratio * advantage, min(max(ratio, 1 - clip), 1 + clip) * advantage))
+                clipped += gains[-1] != ratio * advantage
+                entropies.append(-sum(p * np.log(p) for p in pi.values()))
+                kls.append(ratio - 1 - np.log(ratio))
+        assert policy_loss[s].item() == pytest.approx(-np.mean(gains), abs=1e-12)
+        assert value_loss[s].item() == pytest.approx(np.mean(errors), abs=1e-12)
+        assert entropy[s].item() == pytest.approx(np.mean(entropies), abs=1e-12)
+        assert kl[s].item() == pytest.approx(np.mean(kls), abs=1e-12)
+    assert 3 < clipped < len(batch.alive.flatten()) and (batch.alive == 0).any()
+
+
+def test_the_dead_and_what_is_forbidden_get_no_gradient(float64):
+    (actor, critic), batch = networks(), random_batch()
+    x = batch.x.clone().requires_grad_()
+    batch = batch._replace(x=x)
+    policy_loss, _, entropy, _ = mappo.ppo_loss(actor, critic, batch, 10.0, 1.0)
+    (policy_loss - entropy).sum().backward()
+    moved = x.grad.abs().sum(-1) > 0
+    choices = batch.avail.sum(-1) > 1
+    assert not moved[batch.alive == 0].any() and moved[choices].any()
+    out = actor(batch.x, batch.avail)
+    assert (out.exp()[~batch.avail] == 0).all() and torch.allclose(out.exp().sum(-1), torch.ones(S, M, N))
+    for seed in range(20):
+        action = actor.sample(out, actor.noise([stream(seed)] * S, M, N))
+        assert batch.avail.gather(-1, action[..., None]).all()
+
+
+def test_samples_follow_the_policy():
+    actor, _ = networks()
+    x, avail = torch.randn(S, 1, 1, I, generator=stream(0)), torch.ones(S, 1, 1, A, dtype=torch.bool)
+    avail[..., 2] = False
+    out = actor(x, avail)
+    draws = actor.sample(out.expand(S, 40_000, 1, A), actor.noise([stream(s) for s in range(S)], 40_000, 1))
+    shares = torch.nn.functional.one_hot(draws[..., 0], A).float().mean(1)
+    assert (shares - out[:, 0, 0].exp()).abs().max() < 0.01
+
+
+def test_continuous_actions_have_a_normal_density(float64):
+    actor, _ = networks(discrete=False)
+    actor.log_std.data = torch.randn(S, 1, A, generator=stream(1))
+    mean = actor(torch.randn(S, M, N, I, generator=stream(2)), None)
+    action = actor.sample(mean, actor.noise([stream(s) for s in range(S)], M, N))
+    assert mean.abs().max() < 1 and torch.equal(actor.sample(mean, None), mean)
+    normal = torch.distributions.Normal(mean, actor.log_std.exp()[:, None])
+    log_prob, entropy = actor.log_prob(mean, action)
+    assert torch.allclose(log_prob, normal.log_prob(action).sum(-1), atol=1e-12)
+    assert torch.allclose(entropy.expand(S, M, N), normal.entropy().sum(-1), atol=1e-12)
+
+
+def test_long_gradients_are_cut_for_each_seed_alone(float64):
+    _, critic = networks()
+    for parameter in critic.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=stream(0))
+    before = [p.grad.clone() for p in critic.parameters()]
+    for grad in before:
+        grad[0] *= 1e-3
+    for parameter, grad in zip(critic.parameters(), before):
+        parameter.grad = grad.clone()
+    mappo.limit_norm(critic, 2.0)
+    for s in range(S):
+        long = sum(g[s].square().sum() for g in before).sqrt()
+        for parameter, grad in zip(critic.parameters(), before):
+            assert torch.allclose(parameter.grad[s], grad[s] * min(1.0, 2.0 / long))
+        assert (long > 2) == (s > 0)
+
+
+def test_running_moments_are_weighted_means(float64):
+    env = envs.make("bridge")
+    team, g = mappo.Team(env, True, mappo.Args(), [stream(0), stream(1)]), stream(2)
+    mean, std = team.scale()
+    assert mean.tolist() == [[0], [0]] and std.tolist() == [[1], [1]]
+    chunks = [torch.randn(2, 30, generator=g) * k + k for k in range(1, 5)]
+    for chunk in chunks:
+        team.watch(chunk, decay=0.7)
+    mean, std = team.scale()
+    weight = torch.tensor([0.7 ** (3 - k) for k in range(4)]).repeat_interleave(30) / 30
+    every = torch.cat(chunks, 1)
+    expected = (weight * every).sum(1) / weight.sum()
+    assert torch.allclose(mean[:, 0], expected)
+    spread = ((weight * (every - expected[:, None]) ** 2).sum(1) / weight.sum()).sqrt()
+    assert torch.allclose(std[:, 0], spread)
+
+
+def test_actors_see_their_last_action_and_their_number():
+    args = mappo.Args(env="bridge", num_seeds=2)
+    games = mappo.Games(args, 3, "cpu")
+    x, avail = games.view()
+    assert x.shape == (2, 3, 2, 8 + 5 + 2) and avail.shape == (2, 3, 2, 5)
+    assert (x[..., 8:13] == 0).all() and torch.equal(x[1, 2, :, 13:], torch.eye(2))
+    action = torch.arange(12).view(2, 3, 2) % 5
+    games.step(action)
+    games.restart_finished(torch.tensor([[True, False, False], [False, False, True]]))
+    x, _ = games.view()
+    assert (x[0, 0, :, 8:13] == 0).all() and (x[1, 2, :, 8:13] == 0).all()
+    assert torch.equal(x[0, 1:, :, 8:13].argmax(-1), action[0, 1:]) and (x[0, 1:, :, 8:13].sum(-1) == 1).all()
+    assert torch.equal(x[0, 0, 0, :8], games.env.reset()[0][0, 0])
+
+
+def test_advantages_have_mean_0_and_spread_1_over_living_agents(monkeypatch):
+    args = mappo.Args(env="bridge", num_envs=16, rollout=8)
+    games, g = mappo.Games(args, 16, "cpu"), stream(0)
+    team = mappo.Team(games.env, True, args, [stream(0)])
+    real = games.view
+
+    def some_dead():
+        x, avail = real()
+        avail = avail.clone()
+        avail[..., 1, 1:] &= torch.rand(1, 16, 1, generator=g) < 0.5
+        return x, avail
+
+    monkeypatch.setattr(games, "view", some_dead)
+    batch = mappo.play(games, team, [stream(1)], args)
+    assert 0.2 < 1 - batch.alive[..., 1].mean() < 0.8 and (batch.alive[..., 0] == 1).all()
+    living = batch.advantage[..., None].expand_as(batch.alive)[batch.alive > 0]
+    assert living.mean().abs() < 1e-5 and living.std(correction=0) == pytest.approx(1, abs=1e-3)
+
+
+# ---------------------------------------------------------------- whole runs
+TINY = ["--env", "bridge", "--num-envs", "8", "--rollout", "16", "--steps", "2000", "--eval-every", "500",
+        "--eval-episodes", "4", "--hidden", "16", "--minibatches", "3", "--lr-decay"]  # fmt: skip
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["team"]
+
+
+def table(folder):
+    return list(csv.DictReader((folder / "metrics.csv").open()))
+
+
+def test_three_seeds_at_once_are_three_single_runs(tmp_path, float64):
+    mappo.main(mappo.parse([*TINY, "--num-seeds", "3", "--seed", "5", "--out-dir", str(tmp_path / "all")]))
+    together = weights(tmp_path / "all")
+    for s in range(3):
+        out = tmp_path / f"one{s}"
+        mappo.main(mappo.parse([*TINY, "--seed", str(5 + s), "--out-dir", str(out)]))
+        alone = weights(out)
+        assert (alone["critic.0.weight"] - together["critic.0.weight"][(s + 1) % 3]).abs().max() > 0.1
+        for name, tensor in alone.items():
+            axis = 1 if name == "moments" else 0
+            assert torch.allclose(tensor.select(axis, 0), together[name].select(axis, s), atol=1e-9, rtol=0), name
+        mine = [row for row in table(tmp_path / "all") if row["seed"] == str(5 + s)]
+        for one, other in zip(table(out), mine, strict=True):
+            assert all(float(one[k]) == pytest.approx(float(other[k]), abs=1e-8) for k in one)
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path):
+    words = [*TINY, "--env", "smac", "--task", "3m", "--num-seeds", "2", "--steps", "2500", "--save-snapshots"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finished = command("algorithms/mappo.py", *words, "--out-dir", whole)
+    assert finished.returncode == 0, finished.stderr
+    begun = [sys.executable, "algorithms/mappo.py", *words, "--out-dir", str(broken)]
+    process = subprocess.Popen(begun, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    for _ in range(1200):
+        if (broken / "metrics.csv").exists() and len(table(broken)) >= 6:
+            break
+        time.sleep(0.05)
+    time.sleep(int.from_bytes(os.urandom(1), "big") / 512)  # anywhere within half a second of training
+    process.kill()
+    process.communicate()
+    assert 0 < torch.load(broken / "checkpoint.pt", weights_only=True)["iteration"] < 20
+    resumed = command("algorithms/mappo.py", "--resume", "--out-dir", broken)
+    assert resumed.returncode == 0, resumed.stderr
+    assert (whole / "metrics.csv").read_text() == (broken / "metrics.csv").read_text()
+    one, other = weights(whole), weights(broken)
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    first, second = (json.loads((f / "summary.json").read_text()) for f in (whole, broken))
+    for volatile in ("wall_seconds", "updates_per_second", "env_steps_per_second"):
+        first.pop(volatile), second.pop(volatile)
+    assert first == second and first["win_rate"] is not None
+    for kind in ("snapshots", "behaviour"):
+        names = sorted(path.name for path in (whole / kind).iterdir())
+        assert names == sorted(path.name for path in (broken / kind).iterdir()) and len(names) >= 3
+        for name in names:
+            a, b = (np.load(f / kind / name, allow_pickle=False) for f in (whole, broken))
+            assert all(np.array_equal(a[k], b[k]) for k in a)
+    assert {"curve.png", "win_rate.png", "config.json"} <= {path.name for path in broken.iterdir()}
+    assert not list(broken.rglob("*.part"))
+
+
+@pytest.mark.parametrize("task, best", [("xor", 1), ("m-ne", 20), ("climbing", 7)])
+def test_matrix_games_are_solved(tmp_path, task, best):
+    """The best joint action, or in climbing, where it lies beside the worst ones, the second best."""
+    words = ["--env", "matrix", "--task", task, "--num-envs", "32", "--rollout", "8", "--num-seeds", "5"]
+    words += ["--steps", "60000", "--eval-every", "60000", "--out-dir", str(tmp_path / "run")]
+    summary = mappo.main(mappo.parse(words))
+    assert summary["return"]["per_seed"] == [best] * 5
+    assert min(summary["sampled_return"]["per_seed"]) > 0.95 * best
+
+
+def continuous(out):
+    return mappo.Args(
+        env="target", num_envs=64, rollout=10, num_seeds=2, steps=50_000, eval_every=10_000, hidden=32,
+        save_snapshots=True, out_dir=str(out),
+    )  # fmt: skip
+
+
+def test_continuous_actions_find_their_target(tmp_path, target_env):
+    summary = mappo.main(continuous(tmp_path / "run"))
+    first = [float(row["return"]) for row in table(tmp_path / "run") if row["step"] == "0"]
+    assert max(first) < -1.5  # what not moving costs
+    assert min(summary["return"]["per_seed"]) > -0.1 and min(summary["sampled_return"]["per_seed"]) > -1
+    assert summary["win_rate"] is None
+
+
+def numpy_team(path):
+    """A function (..., I) -> (..., A) made of the file's arrays only, and its info."""
+    file = np.load(path, allow_pickle=False)
+    assert all(file[name].dtype == np.float16 for name in file if name != "info")
+
+    def run(x):
+        for k in range(3):
+            x = x @ file[f"weight{k}"].astype(np.float32) + file[f"bias{k}"].astype(np.float32)
+            x = np.maximum(x, 0) if k < 2 else x
+        return x
+
+    return run, json.loads(str(file["info"])), file
+
+
+def test_snapshots_play_as_the_actor_does(tmp_path):
+    out = tmp_path / "run"
+    args = mappo.parse([*TINY, "--num-seeds", "2", "--save-snapshots", "--out-dir", str(out)])
+    mappo.main(args)
+    games = mappo.Games(args, 50, "cpu")
+    team = mappo.Team(games.env, True, args, [stream(0), stream(1)])
+    team.load_state_dict(weights(out))
+    rows = table(out)
+    agreed = []
+    for t in range(8):
+        x, avail = games.view()
+        out_of_actor = team.actor(x, avail).detach()
+        games.step(torch.randint(5, (2, 50, 2), generator=stream(t)))
+        for s in range(2):
+            run, info, _ = numpy_team(out / "snapshots" / f"2048-seed{s}.npz")
+            logits = run(x[s].numpy())
+            top = out_of_actor[s].topk(2).values
+            clear = (top[..., 0] - top[..., 1] > 5e-3).numpy()
+            agreed.append((logits.argmax(-1) == out_of_actor[s].argmax(-1).numpy())[clear])
+            log_pi = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            assert np.abs(log_pi - out_of_actor[s].numpy()).max() < 5e-3
+    assert len(np.concatenate(agreed)) > 100 and np.concatenate(agreed).all()
+    row = next(row for row in rows if row["step"] == "2048" and row["seed"] == "1")
+    assert info["inputs"] == ["obs", "last_action", "agent_id"] and info["steps"] == 2048 and info["seed"] == 1
+    assert (info["env"], info["script"], info["activation"]) == ("bridge", "mappo", "relu")
+    assert info["return"] == float(row["return"]) and info["win_rate"] is None and len(info["git_commit"]) >= 7
+    _, expert, _ = numpy_team(out / "behaviour" / "expert.npz")
+    assert expert["steps"] == 2048 and expert["seed"] == 0
+    assert numpy_team(out / "behaviour" / "replay-0.npz")[1]["steps"] == 0
+
+
+def test_continuous_snapshots_have_a_spread(tmp_path, target_env):
+    args = continuous(tmp_path / "run")
+    args.steps, args.num_seeds = 10_000, 1
+    mappo.main(args)
+    run, info, file = numpy_team(tmp_path / "run" / "behaviour" / "expert.npz")
+    games = mappo.Games(args, 50, "cpu")
+    team = mappo.Team(games.env, False, args, [stream(0)])
+    team.load_state_dict(weights(tmp_path / "run"))
+    x, _ = games.view()
+    assert np.abs(np.tanh(run(x.numpy())) - team.actor(x, None).detach().numpy()).max() < 5e-3
+    assert np.allclose(file["log_std"], team.actor.log_std.detach().numpy()[0, 0], atol=1e-2)
+    assert info["inputs"] == ["obs", "agent_id"] and info["output"] == "tanh"
+
+
+def test_which_policies_become_behaviours():
+    wins = [0, 0.1, 0.2, 0.45, 0.7, 0.9]
+    rows = [{"step": 10 * k, "sampled_return": -k, "sampled_win_rate": w} for k, w in enumerate(wins)]
+    assert mappo.choose_behaviours(rows) == {
+        "expert.npz": 50, "medium.npz": 30, "replay-0.npz": 0, "replay-1.npz": 10, "replay-2.npz": 20, "replay-3.npz": 30
+    }  # fmt: skip
+    rows = [{"step": k, "sampled_return": 100.0 + k} for k in range(101)]  # half of the way, not of the return
+    chosen = mappo.choose_behaviours(rows)
+    assert chosen["medium.npz"] == 50 and chosen["expert.npz"] == 100
+    replay = [chosen[f"replay-{k}.npz"] for k in range(10)]
+    assert len(chosen) == 12 and replay[0] == 0 and replay[-1] == 50
+    assert all(5 <= b - a <= 6 for a, b in zip(replay, replay[1:]))
+    rows = [{"step": k, "sampled_return": float(k), "sampled_win_rate": 0.0} for k in range(3)]  # it never wins
+    assert mappo.choose_behaviours(rows)["medium.npz"] == 1
+
+
+# ---------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--env", "chess"], "unknown environment 'chess'"),
+        (["--env", "matrix", "--task", "nim"], "matrix has no task 'nim'"),
+        (["--steps", "-5"], "--steps must be above 0"),
+        (["--env", "bridge", "--eval-every", "100"], "it must be 12800 or more"),
+        (["--env", "matrix", "--num-envs", "1", "--rollout", "2"], "--minibatches 4 of 2 steps"),
+        (["--resume", "--out-dir", "nowhere/at/all"], "no run to resume in nowhere/at/all"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_in_one_line(tmp_path, words, said):
+    out = [] if "--out-dir" in words else ["--out-dir", tmp_path / "run"]
+    complains(command("algorithms/mappo.py", *words, *out), said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_and_changed_flags_end_in_one_line(tmp_path):
+    out = tmp_path / "run"
+    mappo.main(mappo.parse([*TINY, "--steps", "400", "--out-dir", str(out)]))
+    complains(command("algorithms/mappo.py", *TINY, "--out-dir", out), "holds a run already")
+    complains(command("algorithms/mappo.py", "--resume", "--out-dir", out, "--clip", 0.3), "begun with --clip 0.2")
+    torch.save({"team": {}}, out / "checkpoint.pt")
+    complains(command("algorithms/mappo.py", "--resume", "--out-dir", out), "checkpoint.pt is of another run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    words = [*TINY, "--lr", "1e30", "--max-grad-norm", "1e30", "--out-dir", str(tmp_path / "run")]
+    complains(command("algorithms/mappo.py", *words), "is not finite after", "smaller --lr")
