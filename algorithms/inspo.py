@@ -50,8 +50,8 @@ has ratio 0. One minibatch serves a whole sweep: after agent i's turn only log p
 teammate model adds what the joint action tells to log mu_j, which has seen the episode. Without a memory the same code
 runs on "sequences" of two rows, an observation and the next.
 
-Shapes: S seeds, B steps or B' sequences of a minibatch, L rows of a sequence, K = (L - 1) B' its steps, N agents, A actions,
-O observation, I inputs, D state, R rows (observations).
+Shapes: S seeds, B steps or B' sequences of a minibatch, L rows of a sequence, K = (L - 1) B' its steps, N agents,
+A actions, O observation, I inputs, D state, R rows (observations).
 """
 
 import copy
@@ -119,7 +119,7 @@ class Args:
     layers: int = 2  # hidden layers
     one_hot: bool = True  # feed integer observations as one-hot values (the cells of a grid)
     recurrent: bool = False  # policies with a memory (GRU) that see their last action too
-    sequences: int = 16  # recurrent: sequences of whole episodes per sweep, from which each turn draws its steps
+    sequences: int = 8  # recurrent: sequences of whole episodes per sweep, from which each turn draws its steps
     batch_size: int = 128  # recorded steps per update
     policy_lr: float = 1e-3  # Adam's step size for the policies
     critic_lr: float = 1e-3  # Adam's step size for the Q-functions
@@ -135,8 +135,9 @@ class Args:
 def preset(env, task):
     """What differs from Bridge's values, above, in the other environments; each value can be set by its flag."""
     if env == "smac":
-        values = dict(dataset="mixed", num_seeds=3, steps=1600, warmup=1000, eval_every=200, recurrent=True)
-        values |= dict(one_hot=False, alpha=0.3, beta=0.0, batch_size=512, policy_lr=5e-4, clone_steps=800)
+        values = dict(dataset="medium-replay", num_seeds=3, steps=3000, warmup=1500, eval_every=500, recurrent=True)
+        values |= dict(one_hot=False, alpha=0.4, beta=0.0, batch_size=512, critic_lr=2e-3, tau=0.05, clone_steps=800)
+        values |= dict(sequences=max(2, 560 // envs.make("smac", task).time_limit))  # so that they hold some 500 steps
         return values
     payoff = envs.make("matrix", task).payoff
     values = dict(dataset=datasets.names("matrix", task)[-1], steps=1500, one_hot=False, tau=0.05, clone_lr=1e-3)
@@ -440,7 +441,9 @@ def sweep(team, data, beta, learn_policy, generators, adams, losses, args):
                         log_pi = {j: recall(j, now, data) for j in agents}
             noise = runs.uniform(generators[1:], args.batch_size)
             logs = turn(i, team, log_pi, rows, data, noise, beta, learn_policy, adams, losses, args)
-        if args.recurrent and args.sequential and learn_policy and turns < N - 1:  # one minibatch serves the sweep: only i has moved
+        if (
+            args.recurrent and args.sequential and learn_policy and turns < N - 1
+        ):  # one minibatch serves the sweep: only i has moved
             with torch.no_grad():
                 log_pi[i] = unroll([team.policies[i]], [i], rows[:, :-1], data)[0]
     return logs
@@ -474,6 +477,7 @@ def agent_order(team, data, generators, args):
 def clone(team, data, args, generators):
     """Fit the behaviour before anything else: mu_i of each agent (Eq. 21) and the teammate model (Eq. 22)."""
     adam = torch.optim.Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr, fused=True)
+    args = replace(args, batch_size=args.clone_batch)
     agents, seed = range(len(team.mus)), torch.arange(len(generators), device=data["acted"].device)[:, None]
     for _ in range(args.clone_steps):
         rows = draw(data, generators, args)[:, :-1]  # (S, L - 1, B')
@@ -636,14 +640,14 @@ def arrange(dataset, args):
         step = data[name]
         data[name] = step.new_zeros(R, *step.shape[1:]).index_copy_(0, row, step)
     data["first"] = torch.cat([row.new_ones(1), 1 - data["acted"][:-1]]).bool()
-    encode = lambda obs, last: obs.to(dtype)  # noqa: E731
+    cells = one_hot(data["obs"][:-1].flatten(0, 1)) if args.one_hot else lambda obs: obs.to(dtype)
     if args.one_hot:
-        cells = one_hot(data["obs"][:-1].flatten(0, 1))
-        encode = lambda obs, last: cells(obs)  # noqa: E731
         data["state"] = one_hot(data["state"][:-1])(data["state"])
-    if args.recurrent:
-        plain = encode
-        encode = lambda obs, last: torch.cat([plain(obs, last), F.one_hot(last + 1, A + 1)[..., 1:].to(dtype)], -1)  # noqa: E731
+
+    def encode(obs, last):
+        seen = cells(obs)
+        return torch.cat([seen, F.one_hot(last + 1, A + 1)[..., 1:].to(dtype)], -1) if args.recurrent else seen
+
     last = torch.where(data["first"][:, None], -1, data["actions"].roll(1, 0))
     data["obs"] = encode(data["obs"], last)
     data["sequences"] = pack(dataset.lengths + 1, R - 1) if args.recurrent else torch.stack([row, row + 1], 1)

@@ -17,10 +17,17 @@ Equations. Agent i acts by pi(.|o_i), o_i its view; s is the state, V the critic
   L(V)     = E [ Huber( (V(s) - mean) / std, (R - mean) / std ) ]
 
 Commands, and the return you should see (last policy; one CPU core of a small server, torch 2.13):
-  (to be measured)
+  python algorithms/mappo.py --env smac --task 3m --steps 300000 --eval-every 50000     32 s of CPU time, one seed:
+      98 % of battles won greedily (return 19.8), 70 % by sampling (16.4), and still rising
+  python algorithms/mappo.py --env bridge --steps 500000 --num-seeds 3    71 s of CPU time: greedy -1.2433 (2 of 3
+      seeds reach the best possible, -1.2355), sampled -1.2500
+  python algorithms/mappo.py --env matrix --task m-ne --num-seeds 10 --steps 100000 --num-envs 32 --rollout 8
+      20, the best, in 10 of 10 seeds; xor 1, the best; but climbing 7 of 11, and penalty 2 of 10: where a mistake of
+      one agent is dear, both settle for what is safe
 
 Differences from the authors' code, and choices made here:
-  1. The networks have no recurrence. An agent's input is its view, its own last action and its number.
+  1. The networks have no recurrence. An agent's input is its view, its own last action (--recall: its last few, from
+     which it can tell when its weapon is ready) and its number.
   2. The critic sees the state once for the whole team, not once for each agent with that agent's features.
   3. The value loss is not clipped: the Huber loss with delta 10 on normalised returns is the authors' other safeguard.
   4. Dead agents, who may only play action 0, count in no mean of the policy's loss or of the advantages.
@@ -34,7 +41,7 @@ Differences from the authors' code, and choices made here:
 Seeds differ in all that is random here, but play in one environment: where it is random itself, what it draws for a
 seed depends on which seeds run beside it.
 
-Shapes: S seeds, B games of each, L steps of a rollout, M = L B, N agents, A actions (or the size of one agent's action),
+Shapes: S seeds, B games of each, L steps of a rollout, M = L B, N agents, A actions (or the size of an agent's action),
 O observation, D state, I actor inputs, E episodes of an evaluation.
 """
 
@@ -88,6 +95,7 @@ class Args:
     minibatches: int = 4  # gradient steps in a pass
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # how far advantages look past the critic
+    recall: int = 1  # how many of its own last actions an agent sees (discrete actions)
     clip: float = 0.2  # how far an action's probability may move in an update, as a ratio
     entropy: float = 0.01  # weight of the entropy bonus
     # --- the optimisation
@@ -167,7 +175,7 @@ class Team(nn.Module):
     def __init__(self, game, discrete, args, generators):
         super().__init__()
         N, A, S = game.num_agents, game.num_actions, len(generators)
-        self.actor = Actor(game.obs_dim + A * discrete + N, A, discrete, args, generators)
+        self.actor = Actor(game.obs_dim + args.recall * A * discrete + N, A, discrete, args, generators)
         self.critic = mlp(game.state_dim, 1, 1.0, args, generators)
         self.register_buffer("moments", torch.zeros(3, S, 1))  # decaying means of 1, R and R^2, which begin at 0
 
@@ -195,20 +203,22 @@ class Games:
         self.env = envs.make(args.env, args.task, num_envs=args.num_seeds * num_envs, device=device)
         self.shape, self.dtype = (args.num_seeds, num_envs), torch.get_default_dtype()
         self.agent = torch.eye(self.env.num_agents, device=device, dtype=self.dtype)
+        self.recall = args.recall * self.env.num_actions
         self.restart(0)
         self.discrete = "avail_actions" in self.info
 
     def restart(self, seed):
         """Start all games anew; `seed` fixes all that the environment draws until the next restart."""
         self.obs, self.info = self.env.reset(seed=seed % 2**31)
-        self.last = None  # everybody's last action as a one-hot vector, (S B, N, A)
+        # Everybody's last actions as one-hot vectors, the newest first: (S B, N, recall A).
+        self.last = torch.zeros(*self.obs.shape[:2], self.recall, device=self.obs.device, dtype=self.dtype)
 
     def view(self):
         """What the actor needs: its input (S, B, N, I) and the available actions (S, B, N, A), or None."""
         parts, avail = [self.obs.to(self.dtype), self.agent.expand(len(self.obs), -1, -1)], None
         if self.discrete:
             avail = self.info["avail_actions"]
-            parts.insert(1, torch.zeros_like(avail, dtype=self.dtype) if self.last is None else self.last)
+            parts.insert(1, self.last)
             avail = avail.unflatten(0, self.shape)
         return torch.cat(parts, -1).unflatten(0, self.shape), avail
 
@@ -219,7 +229,8 @@ class Games:
         """Play actions (S, B, N) or (S, B, N, A); returns reward, terminated and truncated, each (S, B)."""
         action = action.flatten(0, 1)
         if self.discrete:
-            self.last = F.one_hot(action, self.env.num_actions).to(self.dtype)
+            newest = F.one_hot(action, self.env.num_actions).to(self.dtype)
+            self.last = torch.cat([newest, self.last], -1)[..., : self.recall]
         else:
             action = action.clamp(-1, 1).float()
         self.obs, reward, terminated, truncated, self.info = self.env.step(action)
@@ -378,7 +389,7 @@ def save_snapshots(folder, team, rows, args, commit):
         info = {
             "env": args.env, "task": args.task, "seed": row["seed"], "steps": row["step"],
             "inputs": ["obs", "last_action", "agent_id"] if team.actor.discrete else ["obs", "agent_id"],
-            "activation": "relu", "output": "logits" if team.actor.discrete else "tanh",
+            "recall": args.recall, "activation": "relu", "output": "logits" if team.actor.discrete else "tanh",
         }  # fmt: skip
         info |= {name: row.get(name) for name in ("return", "sampled_return", "win_rate", "sampled_win_rate")}
         info |= {"eval_episodes": args.eval_episodes, "script": "mappo", "git_commit": commit}

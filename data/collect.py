@@ -247,20 +247,21 @@ def read_behaviour(path):
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
     layers = [(torch.tensor(w).float(), torch.tensor(b).float()) for w, b in layers]
-    last = None
+    last, recall = None, about.get("recall", 1)
 
     def play(t, obs, info, generator):
         nonlocal last
         avail = info["avail_actions"]  # (B, N, A)
         B, N, A = avail.shape
-        last = torch.full((B, N), -1) if t == 0 else last
-        x = torch.cat([obs, F.one_hot(last + 1, A + 1)[..., 1:], torch.eye(N).expand(B, N, N)], -1)
+        last = torch.zeros(B, N, recall * A) if t == 0 else last  # the newest first
+        x = torch.cat([obs, last, torch.eye(N).expand(B, N, N)], -1)
         for w, b in layers[:-1]:
             x = F.relu(x @ w + b)
         logits = (x @ layers[-1][0] + layers[-1][1]).masked_fill(~avail, -torch.inf)
         clocks = torch.empty_like(logits).exponential_(generator=generator)
-        last = (logits - clocks.log()).argmax(-1)  # a draw from the policy
-        return last
+        action = (logits - clocks.log()).argmax(-1)  # a draw from the policy
+        last = torch.cat([F.one_hot(action, A).float(), last], -1)[..., : recall * A]
+        return action
 
     return play, about
 
