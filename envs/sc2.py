@@ -1,14 +1,13 @@
 """The real StarCraft II behind the calls of `envs/smac.py`: the package `smac`, one worker process for each game.
 
 This adapter has only been run against a stand-in with the same methods, not against the real game.
-A game starts at its first reset. SMAC takes a seed only there: game b gets seed + b, and later seeds are ignored.
+A game starts with seed + b at its first reset, and SMAC ignores later seeds. Until then it counts as finished.
 """
 
 import os
-import signal
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context, parent_process, util
+from concurrent.futures import ProcessPoolExecutor as Pool
+from multiprocessing import get_context, parent_process
+from signal import SIG_IGN, SIGINT, signal
 from threading import Thread
 
 import numpy as np
@@ -17,30 +16,24 @@ from gymnasium.vector import VectorEnv
 
 from envs.common import METADATA, check_actions, describe_discrete, games_to_reset
 
-NEEDS = (
-    "get it with `pip install git+https://github.com/oxwhirl/smac.git`, and StarCraft II 4.10 with its maps in SC2PATH"
-)
-
 
 class StarCraft2(VectorEnv):
-    """B games of one SMAC map. Before its first reset a game counts as finished; one failure closes all games."""
-
     metadata = METADATA
 
     def __init__(self, task="5m_vs_6m", num_envs=1, device="cpu"):
         try:
-            os.listdir(os.path.join(os.environ.get("SC2PATH") or "SC2PATH is not set", "Versions"))
-            from smac.env import StarCraft2Env
+            os.listdir(os.path.join(os.environ["SC2PATH"] or os.devnull, "Versions"))
+            from smac.env import StarCraft2Env as Game
 
-            self.make = partial(StarCraft2Env, map_name=task, continuing_episode=True)  # so that it tells a time-out
-            facts = self.make().get_env_info()  # this does not start the game
+            facts = Game(map_name=task).get_env_info()  # this does not start it
         except Exception as error:
-            raise ValueError(f"no StarCraft II, {NEEDS} ({type(error).__name__}: {error})".replace("\n", " ")) from None
+            needs = "`pip install git+https://github.com/oxwhirl/smac.git`, StarCraft II 4.10 and its maps in SC2PATH"
+            raise ValueError(f"{type(error).__name__}: {error}: this needs {needs}".replace("\n", " ")) from None
         N, A, O, S, limit = map(facts.get, ("n_agents", "n_actions", "obs_shape", "state_shape", "episode_limit"))
         describe_discrete(self, num_envs, device, N, A, O, S, limit, best_return=None)
-        pool = partial(ProcessPoolExecutor, 1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
-        self.workers = [pool() for _ in range(num_envs)]
-        self.last = [(np.zeros((N, O), "f"), np.zeros(S, "f"), np.zeros((N, A), "?"), False, True, False)] * num_envs
+        self.workers = [Pool(1, get_context("spawn"), signal, (SIGINT, SIG_IGN)) for _ in range(num_envs)]
+        self.task, blank = (Game, task), (np.zeros((N, O), "f"), np.zeros(S, "f"), np.zeros((N, A), "?"))
+        self.last = [(*blank, False, True, False)] * num_envs
 
     def reset(self, *, seed=None, options=None):
         games = games_to_reset(self, options).nonzero()[:, 0].tolist()
@@ -61,29 +54,27 @@ class StarCraft2(VectorEnv):
     def _play(self, orders):
         rewards = np.zeros(self.num_envs, "f")
         try:
-            for b, answer in [(b, self.workers[b].submit(_work, self.make, order)) for b, order in orders.items()]:
-                rewards[b], self.last[b] = answer.result()
+            for b, call in [(b := i, self.workers[i].submit(_work, *self.task, order)) for i, order in orders.items()]:
+                rewards[b], self.last[b] = call.result()
         except Exception as error:
             self.close()
             raise RuntimeError(f"StarCraft II, game {b} failed: {error!r}") from None
         columns = (torch.tensor(np.array(column), device=self.device) for column in (rewards, *zip(*self.last)))
-        reward, obs, state, avail, won, terminated, truncated = columns
-        return obs, reward, terminated, truncated, {"state": state, "avail_actions": avail, "won": won}
+        reward, obs, state, avail, won, over, cut = columns
+        return obs, reward, over & ~cut, cut, {"state": state, "avail_actions": avail, "won": won}
 
 
-def _work(make, order):  # in a worker: a step with this list of actions, or a new battle, the first one with this seed
+def _work(Game, task, order):  # in a worker: take a step if `order` is a list of actions, reset if it is a seed
     global game
-    reward, over, facts = 0.0, False, {"battle_won": False}
     if isinstance(order, list):
         reward, over, facts = game.step(order)
         if not facts:
             raise OSError("the connection to the game is lost")
     else:
         if "game" not in globals():
-            game = make(seed=order)
-            util.Finalize(None, game.close, exitpriority=0)
+            game = Game(map_name=task, seed=order, continuing_episode=True)  # so that `facts` tells a time-out
             Thread(target=lambda: (parent_process().join(), game.close(), os._exit(1)), daemon=True).start()
         game.reset()
-    cut = bool(facts.get("episode_limit"))
+        reward, over, facts = 0.0, False, {"battle_won": False}
     seen = np.array(game.get_obs(), "f"), np.array(game.get_state(), "f"), np.array(game.get_avail_actions(), "?")
-    return reward, (*seen, bool(facts["battle_won"]), over and not cut, cut)
+    return reward, (*seen, facts["battle_won"], over, facts.get("episode_limit", False))
