@@ -98,7 +98,8 @@ class Args:
     out_dir: str = ""  # the run's folder; by default a new one in runs/inspo
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
-    backend: Literal["torch", "sc2"] = "torch"  # smac: battles in our simulator, or in the real StarCraft II
+    backend: Literal["torch", "sc2"] = "torch"  # smac: evaluate in our simulator, or in the real StarCraft II
+    games: int = 8  # sc2: battles at once, each a process of about 1 GB
     # --- the method
     alpha: float = 0.02  # weight of the KL divergence to the behaviour
     auto_alpha: bool = False  # tune alpha until the KL divergence meets --kl-target (Eq. 25)
@@ -524,33 +525,39 @@ def evaluate(policies, encode, args, step, episodes, device):
     Returns two dictionaries, of the greedy and the sampled games: "return" (S, E), undiscounted, and, where games can
     be won, "win_rate" (S, E); and the states (T+1, 2, D) of the first seed's first greedy and first sampled game.
     """
-    S, E, N = args.num_seeds, episodes, len(policies)
+    S, N = args.num_seeds, len(policies)
+    E = episodes if args.backend == "torch" else max(1, args.games // (2 * S))  # in one round
     options = {"backend": args.backend} if args.env == "smac" else {}
     game = envs.make(args.env, args.task, S * 2 * E, device, **options)
     generators = [runs.stream(args.seed + s, 10 + step, device) for s in range(S)]
-    obs, info = game.reset(seed=step)
-    total, film = torch.zeros(S, 2 * E, device=device, dtype=torch.float64), [info["state"][[0, E]]]
-    team, last = together(policies), torch.full((S * 2 * E, N), -1, device=device)
-    h = torch.zeros(N * S, 2 * E, policies[0].hidden, device=device, dtype=torch.get_default_dtype())
-    first = torch.zeros(N * S, 1, 2 * E, dtype=torch.bool, device=device)
-    for _ in range(game.time_limit):
-        x = encode(obs, last).view(S, 1, 2 * E, N, -1).movedim(3, 0).flatten(0, 1)  # (N S, 1, 2E, I)
-        avail = info["avail_actions"].view(S, 1, 2 * E, N, -1).movedim(3, 0).flatten(0, 1)
-        log_pi, h = log_probs(team, x, avail, first, h)
-        actions = []
-        for log_p in log_pi[:, 0].unflatten(0, (N, S)):  # (S, 2E, A)
-            clocks = torch.stack([torch.empty_like(log_p[0, E:]).exponential_(generator=g) for g in generators])
-            sampled = (log_p[:, E:] - clocks.log()).argmax(-1)  # which clock rings first is a draw from pi
-            actions.append(torch.cat([log_p[:, :E].argmax(-1), sampled], 1).flatten())
-        last = torch.stack(actions, 1)
-        obs, reward, terminated, truncated, info = game.step(last)
-        total += reward.view(S, 2 * E)
-        film.append(info["state"][[0, E]])
-        if (terminated | truncated).all():
-            break
+    team, total, won = together(policies), [], []
+    for begin in range(0, episodes, E):
+        obs, info = game.reset(seed=step)
+        film, score = [info["state"][[0, E]]], torch.zeros(S, 2 * E, device=device, dtype=torch.float64)
+        last = torch.full((S * 2 * E, N), -1, device=device)
+        h = torch.zeros(N * S, 2 * E, policies[0].hidden, device=device, dtype=torch.get_default_dtype())
+        first = torch.zeros(N * S, 1, 2 * E, dtype=torch.bool, device=device)
+        for _ in range(game.time_limit):
+            x = encode(obs, last).view(S, 1, 2 * E, N, -1).movedim(3, 0).flatten(0, 1)  # (N S, 1, 2E, I)
+            avail = info["avail_actions"].view(S, 1, 2 * E, N, -1).movedim(3, 0).flatten(0, 1)
+            log_pi, h = log_probs(team, x, avail, first, h)
+            actions = []
+            for log_p in log_pi[:, 0].unflatten(0, (N, S)):  # (S, 2E, A)
+                clocks = torch.stack([torch.empty_like(log_p[0, E:]).exponential_(generator=g) for g in generators])
+                sampled = (log_p[:, E:] - clocks.log()).argmax(-1)  # which clock rings first is a draw from pi
+                actions.append(torch.cat([log_p[:, :E].argmax(-1), sampled], 1).flatten())
+            last = torch.stack(actions, 1)
+            obs, reward, terminated, truncated, info = game.step(last)
+            score += reward.view(S, 2 * E)
+            film.append(info["state"][[0, E]])
+            if (terminated | truncated).all():
+                break
+        total.append(score.view(S, 2, E))
+        won.append(info.get("won", reward).view(S, 2, E).double())
     game.close()
-    scores = {"return": total} | ({"win_rate": info["won"].view(S, 2 * E).double()} if "won" in info else {})
-    greedy, sampled = ({name: x[:, half] for name, x in scores.items()} for half in (slice(E), slice(E, None)))
+    scores = {"return": total} | ({"win_rate": won} if "won" in info else {})
+    scores = {name: torch.cat(x, 2)[..., :episodes].unbind(1) for name, x in scores.items()}
+    greedy, sampled = ({name: x[mode] for name, x in scores.items()} for mode in (0, 1))
     return greedy, sampled, torch.stack(film).cpu()
 
 
@@ -678,6 +685,8 @@ def main(args):
     wall = time.perf_counter()
     torch.set_num_threads(args.threads)
     device = runs.choose_device(args.device)
+    if args.backend == "sc2":
+        envs.make(args.env, args.task, device=device, backend="sc2").close()  # complain now if there is no such game
     dataset = datasets.load(args.env, args.task, args.dataset, device, episodes=args.episodes)
     data, encode = arrange(dataset, args)
     S, seeds = args.num_seeds, range(args.seed, args.seed + args.num_seeds)
@@ -761,6 +770,8 @@ def parse(argv=None):
     elif args.env in ("matrix", "smac"):
         task = args.task or {"matrix": "xor", "smac": "5m_vs_6m"}[args.env]
         args = read(default=Args(**preset(args.env, task), env=args.env, task=task))
+    if args.backend == "sc2" and args.env != "smac":
+        raise ValueError("--backend sc2 plays the maps of --env smac")
     zero = "seed episodes beta beta_hold warmup cql kl_target gamma layers clone_steps"
     runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma tau")
     return args

@@ -58,7 +58,7 @@ class StarCraft2(VectorEnv):
                 rewards[b], self.last[b] = call.result()
         except Exception as error:
             self.close()
-            raise RuntimeError(f"StarCraft II, game {b} failed: {error!r}") from None
+            raise ConnectionError(f"StarCraft II, game {b} failed: {error!r}") from None
         columns = (torch.tensor(np.array(column), device=self.device) for column in (rewards, *zip(*self.last)))
         reward, obs, state, avail, won, over, cut = columns
         return obs, reward, over & ~cut, cut, {"state": state, "avail_actions": avail, "won": won}

@@ -319,6 +319,7 @@ def same(one, other):
     return len(one) == len(other) and all(same(one[key], other[key]) for key in keys)
 
 
+UNEVEN = (2, 6, 3, 4, 1, 5, 6)
 LOSSES = inspo.critic_loss, inspo.policy_loss
 
 
@@ -331,8 +332,9 @@ def minibatch(team, flat, args, seed=0):
     return rows, log_pi, torch.stack([torch.rand(args.batch_size, generator=one) for one in g])
 
 
-def test_orders():
-    team, data, args = small_team()
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_orders(recurrent):
+    team, data, args = small_team(lengths=(1, 3, 2, 1) if recurrent else (1,) * 20, recurrent=recurrent, sequences=4)
     generators = streams(count=S + 1)
 
     def order(kind):
@@ -347,6 +349,10 @@ def test_orders():
         for parameter in [*target.parameters(), *policy.parameters()]:
             parameter.data.zero_()
         target[-1].bias.data += torch.tensor([c, -c, 0, 0])
+    # Agent 0's value is large where nobody acts: that must not count.
+    data["state"][:, 0] = 100 * (1 - data["acted"])
+    for layer in (0, 2, 4):
+        team.targets[0][layer].weight.data[:, 0, 0] = 1
     for _ in range(20):
         found = order("semi-greedy")
         assert sorted(found) == [0, 1, 2, 3] and found[0] == 1
@@ -621,6 +627,27 @@ def test_cloned_policies_remember():
         assert others[:, taken].min() > 0.8 and others[:, taken].mean() > 0.95  # the other agent's action tells
 
 
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_a_warm_up_turn_takes_the_cloned_policies_from_their_tables(float64, recurrent):
+    """Before the policies move, tables save the unrolling: the critic's update is the one that unrolling gives, but
+    for the tables' e^-20 where an action is barred."""
+    results = []
+    for learn_policy in (False, True):
+        team, flat, args = small_team(3, UNEVEN, False, recurrent=recurrent, sequences=4)
+        rows, log_pi, noise = minibatch(team, flat, args)
+        before = copy.deepcopy(team.state_dict())
+        if not learn_policy:
+            unrolled, log_pi = log_pi, {i: inspo.recall(i, rows[:, :-1], flat) for i in log_pi}
+            assert all(torch.allclose(log_pi[i].exp(), unrolled[i].exp(), rtol=0, atol=1e-8) for i in log_pi)
+        logs = inspo.turn(1, team, log_pi, rows, flat, noise, torch.tensor(0.1), learn_policy, optimizers(team), LOSSES, args)  # fmt: skip
+        results.append((logs["q_loss"].detach(), [p.detach() for p in team.critics.parameters()]))
+        moved = any(not torch.equal(p, before[f"policies.{name}"]) for name, p in team.policies.state_dict().items())
+        assert moved == learn_policy
+    (one, critics), (other, others) = results
+    assert torch.allclose(one, other, rtol=0, atol=1e-7)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-7) for a, b in zip(critics, others))
+
+
 def learn(dataset, monkeypatch, spoil=lambda team, flat: None):
     """Clone a recurrent team and train it for two sweeps. Returns the team, its start, the data and every turn's logs.
 
@@ -649,9 +676,6 @@ def learn(dataset, monkeypatch, spoil=lambda team, flat: None):
     assert (torch.cat(drawn) == len(flat["obs"]) - 1).any()  # padding was among what it learned from
     assert all(value.isfinite().all() for log in logs for value in log.values())
     return team.state_dict(), start, flat, logs
-
-
-UNEVEN = (2, 6, 3, 4, 1, 5, 6)
 
 
 def test_what_is_no_step_teaches_nothing(monkeypatch):

@@ -269,10 +269,10 @@ def gone(pid):
 def test_a_game_that_does_not_start_ends_with_one_line(place, capfd):
     env = StarCraft2("3m")
     (place / "game" / "Maps").rmdir()
-    with pytest.raises(RuntimeError, match=r"^StarCraft II, game 0 failed: FileNotFoundError\('no map.*'\)$"):
+    with pytest.raises(ConnectionError, match=r"^StarCraft II, game 0 failed: FileNotFoundError\('no map.*'\)$"):
         env.reset()
     (place / "game" / "Maps").mkdir()
-    with pytest.raises(RuntimeError, match="^StarCraft II, game 0 failed: .*after shutdown"):
+    with pytest.raises(ConnectionError, match="^StarCraft II, game 0 failed: .*after shutdown"):
         env.reset()
     assert capfd.readouterr() == ("", "")  # no traceback from the worker
 
@@ -295,7 +295,7 @@ def test_a_killed_worker_ends_with_one_line(place):
     env = StarCraft2()
     env.reset()
     os.kill(*pids(env), signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="^StarCraft II, game 0 failed: .*BrokenProcessPool.*$"):
+    with pytest.raises(ConnectionError, match="^StarCraft II, game 0 failed: .*BrokenProcessPool.*$"):
         play(env, WAIT)
 
 
@@ -362,7 +362,7 @@ def test_no_games_is_an_error(place):
 def test_a_lost_connection_ends_all_games_with_one_line(shared, place):  # the last test that plays on them
     shared.reset()
     workers = pids(shared)
-    with pytest.raises(RuntimeError, match=r"^StarCraft II, game 1 failed: OSError\('the connection .* is lost'\)$"):
+    with pytest.raises(ConnectionError, match=r"^StarCraft II, game 1 failed: OSError\('the connection .* is lost'\)$"):
         play(shared, [WAIT, [STOP, STOP, WEST], WAIT])
     for pid in workers:
         gone(pid)
