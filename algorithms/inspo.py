@@ -136,8 +136,9 @@ class Args:
 def preset(env, task):
     """What differs from Bridge's values, above, in the other environments; each value can be set by its flag."""
     if env == "smac":
-        values = dict(dataset="medium-replay", num_seeds=3, steps=3000, warmup=1500, eval_every=500, recurrent=True)
-        values |= dict(one_hot=False, alpha=0.4, beta=0.0, batch_size=512, critic_lr=2e-3, tau=0.05, clone_steps=800)
+        values = dict(dataset="medium-replay", num_seeds=3, steps=2500, warmup=1500, eval_every=500, recurrent=True)
+        values |= dict(one_hot=False, alpha=0.4, beta=0.0, batch_size=512, critic_lr=2e-3, tau=0.05)
+        values |= dict(clone_steps=2000, clone_lr=1e-3)
         values |= dict(sequences=max(2, 560 // envs.make("smac", task).time_limit))  # so that they hold some 500 steps
         return values
     payoff = envs.make("matrix", task).payoff

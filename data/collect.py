@@ -205,15 +205,15 @@ def _battles(task, name, episodes, seed):
     elif name == "medium-replay":
         files = sorted((BEHAVIOUR / task).glob("replay-*.npz"), key=lambda path: int(path.stem[7:]))
         if not files:
-            raise ValueError(f"no snapshots of a behaviour for {task} ship with the repository")
+            raise ValueError(f"no replay teams for {task} ship with the repository (see {BEHAVIOUR}/README.md)")
         share = [episodes * (k + 1) // len(files) - episodes * k // len(files) for k in range(len(files))]
         plan = dict(zip((path.stem for path in files), share))
     else:
         plan = {name: episodes}
+    teams = [(name, count, *read_behaviour(BEHAVIOUR / task / f"{name}.npz")) for name, count in plan.items()]
     parts, said, block = [], [], 0
     with tqdm(total=episodes, desc=f"battles of {task} {name}", unit="", leave=False) as bar:
-        for team, count in plan.items():
-            play, info = read_behaviour(BEHAVIOUR / task / f"{team}.npz")
+        for team, count, play, info in teams:
             said.append(f"{count} by {team} ({info['script']} after {info['steps']} steps)")
             for start in range(0, count, BLOCK):
                 game = envs.make("smac", task, min(BLOCK, count - start), check=False)
@@ -241,8 +241,9 @@ def read_behaviour(path):
             layers = [(file[f"weight{k}"], file[f"bias{k}"]) for k in range(sum("weight" in key for key in file))]
     except FileNotFoundError:
         raise ValueError(
-            f"no behaviour {path.parent.name}/{path.stem} ships with the repository: "
-            f"`python algorithms/mappo.py --env {path.parent.name}` makes one"
+            f"no {path.stem} team for {path.parent.name} ships with the repository: train one with "
+            f"`python algorithms/mappo.py --env smac --task {path.parent.name} --save-snapshots` (see "
+            f"{BEHAVIOUR}/README.md)"
         ) from None
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise ValueError(f"{path} is damaged ({type(error).__name__})") from None

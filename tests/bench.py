@@ -141,7 +141,7 @@ def smaclite(task, steps=300):
 
 
 def inspo(device, *flags, steps):
-    """Milliseconds per update on Bridge's mixed data, evaluations and compilation not counted."""
+    """Milliseconds per update, on Bridge's mixed data by default; evaluations and compilation are not counted."""
     script = load_script("inspo")
     for count in (20, steps):  # the first run warms up and compiles
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -185,6 +185,14 @@ def bench_inspo(device):
                 if network == "64 x 2" or seeds == 5:
                     took = inspo(device, "--num-seeds", str(seeds), compiled, *flags, steps=100 if flags else 400)
                     print(f"  {network}, {seeds:2d} seeds, {compiled:13s}{took:8.2f}", flush=True)
+
+
+    print("\nInSPO with a memory, 5 agents, milliseconds per update (policies and Q-functions)")
+    for task in ("5m_vs_6m", "2s3z"):
+        for seeds in (1, 3):
+            for order in ("--sequential", "--no-sequential"):
+                flags = ("--env", "smac", "--task", task, "--warmup", "0", "--num-seeds", str(seeds), order)
+                print(f"  {task}, {seeds} seeds, {order:16s}{inspo(device, *flags, steps=60):8.1f}", flush=True)
 
 
 PARTS = {"games": bench_games, "smac": bench_smac, "inspo": bench_inspo}
