@@ -443,10 +443,8 @@ def sweep(team, data, beta, learn_policy, generators, adams, losses, args):
                         log_pi = {j: recall(j, now, data) for j in agents}
             noise = runs.uniform(generators[1:], args.batch_size)
             logs = turn(i, team, log_pi, rows, data, noise, beta, learn_policy, adams, losses, args)
-        if (
-            args.recurrent and args.sequential and learn_policy and turns < N - 1
-        ):  # one minibatch serves the sweep: only i has moved
-            with torch.no_grad():
+        if args.recurrent and args.sequential and learn_policy and turns < N - 1:
+            with torch.no_grad():  # one minibatch serves the sweep, and only agent i has moved
                 log_pi[i] = unroll([team.policies[i]], [i], rows[:, :-1], data)[0]
     return logs
 

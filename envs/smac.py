@@ -16,8 +16,8 @@ One step is half a second: eight substeps of 1/16 s. In each,
 Left out: facing, acceleration, projectiles, flying units, healers, terrain height.
 
 Tensors are unit-major, (U, B): agents first, then enemies; the battles lie last, so that the pairwise tensors
-(U, U, B) have a long contiguous dimension: five times as fast on a CPU as (B, U, U). Dead units wait in a graveyard, far from
-everything and from one another, and so need no masks.
+(U, U, B) have a long contiguous dimension: several times as fast on a CPU as (B, U, U). Dead units wait in a graveyard,
+far from everything and from one another, and so need no masks.
 
 Actions: 0 nothing (the dead can do nothing else), 1 stop, 2 north, 3 south, 4 east, 5 west, 6 + j attack enemy j. A
 move lasts the whole step. Attacking is allowed up to distance 6 between the centres, whatever the weapon; a unit walks
@@ -120,9 +120,9 @@ class Smac(VectorEnv):
     Args:
         task: a name in `MAPS`, or a `Map` of your own.
         noise: whether starting places and weapon periods vary.
-        check: raise ValueError where a running battle gets an action that is not available. By default on the CPU only: on a GPU the
-            look would stop the device at every step, and a forbidden action is harmless there: it is clipped to the valid numbers,
-            and nobody can walk through walls or shoot the dead.
+        check: raise ValueError where a running battle gets an action that is not available. By default on the CPU
+            only: on a GPU the look would stop the device at every step. A forbidden action is harmless: it is clipped
+            to the valid numbers, and nobody can walk through walls or shoot the dead.
         mirror: the agents follow the enemies' rule in place of their actions (marching to the enemies' start).
     Raises:
         ValueError: an unknown map.
