@@ -212,7 +212,7 @@ def _battles(task, name, episodes, seed):
         plan = {name: episodes}
     teams = [(name, count, *read_behaviour(BEHAVIOUR / task / f"{name}.npz")) for name, count in plan.items()]
     parts, said, block = [], [], 0
-    with tqdm(total=episodes, desc=f"battles of {task} {name}", unit="", leave=False) as bar:
+    with tqdm(total=episodes, desc=f"battles of {task} {name}", unit="", leave=False, disable=None) as bar:
         for team, count, play, info in teams:
             said.append(f"{count} by {team} ({info['script']} after {info['steps']} steps)")
             for start in range(0, count, BLOCK):

@@ -186,7 +186,6 @@ def bench_inspo(device):
                     took = inspo(device, "--num-seeds", str(seeds), compiled, *flags, steps=100 if flags else 400)
                     print(f"  {network}, {seeds:2d} seeds, {compiled:13s}{took:8.2f}", flush=True)
 
-
     print("\nInSPO with a memory, 5 agents, milliseconds per update (policies and Q-functions)")
     for task in ("5m_vs_6m", "2s3z"):
         for seeds in (1, 3):

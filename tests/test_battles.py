@@ -100,7 +100,8 @@ def test_actions_follow_the_network():
 
 def test_describe_prints_the_win_rate(tmp_path):
     out = tmp_path / "a.h5"
-    collected = command("data/collect.py", "--env", "smac", "--task", "3m", "--dataset", "expert", "--episodes", "20", "--out", out)  # fmt: skip
+    what = ["--env", "smac", "--task", "3m", "--dataset", "expert", "--episodes", "20"]
+    collected = command("data/collect.py", *what, "--out", out)
     assert collected.returncode == 0, collected.stderr
     said = command("data/describe.py", out, "--out", tmp_path / "a.png").stdout
     assert "win rate" in said and "return" in said and "by expert" in said

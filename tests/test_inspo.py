@@ -1,4 +1,4 @@
-"""InSPO: each equation against a slow loop, the propositions on tables, and the paper's claims through the command line."""
+"""InSPO: each equation against a slow loop, the propositions on tables, the paper's claims through the command line."""
 
 import copy
 import csv
@@ -108,8 +108,8 @@ def test_critic_loss_is_equation_24(float64):
 
 def test_conservative_term_pushes_unseen_actions_down(float64):
     batch, (critic, target) = random_batch(), networks()
-    batch = batch._replace(avail=torch.ones_like(batch.avail), action=torch.zeros_like(batch.action), reward=torch.zeros(S, B),
-                           done=torch.ones(S, B))  # fmt: skip
+    batch = batch._replace(avail=torch.ones_like(batch.avail), action=torch.zeros_like(batch.action))
+    batch = batch._replace(reward=torch.zeros(S, B), done=torch.ones(S, B))
     adam = torch.optim.Adam(critic.parameters(), 1e-2)
     for _ in range(300):
         inspo.descend(adam, inspo.critic_loss(critic, target, batch, torch.ones(S, 1), torch.tensor(0.0), 0.9, 0.5))
@@ -253,8 +253,9 @@ def test_auto_alpha_moves_towards_the_target(tmp_path):
     """Eq. 25: alpha rises while the KL divergence is above its target, and falls below it."""
     for target, rises in ((0.05, True), (3.0, False)):
         out = tmp_path / f"{target}"
-        inspo.main(inspo.parse(["--env", "matrix", "--num-seeds", "2", "--steps", "300", "--eval-every", "300", "--auto-alpha",
-                                "--kl-target", str(target), "--alpha-lr", "0.01", "--out-dir", str(out)]))  # fmt: skip
+        flags = ["--env", "matrix", "--num-seeds", "2", "--steps", "300", "--eval-every", "300", "--auto-alpha"]
+        flags += ["--kl-target", str(target), "--alpha-lr", "0.01", "--out-dir", str(out)]
+        inspo.main(inspo.parse(flags))
         alphas = [float(row["alpha"]) for row in csv.DictReader((out / "metrics.csv").open()) if row["step"] == "300"]
         assert all((alpha > 0.02) == rises for alpha in alphas), alphas
 
@@ -578,7 +579,8 @@ def test_a_recurrent_team_plays_as_it_learned(monkeypatch):
     """In a game the memory and the last action go with the agents: the same probabilities as along a sequence."""
     args = inspo.Args(num_seeds=2, hidden=8, recurrent=True)
     flat, encode = inspo.arrange(data.collect_dataset("bridge", "", "mixed", episodes=20), args)
-    team = inspo.Team(2, flat["avail_actions"].shape[-1], flat["obs"].shape[-1], flat["state"].shape[-1], args, streams(count=2))  # fmt: skip
+    sizes = (flat[name].shape[-1] for name in ("avail_actions", "obs", "state"))
+    team = inspo.Team(2, *sizes, args, streams(count=2))
     for parameter in team.policies.parameters():
         parameter.data *= 3  # so that memory matters
     calls, log_probs = [], inspo.log_probs
@@ -639,7 +641,8 @@ def test_a_warm_up_turn_takes_the_cloned_policies_from_their_tables(float64, rec
         if not learn_policy:
             unrolled, log_pi = log_pi, {i: inspo.recall(i, rows[:, :-1], flat) for i in log_pi}
             assert all(torch.allclose(log_pi[i].exp(), unrolled[i].exp(), rtol=0, atol=1e-8) for i in log_pi)
-        logs = inspo.turn(1, team, log_pi, rows, flat, noise, torch.tensor(0.1), learn_policy, optimizers(team), LOSSES, args)  # fmt: skip
+        what = (team, log_pi, rows, flat, noise, torch.tensor(0.1), learn_policy, optimizers(team), LOSSES, args)
+        logs = inspo.turn(1, *what)
         results.append((logs["q_loss"].detach(), [p.detach() for p in team.critics.parameters()]))
         moved = any(not torch.equal(p, before[f"policies.{name}"]) for name, p in team.policies.state_dict().items())
         assert moved == learn_policy
@@ -794,10 +797,9 @@ def test_a_recurrent_turn_is_a_slow_loop(float64, actor_data):
     def table(networks, s):
         """log-probabilities (R, A) of each network, -inf where barred, every episode on its own."""
         singles = [AlonePolicy(network, s) for network in networks]
-        return singles, [
-            torch.cat([torch.log_softmax(single(flat["obs"][begin:end, j]).masked_fill(~avail[begin:end, j], -torch.inf), -1)
-                       for begin, end in spans]) for j, single in enumerate(singles)
-        ]  # fmt: skip
+        logits = (torch.cat([one(flat["obs"][begin:end, j]) for begin, end in spans]) for j, one in enumerate(singles))
+        masked = (each.masked_fill(~avail[: len(each), j], -torch.inf) for j, each in enumerate(logits))
+        return singles, [each.log_softmax(-1) for each in masked]
 
     def legal(row):
         return [a for a in range(A) if avail[row, i, a]]
@@ -827,7 +829,8 @@ def test_a_recurrent_turn_is_a_slow_loop(float64, actor_data):
                 a = actions[row, j].item()
                 product *= log_pi_now[j][row][a] / torch.softmax(logits, -1)[a].item()
             ratios.append(min(product ** (1 / (N - 1)), 1.3))
-        seen |= {"capped" if 1.3 in ratios else "", "padding" if 0.0 in ratios else "", "free" if 0 < min(filter(None, ratios)) < 1 else ""}  # fmt: skip
+        seen |= {name for name, value in (("capped", 1.3), ("padding", 0.0)) if value in ratios}
+        seen |= {"free"} if 0 < min(filter(None, ratios)) < 1 else set()
         cumulative = list(itertools.accumulate(ratios))
         drawn = [next(row for row, c in zip(places, cumulative) if c >= u * cumulative[-1]) for u in noise[s].tolist()]
         size = sum(ratios) ** 2 / sum(r**2 for r in ratios)
@@ -964,9 +967,9 @@ def test_script_finds_the_tables_fixed_point(tmp_path):
     payoff, alpha, beta = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 3.0]]), 1.0, 1.0
     task, behaviour = json.dumps(payoff.tolist()), "[0.5, 0.3, 0.2]"
     summary = inspo.main(inspo.parse([
-        "--env", "matrix", "--task", task, "--dataset", behaviour, "--num-seeds", "3", "--steps", "1500", "--eval-every", "1500",
-        "--alpha", str(alpha), "--beta", str(beta), "--beta-end", str(beta), "--beta-hold", "0", "--warmup", "0", "--cql", "0",
-        "--out-dir", str(tmp_path / "run")]))  # fmt: skip
+        "--env", "matrix", "--task", task, "--dataset", behaviour, "--num-seeds", "3", "--steps", "1500",
+        "--eval-every", "1500", "--alpha", str(alpha), "--beta", str(beta), "--beta-end", str(beta), "--beta-hold", "0",
+        "--warmup", "0", "--cql", "0", "--out-dir", str(tmp_path / "run")]))  # fmt: skip
     recorded = data.load("matrix", task, behaviour)
     counts = torch.zeros(3, 3).index_put(tuple(recorded.actions[:, 0].T), torch.tensor(1.0), accumulate=True)
     mu = [(counts.sum(1 - i) / counts.sum())[None].double() for i in range(2)]
@@ -1077,7 +1080,7 @@ def battles(tmp_path_factory):
 
 
 BATTLE = ["--env", "smac", "--task", "3m", "--recurrent", "--hidden", "16", "--sequences", "4", "--batch-size", "32",
-          "--eval-episodes", "1", "--clone-steps", "4"]  # fmt: skip
+          "--eval-episodes", "1", "--clone-steps", "4", "--warmup", "1"]  # fmt: skip
 
 
 def test_recurrent_seeds_at_once_are_single_runs(tmp_path, float64, monkeypatch, battles):
@@ -1194,8 +1197,9 @@ def test_m_ne_needs_the_entropy_to_leave_a_local_optimum(tmp_path, words, reward
     assert summary["return"]["per_seed"] == [reward] * 10
 
 
-BRIDGE = ["optimal", "mixed", pytest.param(str(SHARED / "alberdice_bridge_optimal"), id="real", marks=pytest.mark.skipif(
-    not (SHARED / "alberdice_bridge_optimal").exists(), reason="the real dataset is not here"))]  # fmt: skip
+REAL = SHARED / "alberdice_bridge_optimal"
+WHERE_REAL = pytest.mark.skipif(not REAL.exists(), reason="the real dataset is not here")
+BRIDGE = ["optimal", "mixed", pytest.param(str(REAL), id="real", marks=WHERE_REAL)]
 
 
 @pytest.mark.parametrize("dataset", BRIDGE)

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import command, complains
@@ -82,8 +83,9 @@ def by_hand(agents, enemies, last_actions, walkable, types):
     n_actions = 6 + len(enemies)
     agents_shield, enemies_shield = (any(FULL[unit[0]][1] for unit in side) for side in (agents, enemies))
 
-    def can_stand(x, y):
-        return any(x0 <= math.floor(x) < x1 and y0 <= math.floor(y) < y1 for x0, x1, y0, y1 in walkable)
+    def can_stand(x, y):  # rounded as in single precision with a wall around the map: some units touch a wall
+        x, y = (math.floor(np.float32(p) + np.float32(1)) - 1 for p in (x, y))
+        return any(x0 <= x < x1 and y0 <= y < y1 for x0, x1, y0, y1 in walkable)
 
     def kind(unit, order):
         return [float(unit[0] == name) for name in order] if types else []
@@ -140,7 +142,9 @@ def units_of(game, b):
 def test_observations_state_masks_and_rewards_by_hand(task):
     divisor, seen = SIZES[task][-1], Counter()
     game = Smac(task, 24)
-    obs, info = game.reset(seed=3)
+    game.reset(seed=3)
+    game.health[game.num_agents :, ::2] *= 0.3  # weak enemies in every other battle, so that some fall
+    obs, info = look(game)
     actions = torch.full((24, game.num_agents), -1)
     over = [False] * 24
     for t in range(60):
@@ -285,6 +289,26 @@ def test_one_attack(attacker, victim, on_shield, on_health, on_both, side):
         assert game.shield[v].item() == pytest.approx(shield - shield_lost)
         assert game.health[v].item() == pytest.approx(health - health_lost + healed, abs=1e-4)
         assert game.cooldown[a] > 0
+
+
+@pytest.mark.parametrize(
+    "attacker, victim, reach, period",
+    [
+        ("marine", "marine", 5.75, 0.861),
+        ("stalker", "zealot", 7.125, 1.87),
+        ("hydralisk", "zealot", 6.125, 0.83),
+        ("zealot", "stalker", 1.225, 1.2),
+        ("zealot", "zealot", 1.1, 1.2),
+    ],
+)
+def test_reach_between_the_centres_and_period(monkeypatch, attacker, victim, reach, period):
+    monkeypatch.setattr(smac, "SUBSTEPS", 1)  # a step of 1/16 s
+    for distance, hit in ((reach - 0.01, True), (reach + 0.01, False)):
+        game = scene([(attacker, 8, 16)], [(victim, 8 + distance, 16)], check=False)
+        life = (game.health + game.shield)[1].item()
+        act(game, ATTACK)
+        assert ((game.health + game.shield)[1].item() < life) == hit
+        assert not hit or game.cooldown[0].item() == pytest.approx(period - 1 / 16)
 
 
 def test_a_stalker_needs_13_shots_for_a_zealot():
