@@ -19,11 +19,13 @@ There is no autoreset: a finished game stays put, pays 0, and starts again with
 """
 
 from envs.bridge import Bridge
+from envs.mamujoco import VIEWS, MultiAgentMujoco
 from envs.matrix import MATRIX_TASKS, MatrixGame
 from envs.smac import MAPS, Smac
 
 # What `--env` and `--task` accept; the first task is the default. Bridge has only one.
 TASKS = {"matrix": tuple(MATRIX_TASKS), "bridge": ("",), "smac": tuple(MAPS)}
+TASKS |= {body: tuple(tasks) for body, tasks in VIEWS.items()}  # halfcheetah, reacher, ant
 
 
 def make(env, task="", num_envs=1, device="cpu", **options):
@@ -47,6 +49,8 @@ def make(env, task="", num_envs=1, device="cpu", **options):
 
             return StarCraft2(task or TASKS[env][0], num_envs, device, **options)
         return Smac(task or TASKS[env][0], num_envs, device, **options)
+    if env in VIEWS:
+        return MultiAgentMujoco(env, task or TASKS[env][0], num_envs, device, **options)
     if task not in TASKS[env]:
         raise ValueError(f"{env} has no task {task!r}: leave --task out")
     return Bridge(num_envs, device, **options)
