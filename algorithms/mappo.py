@@ -98,6 +98,7 @@ class Args:
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # how far advantages look past the critic
     recall: int = 1  # how many of its own last actions an agent sees (discrete actions)
+    normalize: bool = False  # feed views and states in units of their own running mean and spread
     clip: float = 0.2  # how far an action's probability may move in an update, as a ratio
     entropy: float = 0.01  # weight of the entropy bonus
     # --- the optimisation
@@ -134,11 +135,34 @@ def mlp(inputs, outputs, gain, args, generators):
     return nn.Sequential(*body, Linear(sizes[-1], outputs, gain, generators))
 
 
+class Scale(nn.Module):
+    """Inputs in units of the mean and the standard deviation of all that each seed has seen; at first unchanged."""
+
+    def __init__(self, inputs, seeds):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("mean", torch.zeros(seeds, 1, inputs))
+        self.register_buffer("var", torch.ones(seeds, 1, inputs))
+
+    def forward(self, x):
+        return (x - self.mean) / self.var.clamp(min=1e-4).sqrt()  # (S, B, inputs)
+
+    def watch(self, x):
+        """Take x (S, B, inputs) into the mean and the variance."""
+        share = x.shape[1] / (self.seen + x.shape[1])
+        var, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
+        gap = mean - self.mean
+        self.var += share * (var - self.var + (1 - share) * gap**2)
+        self.mean += share * gap
+        self.seen += x.shape[1]
+
+
 class Actor(nn.Module):
     """One policy for all agents of a team, for S seeds. The small last layer makes the first policy almost uniform."""
 
     def __init__(self, inputs, outputs, discrete, args, generators):
         super().__init__()
+        self.scale = Scale(inputs, len(generators))
         self.body = mlp(inputs, outputs, 0.01, args, generators)
         self.discrete, self.outputs = discrete, outputs
         if not discrete:
@@ -146,7 +170,7 @@ class Actor(nn.Module):
 
     def forward(self, x, avail):
         """(S, B, N, I), (S, B, N, A) or None -> log-probabilities of all actions, or the mean action: (S, B, N, A)."""
-        out = self.body(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+        out = self.body(self.scale(x.flatten(1, 2))).unflatten(1, x.shape[1:3])
         return F.log_softmax(out.masked_fill(~avail, ILLEGAL), -1) if self.discrete else out.tanh()
 
     def log_prob(self, out, action):
@@ -178,7 +202,7 @@ class Team(nn.Module):
         super().__init__()
         N, A, S = game.num_agents, game.num_actions, len(generators)
         self.actor = Actor(game.obs_dim + args.recall * A * discrete + N, A, discrete, args, generators)
-        self.critic = mlp(game.state_dim, 1, 1.0, args, generators)
+        self.critic = nn.Sequential(Scale(game.state_dim, S), *mlp(game.state_dim, 1, 1.0, args, generators))
         self.register_buffer("moments", torch.zeros(3, S, 1))  # decaying means of 1, R and R^2, which begin at 0
 
     def scale(self):
@@ -345,6 +369,9 @@ def update(team, adam, loss, batch, generators, args):
             limit_norm(team.actor, args.max_grad_norm)
             limit_norm(team.critic, args.max_grad_norm)
             adam.step()
+    if args.normalize:  # only now, so that the first rho of an update was 1
+        team.actor.scale.watch(batch.x.flatten(1, 2))
+        team.critic[0].watch(batch.state)
     logs = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "kl": kl}
     return {name: value.detach() for name, value in logs.items()}
 
@@ -386,6 +413,9 @@ def save_snapshots(folder, team, rows, args, commit):
     for s, row in enumerate(rows):
         arrays = {f"weight{k}": layer.weight[s] for k, layer in enumerate(layers)}
         arrays |= {f"bias{k}": layer.bias[s, 0] for k, layer in enumerate(layers)}
+        spread = team.actor.scale.var[s].clamp(min=1e-4).sqrt()  # the first layer takes the inputs as they are
+        arrays["bias0"] = arrays["bias0"] - (team.actor.scale.mean[s] / spread @ arrays["weight0"])[0]
+        arrays["weight0"] = arrays["weight0"] / spread.T
         if not team.actor.discrete:
             arrays["log_std"] = team.actor.log_std[s, 0]
         info = {
