@@ -140,7 +140,7 @@ class Scale(nn.Module):
 
     def __init__(self, inputs, seeds):
         super().__init__()
-        self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("seen", torch.zeros(seeds, 1, 1))
         self.register_buffer("mean", torch.zeros(seeds, 1, inputs))
         self.register_buffer("var", torch.ones(seeds, 1, inputs))
 

@@ -291,14 +291,16 @@ def table(folder):
     return list(csv.DictReader((folder / "metrics.csv").open()))
 
 
-def test_three_seeds_at_once_are_three_single_runs(tmp_path, float64):
-    mappo.main(mappo.parse([*TINY, "--num-seeds", "3", "--seed", "5", "--out-dir", str(tmp_path / "all")]))
+@pytest.mark.parametrize("flags", [[], ["--normalize"]], ids=["raw", "normalized"])
+def test_three_seeds_at_once_are_three_single_runs(tmp_path, float64, flags):
+    mappo.main(mappo.parse([*TINY, *flags, "--num-seeds", "3", "--seed", "5", "--out-dir", str(tmp_path / "all")]))
     together = weights(tmp_path / "all")
     for s in range(3):
         out = tmp_path / f"one{s}"
-        mappo.main(mappo.parse([*TINY, "--seed", str(5 + s), "--out-dir", str(out)]))
+        mappo.main(mappo.parse([*TINY, *flags, "--seed", str(5 + s), "--out-dir", str(out)]))
         alone = weights(out)
-        assert (alone["critic.0.weight"] - together["critic.0.weight"][(s + 1) % 3]).abs().max() > 0.1
+        assert (alone["critic.0.seen"] > 0).all() == bool(flags)
+        assert (alone["critic.1.weight"] - together["critic.1.weight"][(s + 1) % 3]).abs().max() > 0.1
         for name, tensor in alone.items():
             axis = 1 if name == "moments" else 0
             assert torch.allclose(tensor.select(axis, 0), together[name].select(axis, s), atol=1e-9, rtol=0), name
@@ -435,9 +437,20 @@ def test_snapshots_play_as_the_actor_does(tmp_path):
     assert numpy_team(out / "behaviour" / "replay-0.npz")[1]["steps"] == 0
 
 
-def test_continuous_snapshots_have_a_spread(tmp_path, target_env):
+def test_scale_knows_the_mean_and_the_spread_of_all_it_has_seen(float64):
+    scale, x = mappo.Scale(3, 2), 5 + torch.randn(2, 100, 3) * torch.tensor([0.1, 1.0, 10.0])
+    assert torch.equal(scale(x), x)  # before it has seen anything, and without --normalize
+    for part in x.split([20, 50, 30], 1):
+        scale.watch(part)
+    assert torch.allclose(scale.mean, x.mean(1, keepdim=True))
+    assert torch.allclose(scale(x).std(1), torch.ones(1), atol=1e-2)
+    assert torch.allclose(scale.var, x.var(1, correction=0, keepdim=True))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_continuous_snapshots_have_a_spread(tmp_path, target_env, normalize):
     args = continuous(tmp_path / "run")
-    args.steps, args.num_seeds = 10_000, 1
+    args.steps, args.num_seeds, args.normalize = 10_000, 1, normalize
     mappo.main(args)
     run, info, file = numpy_team(tmp_path / "run" / "behaviour" / "expert.npz")
     games = mappo.Games(args, 50, "cpu")
