@@ -21,6 +21,9 @@ Commands, and the return you should see (last policy; one CPU core of a small se
       98 % of battles won greedily (return 19.8), 70 % by sampling (16.4), and still rising
   python algorithms/mappo.py --env smac --task 5m_vs_6m --steps 2000000                 4.5 minutes of CPU time, one
       seed: 94 % won greedily (19.4), 92 % by sampling (19.3), where no script wins a battle
+  python algorithms/mappo.py --env smac --task 3s_vs_5z --recall 4 --num-envs 128 --epochs 10 --lr 1e-3 --gamma 0.97
+      --gae-lambda 0.97 --steps 2097152 --eval-every 131072 --eval-episodes 32     10 minutes of CPU time, one seed:
+      all battles won, return 21.8; with the default --lr and --epochs it stood at 12, no battle won, after 2.3 million
   python algorithms/mappo.py --env bridge --steps 500000 --num-seeds 3    71 s of CPU time: greedy -1.2433 (2 of 3
       seeds reach the best possible, -1.2355), sampled -1.2500
   python algorithms/mappo.py --env matrix --task m-ne --num-seeds 10 --steps 100000 --num-envs 32 --rollout 8
@@ -34,10 +37,12 @@ Differences from the authors' code, and choices made here:
   3. The value loss is not clipped: the Huber loss with delta 10 on normalised returns is the authors' other safeguard.
   4. Dead agents, who may only play action 0, count in no mean of the policy's loss or of the advantages.
   5. A time limit is not the end of the game: the return beyond it is taken from the critic, at the last state seen.
-  6. 256 games at once and 64 steps of each make a rollout: few large batches suit a simulator made of tensors.
-  7. Continuous actions are normal with mean tanh(.), so that the mean is always an action that can be played, and a
+  6. --normalize feeds views and states in units of their running mean and spread, as the authors do; only bodies, whose
+     entries differ by orders of magnitude, need it.
+  7. 256 games at once and 64 steps of each make a rollout: few large batches suit a simulator made of tensors.
+  8. Continuous actions are normal with mean tanh(.), so that the mean is always an action that can be played, and a
      spread that does not depend on the view. A sample outside [-1, 1] is clipped when played; rho uses the sample.
-  8. Every evaluation restarts the games, so that a resumed run needs no record of the simulator's inside. A game that
+  9. Every evaluation restarts the games, so that a resumed run needs no record of the simulator's inside. A game that
      was under way is cut off there, as at the end of any rollout.
 
 Seeds differ in all that is random here, but play in one environment: where it is random itself, what it draws for a
