@@ -103,6 +103,7 @@ class Args:
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # how far advantages look past the critic
     recall: int = 1  # how many of its own last actions an agent sees (discrete actions)
+    min_std: float = 0.0  # the smallest spread of continuous actions: teams to be recorded with noise should know it
     normalize: bool = False  # feed views and states in units of their own running mean and spread
     clip: float = 0.2  # how far an action's probability may move in an update, as a ratio
     entropy: float = 0.01  # weight of the entropy bonus
@@ -171,7 +172,13 @@ class Actor(nn.Module):
         self.body = mlp(inputs, outputs, 0.01, args, generators)
         self.discrete, self.outputs = discrete, outputs
         if not discrete:
-            self.log_std = nn.Parameter(torch.full((len(generators), 1, outputs), -0.5))
+            self.free_log_std = nn.Parameter(torch.full((len(generators), 1, outputs), -0.5))
+            self.least = math.log(max(args.min_std, 1e-6))
+
+    @property
+    def log_std(self):
+        """The logarithm of the actions' spread, (S, 1, A)."""
+        return self.free_log_std.clamp(min=self.least)
 
     def forward(self, x, avail):
         """(S, B, N, I), (S, B, N, A) or None -> log-probabilities of all actions, or the mean action: (S, B, N, A)."""
@@ -569,7 +576,7 @@ def parse(argv=None):
         args = read(default=replace(runs.saved_args(Args, args.out_dir), resume=True, out_dir=args.out_dir))
     elif args.env in envs.TASKS:
         args.task = args.task or envs.TASKS[args.env][0]
-    runs.check_numbers(args, may_be_zero="seed gamma gae_lambda entropy layers", at_most_one="gamma gae_lambda")
+    runs.check_numbers(args, may_be_zero="seed gamma gae_lambda entropy layers min_std", at_most_one="gamma gae_lambda")
     if args.minibatches > args.rollout * args.num_envs:
         raise ValueError(f"--minibatches {args.minibatches} of {args.rollout * args.num_envs} steps: choose fewer")
     return args
