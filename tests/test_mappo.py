@@ -190,7 +190,7 @@ def test_samples_follow_the_policy():
 
 def test_continuous_actions_have_a_normal_density(float64):
     actor, _ = networks(discrete=False)
-    actor.log_std.data = torch.randn(S, 1, A, generator=stream(1))
+    actor.free_log_std.data = torch.randn(S, 1, A, generator=stream(1))
     mean = actor(torch.randn(S, M, N, I, generator=stream(2)), None)
     action = actor.sample(mean, actor.noise([stream(s) for s in range(S)], M, N))
     assert mean.abs().max() < 1 and torch.equal(actor.sample(mean, None), mean)
@@ -198,6 +198,8 @@ def test_continuous_actions_have_a_normal_density(float64):
     log_prob, entropy = actor.log_prob(mean, action)
     assert torch.allclose(log_prob, normal.log_prob(action).sum(-1), atol=1e-12)
     assert torch.allclose(entropy.expand(S, M, N), normal.entropy().sum(-1), atol=1e-12)
+    actor.least = 0.0  # --min-std 1
+    assert (actor.log_std == actor.free_log_std.clamp(min=0)).all() and (actor.free_log_std < 0).any()
 
 
 def test_long_gradients_are_cut_for_each_seed_alone(float64):
