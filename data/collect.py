@@ -3,9 +3,14 @@
 python data/collect.py --env bridge --dataset mixed --out mixed.h5
 python data/collect.py --env smac --task 2s3z --dataset medium-replay --episodes 5000 --out mine.h5
 python data/collect.py --env matrix --task "[[1, 0], [0, 2]]" --dataset "[0.9, 0.1]" --out mine.h5
+python data/collect.py --env halfcheetah --dataset good-medium --episodes 2000 --out mine.h5
+
+The teams' weights are files that `algorithms/mappo.py --save-snapshots` writes, in data/behaviour/: MAP/TEAM.npz for
+the battles; for the bodies that a team shares (halfcheetah, reacher, ant) BODY/TEAM.npz, with the teams in `TEAMS`.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import platform
 import re
@@ -17,13 +22,14 @@ import gymnasium
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gymnasium.spaces import Box
 from tqdm import tqdm
 
 if __name__ == "__main__":  # let `python data/collect.py` find the packages beside its own folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
-from data.dataset import Dataset, read, write
+from data.dataset import TENSORS, Dataset, read, write
 from envs.matrix import read_payoff
 
 CACHE = Path(__file__).parent / "cache"
@@ -45,7 +51,39 @@ MATRIX_BEHAVIOURS = {
 }
 SMAC_DATASETS = ("medium", "expert", "mixed", "medium-replay")
 BLOCK = 250  # battles that are played at once
-EPISODES = {"optimal": 500}  # how many by default, where it is not 1,000
+
+# Which teams play a body's datasets, in this order and in equal parts; "*" stands for 0, 1, ..., in equal parts too.
+# All tasks of a body share its teams: the same episodes are seen through the task's views.
+TEAMS = {
+    "halfcheetah": {"good": ("good-*",), "medium": ("medium-*",), "good-medium": ("good-*", "medium-*")},
+    "reacher": {"expert-mix": ("counterclockwise-*", "clockwise-*")},
+    "ant": {"random": ("random",), "medium": ("medium",), "full-replay": ("replay-*",), "expert": ("expert",)},
+}
+# Teams without weights: "random" plays uniformly random actions, "still" none at all (every motor at 0).
+WEIGHTLESS = ("random", "still")
+# Who sets the scale on which scores are 0 and 1, and in how many episodes it is measured. The reacher's 0 is MOMA-PPO's:
+# its -11.1 is what an untrained team scores by its most likely actions, which are near 0 (still: -11.7). Its 1 is the
+# mean of the data, sampled actions and all. The others' experts play their most likely actions, as scripts are judged.
+REFERENCES = {
+    "halfcheetah": {"random": ("random",), "expert": ("good-*",), "episodes": 20},
+    "reacher": {"random": ("still",), "expert": ("counterclockwise-*", "clockwise-*"), "episodes": 1000},
+    "ant": {"random": ("random",), "expert": ("expert",), "episodes": 20},
+}
+NOISE = {"halfcheetah": 0.2}  # added to a team's most likely actions; the other bodies' teams sample from their policy
+BENDS = {"counterclockwise": 1, "clockwise": -1}  # the sign of sin θ2, summed over an episode of the reacher
+GAMES = 50  # episodes of a body that are played at once
+
+# How many episodes by default, where it is not 1,000: a quarter of the papers'.
+EPISODES = {
+    ("bridge", "optimal"): 500,
+    ("halfcheetah", "good"): 250,
+    ("halfcheetah", "medium"): 250,
+    ("halfcheetah", "good-medium"): 500,
+    ("reacher", "expert-mix"): 5000,
+    ("ant", "medium"): 250,
+    ("ant", "full-replay"): 250,
+    ("ant", "expert"): 250,
+}
 
 
 def names(env, task=""):
@@ -54,36 +92,47 @@ def names(env, task=""):
         return tuple(MATRIX_BEHAVIOURS.get(task or "xor", {"uniform": None}))
     if env == "smac":
         return SMAC_DATASETS
+    if env in TEAMS:
+        return tuple(TEAMS[env])
     return ("optimal", "mixed")
 
 
-def load(env, task, dataset, device="cpu", seed=0, episodes=None):
+def load(env, task, dataset, device="cpu", seed=0, episodes=None, limit_terminates=False):
     """A `Dataset` for one task, by name or by path, checked against the environment.
 
     A name is collected on first use and cached in `data/cache/`. A path is anything with a "/" or a file ending,
     or anything that exists.
 
+    Args:
+        limit_terminates: take the time limit for an end of the game, after which nothing is worth anything. OG-MARL's
+            2halfcheetah is stored, and was learned from, in this way; by default it cuts the game off.
     Raises:
         ValueError: an unknown name, a damaged or foreign file, a dataset of another environment.
         OSError: no such file.
     """
     game = envs.make(env, task)
+    task = task or envs.TASKS[env][0] if env in TEAMS else task
     path = Path(dataset)
     if not dataset.startswith("[") and (
         "/" in dataset or path.suffix or (path.exists() and dataset not in names(env, task))
     ):
-        found = read(path, time_limit=game.time_limit)
+        found = read(path, game.time_limit, task if env == "ant" else "")
     else:
         found = _cached(env, task, dataset, seed, episodes)
     _belongs(found, env, task, game, dataset)
+    if limit_terminates:
+        late = (found.lengths >= game.time_limit).nonzero()[:, 0]  # episodes that lasted until the limit
+        found.terminated[late, found.lengths[late] - 1] = True
     return found.to(device)
 
 
 def _cached(env, task, name, seed, episodes):
     _known(env, task, name)
-    episodes = episodes or EPISODES.get(name, 1000)
+    episodes = episodes or EPISODES.get((env, name), 1000)
     rules = read_payoff(task or "xor").tolist() if env == "matrix" else None
-    key = json.dumps([env, task, rules, name, episodes, seed, COLLECTOR])  # all that the content depends on
+    key = [env, task, rules, name, episodes, seed, COLLECTOR]  # all that the content depends on
+    teams = sorted((BEHAVIOUR / (task or envs.TASKS["smac"][0] if env == "smac" else env)).glob("*.npz"))
+    key = json.dumps(key + [hashlib.sha1(team.read_bytes()).hexdigest() for team in teams])
     words = [re.sub(r"\W+", "_", word).strip("_")[:40] for word in (env, task, name)]
     path = CACHE / ("-".join([*filter(None, words), hashlib.sha1(key.encode()).hexdigest()[:12]]) + ".h5")
     try:
@@ -113,16 +162,25 @@ def _belongs(dataset, env, task, game, source):
     if not same:
         flags = f"--env {other_env}" + (f" --task {other_task!r}" if other_task else "")
         raise ValueError(f"{source} was recorded in another task than {env} {task}".rstrip() + f": use {flags}")
-    if dataset.actions.is_floating_point():
-        raise ValueError(f"{source} has continuous actions, {env} has discrete ones")
-    A = dataset.avail_actions.shape[-1]
-    found = (dataset.obs.shape[2], dataset.obs.shape[3], dataset.state.shape[2], A)
-    wanted = (game.num_agents, game.obs_dim, game.state_dim, game.num_actions)
+    continuous = isinstance(game.single_action_space, Box)
+    if dataset.actions.is_floating_point() != continuous:
+        kinds = ("discrete", "continuous")
+        raise ValueError(
+            f"{source} has {kinds[not continuous]} actions, {f'{env} {task}'.strip()} has {kinds[continuous]} ones"
+        )
+    A = dataset.actions.shape[-1] if continuous else dataset.avail_actions.shape[-1]
+    found, wanted = (dataset.obs.shape[2], dataset.obs.shape[3], dataset.state.shape[2], A), _sizes(game)
     if found != wanted:
+        others = (f"{e} {t}".strip() for e in envs.TASKS for t in envs.TASKS[e] if _sizes(envs.make(e, t)) == found)
+        others = " and ".join(others)
         raise ValueError(
             f"{source} does not fit {env} {task}: it has (agents, observation, state, actions) = {found}, "
-            f"the environment has {wanted}"
+            f"the environment has {wanted}; " + (f"{found} is {others}" if others else "no environment here has those")
         )
+
+
+def _sizes(game):
+    return game.num_agents, game.obs_dim, game.state_dim, game.num_actions
 
 
 def _same_payoff(one, other):
@@ -135,13 +193,14 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
 
     Args:
         seed: of the behaviour (and the environment).
-        episodes: how many; by default 500 for Bridge "optimal", else 1,000.
+        episodes: how many; by default what `EPISODES` says, else 1,000.
     Raises:
-        ValueError: an unknown environment, task or name.
+        ValueError: an unknown environment, task or name, or a team that plays it is missing or damaged.
     """
     game = envs.make(env, task)
+    task = task or envs.TASKS[env][0] if env in TEAMS else task
     _known(env, task, name)
-    episodes = episodes or EPISODES.get(name, 1000)
+    episodes = episodes or EPISODES.get((env, name), 1000)
     if episodes < 1:
         raise ValueError(f"a dataset needs at least one episode, not {episodes}")
     generator = torch.Generator().manual_seed(seed)
@@ -153,6 +212,8 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
         said = json.dumps(behaviour)
     elif env == "smac":
         dataset, said = _battles(task or envs.TASKS[env][0], name, episodes, seed)
+    elif env in TEAMS:
+        dataset, said = _bodies(env, task, name, episodes, seed)
     else:
         half = episodes // 2 if name == "mixed" else 0
         limit = game.time_limit
@@ -160,7 +221,7 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
         optimal = _bridge_optimal(episodes - half, limit, generator)
         actions = torch.cat([random, optimal])  # (E, T, N)
         said = f"{half} uniformly random episodes, {episodes - half} by two optimal conventions in equal parts"
-    if env != "smac":
+    if env in ("matrix", "bridge"):
         dataset = record(envs.make(env, task, num_envs=len(actions)), lambda t, obs, info: actions[:, t])
     dataset.info |= {
         "env": env, "task": task, "name": name, "seed": seed, "behaviour": said, "collector": COLLECTOR,
@@ -169,6 +230,8 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
             "numpy": np.__version__, "gymnasium": gymnasium.__version__,
         },
     }  # fmt: skip
+    if env in TEAMS:
+        dataset.info["versions"]["mujoco"] = importlib.metadata.version("mujoco")
     return dataset.check()
 
 
@@ -177,24 +240,28 @@ def record(game, act, seed=None):
 
     Args:
         game: one of our environments with B games; every episode that it plays becomes one of the dataset.
-        act: function of (step, obs, info) that returns the actions (B, N) of all games.
+        act: function of (step, obs, info) that returns the actions (B, N), or (B, N, A), of all games.
     Returns:
         A `Dataset` of B episodes; its `info` holds "won", a list of 0 and 1, if these games can be won.
     """
+
+    def alive(x, running):  # zero behind the end
+        return x * running.view(-1, *[1] * (x.dim() - 1))
+
     obs, info = game.reset(seed=seed)
     running = torch.ones(game.num_envs, dtype=torch.bool, device=game.device)
-    before, after = [(obs, info["state"], info["avail_actions"])], []
+    seen = ["state"] + ["avail_actions"] * ("avail_actions" in info)
+    before, after = [(obs, *(info[name] for name in seen))], []
     while running.any():
         actions = act(len(after), obs, info)
         obs, reward, terminated, truncated, info = game.step(actions)
-        seen = (obs, info["state"], info["avail_actions"])
-        before.append([x * running.view(-1, *[1] * (x.dim() - 1)) for x in seen])  # zero behind the end
-        after.append((actions * running[:, None], reward, terminated & running, running))
+        before.append([alive(x, running) for x in (obs, *(info[name] for name in seen))])
+        after.append((alive(actions, running), reward, terminated & running, running))
         running = running & ~(terminated | truncated)
-    obs, state, avail = (torch.stack(x, 1) for x in zip(*before))
+    obs, state, *avail = (torch.stack(x, 1) for x in zip(*before))
     actions, reward, terminated, mask = (torch.stack(x, 1) for x in zip(*after))
     won = {"won": info["won"].int().tolist()} if "won" in info else {}
-    return Dataset(obs, state, avail, actions, reward, terminated, mask, won)
+    return Dataset(obs, state, avail[0] if avail else None, actions, reward, terminated, mask, won)
 
 
 def _battles(task, name, episodes, seed):
@@ -224,59 +291,202 @@ def _battles(task, name, episodes, seed):
     return _concatenate(parts), ", ".join(said)
 
 
-def read_behaviour(path):
+def _bodies(env, task, name, episodes, seed):
+    """`episodes` episodes of a body, played by the teams that `name` stands for, and who played them."""
+    shares = _shares(env, TEAMS[env][name], episodes)
+    parts, said, more = [], [], {"references": references(env)}
+    with tqdm(total=episodes, desc=f"episodes of {env} {name}", unit="", leave=False, disable=None) as bar:
+        for team, count in shares.items():
+            played, about, left_out = play_body(env, task, team, count, seed, bar=bar)
+            parts += played
+            said.append(f"{count} by {team}" + (f" ({about['script']} after {about['steps']} steps)" if about else ""))
+            if env == "reacher" and played:
+                bend = torch.cat([part.state[:, 1:, 3].mean(1) for part in played])
+                more.setdefault("bends", {})[team] = {"mean sin θ2": round(float(bend.mean()), 4), "left out": left_out}
+    how = f"most likely actions + N(0, {NOISE[env]}^2), clipped" if env in NOISE else "sampled actions, clipped"
+    how = "uniformly random actions" if name == "random" else how
+    dataset = _concatenate(parts)
+    dataset.info |= more
+    return dataset, f"{', '.join(said)}; {how}"
+
+
+def _shares(env, patterns, episodes):
+    """How many episodes each team plays, {team: count}: equal parts for the patterns and for the teams of each."""
+
+    def cut(total, parts):
+        return [total * (k + 1) // parts - total * k // parts for k in range(parts)]
+
+    shares = {}
+    for pattern, total in zip(patterns, cut(episodes, len(patterns))):
+        found = [path.stem for path in (BEHAVIOUR / env).glob(f"{pattern}.npz") if re.search(r"-\d+$", path.stem)]
+        teams = sorted(found, key=lambda team: int(team.rsplit("-", 1)[1])) if "*" in pattern else [pattern]
+        teams = teams or [pattern.replace("*", "0")]  # reading it tells what is missing
+        shares |= dict(zip(teams, cut(total, len(teams))))
+    return shares
+
+
+def references(env):
+    """Mean returns of a random and an expert team on a body, {"random": float, "expert": float}; see `REFERENCES`."""
+    found = {}
+    for level in ("random", "expert"):
+        returns = []
+        for team, count in _shares(env, REFERENCES[env][level], REFERENCES[env]["episodes"]).items():
+            parts, *_ = play_body(env, envs.TASKS[env][0], team, count, "reference", env != "reacher", verify=False)
+            returns += [part.returns for part in parts]
+        found[level] = float(torch.cat(returns).double().mean())
+    return found
+
+
+def block_seed(env, team, seed, start):
+    """The seed with which a team's games from the `start`-th on were played, of both the games and its noise.
+
+    It does not depend on the task, so that all views show the same episodes.
+    """
+    return int(hashlib.sha1(f"{env} {team} {seed} {start}".encode()).hexdigest()[:7], 16)
+
+
+def play_body(env, task, team, count, seed, greedy=False, verify=True, bar=None):
+    """`count` episodes of a body by one team, which sees what it was trained on, recorded through the views of `task`.
+
+    Args:
+        team: the name of a file in the body's behaviour folder, or one of `WEIGHTLESS`.
+        greedy: play the most likely actions; otherwise those of the datasets, with their noise.
+        verify: of the reacher's clockwise and counter-clockwise teams, keep only episodes that bend their way.
+    Returns:
+        A list of `Dataset`s, one for each block of games played at once; what is known of the team (a dictionary,
+        empty if it has no weights); and how many episodes bent the other way and were left out.
+    Raises:
+        ValueError: the team's file is missing or damaged, or holds a team for something else, or most of its episodes
+            bend the other way.
+    """
+    play, about = (None, {}) if team in WEIGHTLESS else read_behaviour(BEHAVIOUR / env / f"{team}.npz", env)
+    trained = envs.make(env, about["task"]) if about else None  # lends its views
+    if about:
+        wanted = (trained.obs_dim + trained.num_agents, trained.num_actions)
+        if about["sizes"] != wanted:
+            raise ValueError(
+                f"{BEHAVIOUR / env / team}.npz does not fit {env} {about['task']}: it has (inputs, outputs) = "
+                f"{about['sizes']}, the environment calls for {wanted}"
+            )
+    sign = BENDS.get(team.rsplit("-", 1)[0], 0) if verify else 0
+    parts, kept, played = [], 0, 0
+    while kept < count:
+        game = envs.make(env, task, num_envs=min(GAMES, count - kept))
+        start = block_seed(env, team, seed, played)
+        generator = torch.Generator().manual_seed(start)
+
+        def act(t, obs, info):
+            shape = (game.num_envs, *game.motors.shape)
+            if team == "still":
+                return torch.zeros(shape)
+            if team == "random":
+                return 2 * torch.rand(shape, generator=generator) - 1
+            entries = np.pad(game.entries, ((0, 0), (0, 1)))  # (B, F+1), the last one 0
+            seen = torch.from_numpy(entries[:, trained.columns]).float()
+            if greedy or env in NOISE:
+                action = play(t, seen, info, None)
+                action = action if greedy else action + NOISE[env] * torch.randn(shape, generator=generator)
+            else:
+                action = play(t, seen, info, generator)
+            return action.clamp(-1, 1)
+
+        part = record(game, act, start)
+        played += game.num_envs
+        if sign:
+            part = _select(part, part.state[:, :, 3].sum(1) * sign > 0)
+        kept += len(part.mask)
+        if 2 * kept < played >= 20:
+            raise ValueError(
+                f"{played - kept} of {played} episodes of {BEHAVIOUR / env / team}.npz bend the other way: it is no "
+                f"{team.rsplit('-', 1)[0]} team"
+            )
+        if len(part.mask):
+            parts.append(part)
+        if bar is not None:
+            bar.update(len(part.mask))
+    return parts, about, played - kept
+
+
+def _select(dataset, which):
+    """The episodes `which` (E,) bool of a dataset without a list of wins."""
+    return Dataset(*(None if x is None else x[which] for x in (getattr(dataset, name) for name in TENSORS)))
+
+
+def read_behaviour(path, env="smac"):
     """A team's weights as a function that draws its actions, and what is known of it.
 
     The file is one of those that `algorithms/mappo.py --save-snapshots` writes: arrays weight0, bias0, ... of a ReLU
-    network that all agents share, and a JSON text `info`.
+    network that all agents share, and a JSON text `info`. For continuous actions the network's output, through tanh,
+    is the mean of normal actions, and `log_std` the logarithm of their spread.
 
+    Args:
+        env: the environment that the team must be for.
     Returns:
-        A function of (step, obs (B, N, O), info, generator) that returns actions (B, N), and a dictionary.
+        A function of (step, obs (B, N, O), info, generator) that returns actions (B, N), or (B, N, A), not clipped and
+        without a generator (None) the most likely ones; and a dictionary, the file's info and the network's `sizes`.
     Raises:
-        ValueError: there is no such file, or it is damaged.
+        ValueError: there is no such file, or it is damaged or for another environment.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["info"]))
+            spread = torch.tensor(file["log_std"]).float().exp() if "log_std" in file else None
             layers = [(file[f"weight{k}"], file[f"bias{k}"]) for k in range(sum("weight" in key for key in file))]
     except FileNotFoundError:
+        flags = f"--env {env} --task {path.parent.name if env == 'smac' else envs.TASKS[env][0]}"
+        flags += " --normalize" * (env in TEAMS)
         raise ValueError(
             f"no {path.stem} team for {path.parent.name} ships with the repository: train one with "
-            f"`python algorithms/mappo.py --env smac --task {path.parent.name} --save-snapshots` (see "
-            f"{BEHAVIOUR}/README.md)"
+            f"`python algorithms/mappo.py {flags} --save-snapshots` (see {BEHAVIOUR}/README.md)"
         ) from None
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
+    if about.get("env") != env or about.get("task") not in envs.TASKS[env] or (spread is None) != (env == "smac"):
+        raise ValueError(f"{path} holds a team for {about.get('env')} {about.get('task')}, not for {env}")
     layers = [(torch.tensor(w).float(), torch.tensor(b).float()) for w, b in layers]
+    if not all(x.isfinite().all() for layer in layers for x in layer):
+        raise ValueError(f"{path} holds weights that are not finite")
+    about["sizes"] = (layers[0][0].shape[0], layers[-1][0].shape[1])
     last, recall = None, about.get("recall", 1)
+
+    def network(x):
+        for w, b in layers[:-1]:
+            x = F.relu(x @ w + b)
+        return x @ layers[-1][0] + layers[-1][1]
+
+    def play_continuous(t, obs, info, generator):
+        mean = network(torch.cat([obs, torch.eye(obs.shape[1]).expand(len(obs), -1, -1)], -1)).tanh()  # (B, N, A)
+        return mean if generator is None else mean + spread * torch.randn(mean.shape, generator=generator)
 
     def play(t, obs, info, generator):
         nonlocal last
         avail = info["avail_actions"]  # (B, N, A)
         B, N, A = avail.shape
         last = torch.zeros(B, N, recall * A) if t == 0 else last  # the newest first
-        x = torch.cat([obs, last, torch.eye(N).expand(B, N, N)], -1)
-        for w, b in layers[:-1]:
-            x = F.relu(x @ w + b)
-        logits = (x @ layers[-1][0] + layers[-1][1]).masked_fill(~avail, -torch.inf)
-        clocks = torch.empty_like(logits).exponential_(generator=generator)
-        action = (logits - clocks.log()).argmax(-1)  # a draw from the policy
+        logits = network(torch.cat([obs, last, torch.eye(N).expand(B, N, N)], -1)).masked_fill(~avail, -torch.inf)
+        if generator is not None:
+            logits = logits - torch.empty_like(logits).exponential_(generator=generator).log()
+        action = logits.argmax(-1)  # with these clocks, a draw from the policy
         last = torch.cat([F.one_hot(action, A).float(), last], -1)[..., : recall * A]
         return action
 
-    return play, about
+    return play if spread is None else play_continuous, about
 
 
 def _concatenate(parts):
     """Datasets of the same task, one after the other, padded to the longest episode of all."""
     longest, fields = max(part.mask.shape[1] for part in parts), {}
-    for name in ("obs", "state", "avail_actions", "actions", "reward", "terminated", "mask"):
+    for name in TENSORS:
         tensors = [getattr(part, name) for part in parts]
+        if tensors[0] is None:
+            fields[name] = None
+            continue
         extra = [longest - part.mask.shape[1] for part in parts]
         fields[name] = torch.cat(
-            [torch.cat([x, x.new_zeros(len(x), e, *x.shape[2:])], 1) for x, e in zip(tensors, extra)]
+            [torch.cat([x, x.new_zeros(len(x), e, *x.shape[2:])], 1) if e else x for x, e in zip(tensors, extra)]
         )
-    return Dataset(**fields, info={"won": sum((part.info["won"] for part in parts), [])})
+    won = {"won": sum((part.info["won"] for part in parts), [])} if "won" in parts[0].info else {}
+    return Dataset(**fields, info=won)
 
 
 def _matrix_actions(behaviour, episodes, generator):
@@ -326,8 +536,8 @@ def _bridge_optimal(episodes, limit, generator):
 
 @dataclass
 class Args:
-    env: str = "bridge"  # the environment: bridge, matrix or smac
-    task: str = ""  # its task: a map of smac; for matrix also a payoff table as JSON
+    env: str = "bridge"  # the environment: bridge, matrix, smac, halfcheetah, reacher or ant
+    task: str = ""  # its task: a map of smac, a body's views; for matrix also a payoff table as JSON
     dataset: str = ""  # the behaviour, by default the task's last; for matrix also probabilities as JSON
     episodes: int = 0  # how many episodes; 0 for the default
     seed: int = 0  # of the behaviour
@@ -350,5 +560,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: no file was written", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
+
+import envs
+from envs.mamujoco import BODIES
 
 FORMAT = 1  # written into each file; raise it when the meaning of a field changes
 
@@ -28,7 +32,7 @@ class Dataset:
     reward: torch.Tensor  # (E, T) float32, of the team
     terminated: torch.Tensor  # (E, T) bool
     mask: torch.Tensor  # (E, T) bool: True where the step is real
-    info: dict = field(default_factory=dict)  # env, task, name, seed, behaviour, versions, ...
+    info: dict = field(default_factory=dict)  # env, task, name, seed, behaviour, versions, references, ...
 
     @property
     def lengths(self):
@@ -50,6 +54,19 @@ class Dataset:
         """Share of the episodes that were won, or None where `info["won"]` (a list of 0 and 1) does not say."""
         won = self.info.get("won")
         return None if won is None else sum(won) / len(won)
+
+    @property
+    def references(self):
+        """Mean returns of a random and of an expert team, two floats, or None where `info["references"]` is missing."""
+        found = self.info.get("references")
+        return None if found is None else (float(found["random"]), float(found["expert"]))
+
+    def normalize(self, returns):
+        """Returns (a number, an array or a tensor) with the random reference as 0 and the expert's as 1, or None."""
+        if self.references is None:
+            return None
+        random, expert = self.references
+        return (returns - random) / (expert - random)
 
     def joint_actions(self):
         """How often each joint action of two agents was recorded, (A, A), as shares that sum to 1."""
@@ -147,6 +164,11 @@ class Dataset:
         won = self.info.get("won")
         good = won is None or isinstance(won, list) and len(won) == E and all(w in (0, 1) for w in won)
         insist(good, "info 'won' must hold one 0 or 1 for each episode")
+        try:
+            good = self.references is None or 0 < abs(self.references[1] - self.references[0]) < float("inf")
+        except (KeyError, TypeError, ValueError):
+            good = False
+        insist(good, "info 'references' must hold two finite numbers that differ, 'random' and 'expert'")
         return self
 
 
@@ -179,17 +201,20 @@ def write(dataset, path):
         part.unlink(missing_ok=True)
 
 
-def read(path, time_limit=None):
+def read(path, time_limit=None, task=""):
     """Read and check a dataset, in whichever of these forms its content is.
 
     - a file that `write` wrote;
     - CFCQL's HDF5 (see `read_cfcql`);
+    - D4RL's HDF5 (see `read_d4rl`), Minari's HDF5 or the folder that holds its main_data.hdf5 (see `read_minari`);
     - OG-MARL's vault, or the folder around one (see `read_vault`);
     - AlberDICE's folder of .npy files (see `read_alberdice`).
 
     Args:
         time_limit: steps after which the game was cut off. CFCQL's files and OG-MARL's vaults mark such an end
             like any other; with the limit, episodes that last that long count as truncated. The other forms tell.
+        task: D4RL's and Minari's data have one agent; this task of Ant says what each of ours sees of it ("full" if
+            it is empty).
     Raises:
         ValueError: damaged, foreign or malformed content.
         OSError: no such file.
@@ -199,19 +224,24 @@ def read(path, time_limit=None):
         raise ValueError(f"a time limit is at least one step, not {time_limit}")
     if not path.exists():
         raise FileNotFoundError(f"no dataset file {path}")
-    if not path.is_dir():
-        found = _read_hdf5(path, time_limit)
+    minari = [p for p in (path / "main_data.hdf5", path / "data" / "main_data.hdf5") if p.is_file()]
+    if not path.is_dir() or minari:
+        found = _read_hdf5(minari[0] if minari else path, time_limit, task)
     else:
         vault = _find_vault(path)
         found = read_vault(vault, time_limit) if vault else read_alberdice(path)
     return found.check(path)
 
 
-def _read_hdf5(path, time_limit):
+def _read_hdf5(path, time_limit, task):
     try:
         with h5py.File(path, "r") as file:
             if "filled" in file and "mask" not in file:
                 return read_cfcql(file, path, time_limit)
+            if "observations" in file and "actions" in file:
+                return read_d4rl(file, path, task)
+            if any(re.fullmatch(r"episode_\d+", key) for key in file):
+                return read_minari(file, path, task)
             missing = [n for n in TENSORS if n not in file and n != "avail_actions"]
             if missing:
                 raise ValueError(f"{path} is not one of our datasets: it lacks {', '.join(missing)}")
@@ -231,6 +261,7 @@ def _read_hdf5(path, time_limit):
 
 # What holds 0 and 1, under our names and the other formats'.
 FLAGS = ("terminated", "mask", "avail_actions", "filled", "terminals", "truncations", "infos.legals")
+FLAGS += ("timeouts", "terminations")
 
 
 def _tensor(array, name, source):
@@ -243,6 +274,27 @@ def _tensor(array, name, source):
         return torch.as_tensor(array.astype(bool))
     whole = name == "actions" and array.dtype.kind != "f"
     return torch.as_tensor(array.astype(np.int64 if whole else np.float32, copy=False))
+
+
+def _padded(flat, lengths, after=None):
+    """Steps laid end to end (M, ...) as episodes (E, T, ...) of these lengths (E,), zeros behind them.
+
+    With what was seen after each episode's last step, `after` (E, ...), the result is (E, T + 1, ...).
+    """
+    where = torch.arange(int(lengths.max()) + (after is not None)) < lengths[:, None]
+    tensor = flat.new_zeros(*where.shape, *flat.shape[1:])
+    tensor[where] = flat[: int(lengths.sum())]
+    if after is not None:
+        tensor[torch.arange(len(lengths)), lengths] = after
+    return tensor
+
+
+def _clip(actions, info):
+    """Continuous actions cut to [-1, 1], as MuJoCo's motors do; `info` is told if that changes any."""
+    beyond = (actions.abs() > 1) & actions.isfinite()  # what is not finite stays, to be complained of
+    if beyond.any():
+        info["clipped"] = f"{100 * beyond.double().mean():.3g} % of the actions' entries, which lay outside [-1, 1]"
+    return torch.where(beyond, actions.clamp(-1, 1), actions)
 
 
 def read_alberdice(folder):
@@ -335,6 +387,125 @@ def read_cfcql(file, path, time_limit=None):
     )
 
 
+ANT_WIDTHS = (27, 105, 111)  # of Ant's observations: without contact forces, and with those of v5, of v2
+
+
+def _only_ant(path, width, motors):
+    """Raise ValueError unless observations and actions of these sizes are Ant's."""
+    if width not in ANT_WIDTHS or motors != 8:
+        states = {len(body.entries.split()) - body.hidden: name for name, body in BODIES.items()}
+        whose = f"; {width} is the size of {states[width]}'s state" if width in states else ""
+        raise ValueError(
+            f"{path}: observations have {width} entries and actions {motors}, but ant has "
+            f"{', '.join(map(str, ANT_WIDTHS[:-1]))} or {ANT_WIDTHS[-1]}, and 8, and of this format only ant's data "
+            f"are read{whose}"
+        )
+
+
+def _ant_team(path, task, state, after, actions, rewards, terminated, lengths, info):
+    """The `Dataset` of one agent's Ant episodes, laid end to end, with observations and motors dealt to our agents.
+
+    Args:
+        state: (M, 27).
+        after: (E, 27) what was seen after each episode's last step.
+        actions: (M, 8) in the order of Ant's motors.
+        terminated: (E,) whether each episode ended by the ant's fall.
+    """
+    game = envs.make("ant", task)
+    state = _padded(state, lengths, after)  # (E, T+1, 27)
+    obs = torch.cat([state, torch.zeros_like(state[..., :1])], -1)[..., torch.as_tensor(game.columns)]
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (E, T)
+    last = torch.arange(mask.shape[1]) == lengths[:, None] - 1
+    return Dataset(
+        obs=obs,  # (E, T+1, N, O)
+        state=state,
+        avail_actions=None,
+        actions=_padded(_clip(actions, info)[:, torch.as_tensor(game.motors)], lengths),  # (E, T, N, 2)
+        reward=_padded(rewards, lengths),
+        terminated=last & terminated[:, None],
+        mask=mask,
+        info={"env": "ant", "task": task or "full", "name": path.stem, **info},
+    )
+
+
+def read_d4rl(file, path, task=""):
+    """Read an open HDF5 file in D4RL's layout (github.com/Farama-Foundation/D4RL), of Ant: one row for each step.
+
+    An episode ends at a terminal, where the ant fell, or at a timeout; what follows the last end is dropped. Where the
+    file has no next_observations, a copy of an episode's last observation stands in for the one after it.
+
+    MuJoCo's v2, which D4RL used, paid 1 for being alive also in the step in which the ant falls. The references are
+    D4RL's own.
+    """
+    rank = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1, "timeouts": 1}
+    missing = [name for name in rank if name not in file]
+    if missing:
+        raise ValueError(f"{path} is not one of D4RL's datasets: it lacks {', '.join(missing)}")
+    rank |= {"next_observations": 2} if "next_observations" in file else {}
+    shapes = {name: getattr(file[name], "shape", None) or () for name in rank}
+    for name, dimensions in rank.items():
+        alike = name != "next_observations" or shapes[name] == shapes["observations"]
+        if len(shapes[name]) != dimensions or shapes[name][0] != shapes["observations"][0] or not alike:
+            raise ValueError(f"{path}: {name} has the shape {shapes[name]}, which does not fit D4RL's layout")
+    _only_ant(path, shapes["observations"][1], shapes["actions"][1])
+    flat = {}
+    for name in rank:
+        flat[name] = _tensor(file[name][:, :27] if name.endswith("observations") else file[name][()], name, path)
+    following = flat.get("next_observations", flat["observations"])
+    last = (flat["terminals"] | flat["timeouts"]).nonzero()[:, 0]  # (E,) the last step of each episode
+    if len(last) == 0:
+        raise ValueError(f"{path}: no episode in it ever ends")
+    return _ant_team(
+        path,
+        task,
+        flat["observations"],
+        following[last],
+        flat["actions"],
+        flat["rewards"],
+        flat["terminals"][last],
+        last.diff(prepend=last.new_tensor([-1])),
+        {"behaviour": "published with D4RL", "references": {"random": -325.6, "expert": 3879.7}},
+    )
+
+
+def read_minari(file, path, task=""):
+    """Read an open main_data.hdf5 of Minari (github.com/Farama-Foundation/Minari), of Ant: one group per episode.
+
+    An episode whose last step has no termination was cut off. Minari's Ant-v5 charged for contacts; ours does not.
+    """
+    rank = {"observations": 2, "actions": 2, "rewards": 1, "terminations": 1, "truncations": 1}
+    parts, after = {name: [] for name in rank}, []
+    groups = sorted((key for key in file if re.fullmatch(r"episode_\d+", key)), key=lambda key: int(key[8:]))
+    for group in groups:
+        missing = [name for name in rank if name not in file[group]]
+        if missing:
+            raise ValueError(f"{path} is not one of Minari's datasets: {group} lacks {', '.join(missing)}")
+        arrays = {name: file[group][name] for name in rank}
+        steps = (getattr(arrays["rewards"], "shape", None) or (0,))[0]
+        for name, array in arrays.items():
+            shape, rows = getattr(array, "shape", None) or (), steps + (name == "observations")
+            if len(shape) != rank[name] or shape[0] != rows or steps == 0:
+                raise ValueError(f"{path}: {name} of {group} has the shape {shape}, which does not fit Minari's layout")
+        _only_ant(path, arrays["observations"].shape[1], arrays["actions"].shape[1])
+        for name, array in arrays.items():
+            tensor = _tensor(array[:, :27] if name == "observations" else array[()], name, path)
+            parts[name].append(tensor[:steps])
+            if name == "observations":
+                after.append(tensor[-1])
+        ends = (parts["terminations"][-1] | parts["truncations"][-1])[:-1]
+        if ends.any():
+            raise ValueError(f"{path}: {group} goes on after its end")
+    lengths = torch.tensor([len(part) for part in parts["rewards"]])
+    terminated = torch.stack([part[-1] for part in parts["terminations"]])
+    state, actions, rewards = (torch.cat(parts[name]) for name in ("observations", "actions", "rewards"))
+    info = {"behaviour": "published with Minari"}
+    found = _ant_team(path, task, state, torch.stack(after), actions, rewards, terminated, lengths, info)
+    if path.stem == "main_data":  # all of Minari's files have this name; its folders tell which it is
+        folders = path.resolve().parts[:-1]
+        found.info["name"] = "/".join(folders[:-1][-2:] if folders[-1:] == ("data",) else folders[-2:])
+    return found
+
+
 def _find_vault(folder):
     """The vault that a folder is or holds, or None; ValueError if it holds several."""
 
@@ -357,7 +528,9 @@ def read_vault(folder, time_limit=None):
 
     Args:
         time_limit: episodes that last that long count as truncated. Without it, every end that is stored as a
-            terminal is one, also the time-outs that OG-MARL's StarCraft and MuJoCo sets store as terminals.
+            terminal is one, also the time-outs that OG-MARL's StarCraft and MuJoCo sets store as terminals. A vault
+            with the sizes of 2-agent HalfCheetah, where nothing else ends a game, has 1,000 by default (to take these
+            ends for terminals: `load(..., limit_terminates=True)`).
     """
     try:
         import tensorstore
@@ -393,32 +566,29 @@ def read_vault(folder, time_limit=None):
             raise ValueError("no episode in it ever ends")
         steps = int(last[-1]) + 1
         lengths = last.diff(prepend=last.new_tensor([-1]))
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (E, T)
-        acted = torch.cat([mask, torch.zeros_like(mask[:, :1])], 1)  # (E, T+1)
-
-        def padded(flat, where):
-            """Steps end to end (M, ...) as episodes (E, T, ...), or (E, T + 1, ...) with the last one twice."""
-            tensor = flat.new_zeros(*where.shape, *flat.shape[1:])
-            tensor[where] = flat[:steps]
-            if where is acted:
-                tensor[torch.arange(len(last)), lengths] = flat[last]
-            return tensor
-
         reward, actions = flat("rewards"), flat("actions")
         if ((reward - reward[:, :1]).abs() > 0).any():
             raise ValueError("the agents' rewards differ; a team shares one")
+        info = {"name": folder.resolve().name, "behaviour": "OG-MARL vault"}
+        obs, state = flat("observations"), flat("infos.state")
+        if actions.is_floating_point():
+            actions = _clip(actions, info)
+        if (*obs.shape[1:], *state.shape[1:], *actions.shape[2:]) == (2, 13, 17, 3):
+            info |= {"env": "halfcheetah", "task": "2x3"}
+            time_limit = time_limit or 1000
         short = lengths < (time_limit or steps + 1)  # (E,)
         ended = terminals[:steps].all(1) & short.repeat_interleave(lengths)
         discrete = not actions.is_floating_point() and "infos.legals" in leaf
+        legals = flat("infos.legals") if discrete else None
         return Dataset(
-            obs=padded(flat("observations"), acted),
-            state=padded(flat("infos.state"), acted),
-            avail_actions=padded(flat("infos.legals"), acted) if discrete else None,
-            actions=padded(actions, mask),
-            reward=padded(reward[:, 0], mask),
-            terminated=padded(ended, mask),
-            mask=mask,
-            info={"name": folder.resolve().name, "behaviour": "OG-MARL vault"},
+            obs=_padded(obs, lengths, obs[last]),
+            state=_padded(state, lengths, state[last]),
+            avail_actions=_padded(legals, lengths, legals[last]) if discrete else None,
+            actions=_padded(actions, lengths),
+            reward=_padded(reward[:, 0], lengths),
+            terminated=_padded(ended, lengths),
+            mask=torch.arange(int(lengths.max())) < lengths[:, None],  # (E, T)
+            info=info,
         )
     except (ValueError, OSError, RuntimeError, KeyError, IndexError) as error:
         reason = str(error).split(" [source")[0].removeprefix(f"{folder}: ")

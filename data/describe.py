@@ -20,14 +20,17 @@ from data.dataset import TENSORS, read
 
 @dataclass
 class Args:
-    path: Annotated[Path, tyro.conf.Positional]  # a file of ours or CFCQL's, OG-MARL's vault, or AlberDICE's folder
+    path: Annotated[Path, tyro.conf.Positional]  # ours, CFCQL's, D4RL's, Minari's, OG-MARL's vault, AlberDICE's folder
     time_limit: int | None = None  # for CFCQL and OG-MARL: episodes that last so many steps count as cut off
     out: Path | None = None  # the histogram picture; by default runs/describe/NAME.png
 
 
+LISTED = ("won", "references")  # what `info` holds and `describe` shows elsewhere
+
+
 def describe(dataset):
     """What a reader wants to know first, as a list of lines."""
-    told = {key: value for key, value in sorted(dataset.info.items()) if value != "" and key != "won"}
+    told = {key: value for key, value in sorted(dataset.info.items()) if value != "" and key not in LISTED}
     lines = [f"{key:14s} {value}" for key, value in told.items()]
     for name in TENSORS:
         tensor = getattr(dataset, name)
@@ -38,12 +41,18 @@ def describe(dataset):
     lines.append(f"{'transitions':14s} {int(dataset.mask.sum())}")
     lines.append(f"{'terminals':14s} {terminals}")
     lines.append(f"{'truncations':14s} {int(dataset.truncated.sum())}")
-    for name, values in (("length", dataset.lengths.double()), ("return", dataset.returns.double())):
+    tables = {"length": dataset.lengths.double(), "return": dataset.returns.double()}
+    if dataset.references is not None:
+        tables["normalised %"] = 100 * dataset.normalize(tables["return"])
+    for name, values in tables.items():
         low, mean, middle, high = values.min(), values.mean(), values.median(), values.max()
         lines.append(f"{name:14s} min {low:.4f}  mean {mean:.4f}  median {middle:.4f}  max {high:.4f}")
+    if dataset.references is not None:
+        random, expert = dataset.references
+        lines.append(f"{'references':14s} random (0 %) {random:.4f}  expert (100 %) {expert:.4f}")
     if dataset.win_rate is not None:
         lines.append(f"{'win rate':14s} {dataset.win_rate:.4f}")
-    if terminals == 0:
+    if terminals == 0 and dataset.info.get("env") not in ("halfcheetah", "reacher"):  # these never do
         lines.append("warning: no episode terminates; a value function will bootstrap from every last observation")
     return lines
 

@@ -13,7 +13,7 @@ import data.collect
 import envs
 from data.collect import BEHAVIOUR, SMAC_DATASETS, read_behaviour
 
-MAPS = sorted(folder.name for folder in BEHAVIOUR.iterdir() if folder.is_dir())
+MAPS = sorted(folder.name for folder in BEHAVIOUR.iterdir() if folder.name in envs.TASKS["smac"])
 
 
 def about(path):
