@@ -30,6 +30,8 @@ Commands, and the return you should see (mean of all seeds; one CPU core of a sm
   python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10      32 s: 20 in 10 of 10 seeds, cloning 3.6
   ... with --beta 0                                                       5: caught in the data's local optimum
   ... on xor with --no-resampling                                         0: both play the action nobody combined
+  python algorithms/inspo.py --env smac          5m_vs_6m, medium-replay data, 3 seeds, @@M@@ with the data: 31 % of the
+      battles won by sampling (return 12.8), cloning 2 %, the data 9 %; greedily 56 %, cloning 48 %
 
 The authors' code is not public, and public copies of the paper have lost some of its numbers. Choices made here:
   1. V_i in Eq. 20 is the exact normaliser of Eq. 12 over mu; it only rescales how much a state counts.
@@ -42,6 +44,8 @@ The authors' code is not public, and public copies of the paper have lost some o
   7. Bridge's cells enter the networks as one-hot values. A time limit is not the end: Q looks beyond it (the step that
      meets the limit pays 0 by Bridge's rules, in these data as in AlberDICE's, and is used as it stands).
   8. Who goes first is drawn once for all seeds, from a stream that no flag changes; "semi-greedy" averages over seeds.
+  9. In battles there is no entropy bonus (beta = 0), alpha is 0.4 (a battle pays up to 20), and the Q-functions learn
+     alone for the first 1,500 updates, as the weights of Eq. 20 are worth no more than they are.
 
 Policies with a memory (--recurrent, the default in StarCraft-like battles, --env smac). There pi_i and mu_i are GRUs
 that see agent i's views and last actions; the Q-functions see the state. A minibatch consists of whole episodes, laid

@@ -5,7 +5,8 @@
     dataset = load("bridge", "", "path/to/file.h5")       # a file of ours
     dataset = load("bridge", "", "path/to/alberdice")     # AlberDICE's folder of .npy files
     dataset = load("smac", "2s3z", "2s3z_medium.h5")      # CFCQL's HDF5, recorded in StarCraft II
-    dataset = load("smac", "3m", "3m.vlt/Good")           # OG-MARL's vault (needs tensorstore)
+    dataset = load("smac", "3m", "3m.vlt/Good")           # OG-MARL's vault (needs tensorstore); also 2halfcheetah's
+    dataset = load("ant", "full", "ant_medium-v2.hdf5")   # D4RL's file, or a folder of Minari's
 
 `python data/collect.py --help` records a dataset to a file, `python data/describe.py FILE` says what is in one.
 """
