@@ -32,7 +32,7 @@ class Game:
 
 def arguments(**changes):
     return replace(maddpg.Args(num_seeds=S, window=L, batch_size=B, ood_actions=K, policy_hidden=6, critic_hidden=7,
-                               compile=False), **changes)  # fmt: skip
+                               compile=False, normalize=False), **changes)  # fmt: skip
 
 
 def make_team(args=None, seeds=S):
@@ -722,6 +722,6 @@ def test_the_other_bodies_train_too(tmp_path, monkeypatch):
     dataset.info |= {"env": "ant", "task": "partial"}
     data.write(dataset, tmp_path / "ant.h5")
     flags = words(tmp_path, env="ant", task="partial", dataset=tmp_path / "ant.h5", steps=2, **{"num-seeds": 1})
-    summary = maddpg.main(maddpg.parse([*flags, "--no-pjap", "--normalize", "--out-dir", str(tmp_path / "run")]))
+    summary = maddpg.main(maddpg.parse([*flags, "--no-pjap", "--no-normalize", "--out-dir", str(tmp_path / "run")]))
     assert math.isfinite(summary["return"]["mean"]) and summary["normalized_return"] is None
     assert summary["distance"]["mean"] > 0 and summary["pjap"] is False
