@@ -182,7 +182,7 @@ class Policy(nn.Module):
         h = x.new_zeros(S, B * N, self.hidden) if h is None else h
         encoded = self.encoder(x.flatten(1, 3)).relu_().view(S, L, B * N, -1)
         states = self.gru(encoded, h)
-        return self.head(states.flatten(1, 2)).tanh().view(S, L, B, N, -1), states[:, -1]
+        return self.head(states.flatten(1, 2).relu()).tanh().view(S, L, B, N, -1), states[:, -1]
 
 
 class Critics(nn.Module):

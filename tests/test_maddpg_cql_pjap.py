@@ -88,7 +88,7 @@ def single_policy(policy, s):
 
     def act(x):
         x = torch.relu(x @ policy.encoder.weight[s] + policy.encoder.bias[s, 0])
-        return torch.tanh(gru(x)[0] @ policy.head.weight[s] + policy.head.bias[s, 0])
+        return torch.tanh(gru(x)[0].relu() @ policy.head.weight[s] + policy.head.bias[s, 0])
 
     return act
 
