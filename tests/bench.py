@@ -1,6 +1,6 @@
-"""Measure speed; nothing here is asserted.  python tests/bench.py [games] [smac] [inspo] [--cuda]
+"""Measure speed; nothing here is asserted.  python tests/bench.py [games] [smac] [inspo] [maddpg] [--cuda]
 
-Without a word it measures all three. CPU figures are for one thread and count CPU seconds, so that other work on the
+Without a word it measures all four. CPU figures are for one thread and count CPU seconds, so that other work on the
 machine disturbs them little. An InSPO update is a sweep: every agent's Q-function and policy once, for all seeds.
 
 `smac` also measures two other simulators of the same game, where they can be imported:
@@ -11,6 +11,9 @@ machine disturbs them little. An InSPO update is a sweep: every agent's Q-functi
 All three play available actions at random, restart finished battles, and make observations, state and masks at every
 step. Their rules differ: a step of SMAX and SMAClite holds 1.4 times as much fighting, SMAX has no shields, and
 SMAClite steers units around one another. XLA takes as many threads as it likes, so compare CPU seconds.
+
+`maddpg` also measures OG-MARL's PyTorch version, where it can be imported (pip install hydra-core omegaconf dm-tree chex
+flashbax jax, and a checkout on PYTHONPATH). It is given its windows, while ours draws its own.
 """
 
 import contextlib
@@ -22,11 +25,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from conftest import load_script
 
 import envs
+from data import Dataset, runs
 from envs.smac import MAPS, POLICIES
 
 
@@ -152,6 +157,71 @@ def inspo(device, *flags, steps):
     return 1000 / summary["updates_per_second"] * (busy if device == "cpu" else 1)
 
 
+def maddpg(device, seeds, batch, ood, compiled=False, repeats=5):
+    """Milliseconds per update of MADDPG+CQL+PJAP on HalfCheetah's shapes, and those of drawing and refreshing."""
+    script, clock = load_script("maddpg_cql_pjap"), time.process_time if device == "cpu" else time.perf_counter
+    args = script.Args(num_seeds=seeds, batch_size=batch, ood_actions=ood)
+    steps = torch.ones(10, 1000)
+    sizes = {"obs": (1001, 2, 13), "state": (1001, 17), "actions": (1000, 2, 3), "reward": (1000,)}
+    recorded = {name: torch.rand(10, *size) * 2 - 1 for name, size in sizes.items()}
+    dataset = Dataset(**recorded, avail_actions=None, terminated=steps < 0, mask=steps > 0).to(device)
+    data, encode = script.arrange(dataset, args)
+    streams = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+    team = script.Team(envs.make("halfcheetah", "2x3"), args, streams).to(device)
+    windows, many = script.Windows(len(data["start"]), seeds).to(device), script.Windows(1_000_000, seeds).to(device)
+    rmsprop, loss = script.optimizer(team, args), runs.compiler(compiled, torch.device(device))(script.losses)
+    generators = [torch.Generator(device).manual_seed(seed) for seed in range(seeds)]
+
+    def learn():
+        script.update(team, rmsprop, windows, data, encode, loss, 4.0, generators, args)
+
+    def draw():
+        many.write(many.draw(script.uniform64(generators, batch)), torch.rand(seeds, batch, device=device))
+
+    def took(work, count):
+        def play():
+            for _ in range(count):
+                work()
+            if device != "cpu":
+                torch.cuda.synchronize()
+
+        return 1000 / median_speed(play, count, clock)
+
+    return took(learn, repeats), took(draw, 200)
+
+
+def og_marl(repeats=5):
+    """The same for OG-MARL's PyTorch version, one seed, batch 64, 10 actions of each kind, uniform windows."""
+    from og_marl.baselines.torch_systems.offline.maddpg_cql import MADDPGCQLSystem
+
+    shapes = {"observation_shape": (13,), "state_shape": (17,), "num_actions": 3, "agents": ["0", "1"]}
+    system = MADDPGCQLSystem(SimpleNamespace(**shapes), None, cql_weight=5.0, cql_sigma=0.3, device="cpu")
+    rest = {"observations": (13,), "actions": (3,), "rewards": (), "terminals": (), "truncations": ()}
+    batch = {name: torch.rand(64, 20, 2, *size).numpy() for name, size in rest.items()}
+    batch |= {name: 0 * batch[name] for name in ("terminals", "truncations")}
+    batch["infos"] = {"state": torch.rand(64, 20, 17).numpy()}
+
+    def play():
+        for _ in range(repeats):
+            system.train_step(batch)
+
+    return 1000 / median_speed(play, repeats, time.process_time)
+
+
+def bench_maddpg(device):
+    print("\nMADDPG+CQL+PJAP on 2-agent HalfCheetah, windows of 20 steps, milliseconds per update")
+    for batch, ood in ((64, 10), (16, 4)):
+        for seeds in (1, 3) if device == "cpu" else (1, 10):
+            for compiled in (False,) if device == "cpu" else (False, True):
+                update, draw = maddpg(device, seeds, batch, ood, compiled)
+                share = f"{update:8.1f}, of which a draw from 1M windows and their refresh {draw:.2f}"
+                print(
+                    f"  batch {batch}, {ood:2d} actions, {seeds:2d} seeds{', compiled' * compiled}  {share}", flush=True
+                )
+    if device == "cpu" and importlib.util.find_spec("og_marl") is not None:
+        print(f"  batch 64, 10 actions,  1 seed, OG-MARL {og_marl():8.1f}")
+
+
 def bench_games(device):
     print("\nenvironment steps per second")
     for name, task in (("matrix", "xor"), ("bridge", "")):
@@ -194,7 +264,7 @@ def bench_inspo(device):
                 print(f"  {task}, {seeds} seeds, {order:16s}{inspo(device, *flags, steps=60):8.1f}", flush=True)
 
 
-PARTS = {"games": bench_games, "smac": bench_smac, "inspo": bench_inspo}
+PARTS = {"games": bench_games, "smac": bench_smac, "inspo": bench_inspo, "maddpg": bench_maddpg}
 
 
 def main(words):
