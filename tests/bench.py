@@ -12,8 +12,8 @@ All three play available actions at random, restart finished battles, and make o
 step. Their rules differ: a step of SMAX and SMAClite holds 1.4 times as much fighting, SMAX has no shields, and
 SMAClite steers units around one another. XLA takes as many threads as it likes, so compare CPU seconds.
 
-`maddpg` also measures OG-MARL's PyTorch version, where it can be imported (pip install hydra-core omegaconf dm-tree chex
-flashbax jax, and a checkout on PYTHONPATH). It is given its windows, while ours draws its own.
+`maddpg` also measures OG-MARL's PyTorch version, where it can be imported (a checkout on PYTHONPATH, and pip install
+hydra-core omegaconf dm-tree chex flashbax jax). It is given its windows, while ours draws its own.
 """
 
 import contextlib
