@@ -43,9 +43,9 @@ Where paper and code disagree, "code" is the authors' as submitted (June 2024). 
      The code feeds them raw (--no-normalize), with the position x, which grows to hundreds, among them: in as few
      updates the policy then comes less close to the data, and its return swings from one evaluation to the next.
 
-Speed, CPU time of an update on one core of a shared AMD EPYC: 24 ms by default for one seed and 61 ms for three; 152 ms
-and 460 ms at the paper's size, where OG-MARL's PyTorch version takes 534 ms for one. Drawing from a million windows and
-refreshing 64 of them are 0.2 ms of it.
+Speed (`python tests/bench.py maddpg`), CPU time of an update on one core of a shared server: 27 ms by default for one
+seed and 68 ms for three; 155 ms and 478 ms at the paper's size, where OG-MARL's PyTorch version takes 292 ms for one.
+Drawing from a million windows and refreshing 64 of them are 0.2 ms of it.
 
 Seeds differ in all that is random here, but are evaluated in one environment: how a seed's games begin depends on how
 many seeds run beside it.
