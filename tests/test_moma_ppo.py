@@ -1,0 +1,579 @@
+"""MOMA-PPO: its masks, penalties, rollouts and memory against slow loops, and the script from outside."""
+
+import csv
+import functools
+import json
+import math
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from conftest import ROOT, command, complains, load_script
+
+import data
+import envs
+from data import runs
+from data.collect import record
+from data.dataset import Dataset
+
+moma = load_script("moma_ppo")
+
+S, N, A, D = 2, 2, 1, 11  # as in the reacher
+
+
+def reach(folder, task="independent", episodes=12, steps=8, seed=0):
+    """A file of the reacher moved at random."""
+    game = envs.make("reacher", task, episodes, time_limit=steps)
+    g = torch.Generator().manual_seed(seed)
+    dataset = record(
+        game, lambda t, obs, info: 2 * torch.rand(episodes, 2, 1, generator=g, dtype=torch.float32) - 1, seed=seed
+    )
+    game.close()
+    dataset.info |= {"env": "reacher", "task": task, "references": {"random": -40.0, "expert": -4.0}}
+    data.write(dataset, folder / f"{task}-{episodes}-{steps}.h5")
+    return folder / f"{task}-{episodes}-{steps}.h5"
+
+
+SMALL = {
+    "num-seeds": S, "model-steps": 6, "model-eval-every": 3, "model-batch": 5, "model-hidden": 8, "model-layers": 2,
+    "members": 3, "elites": 2, "steps": 2, "eval-every": 1, "eval-episodes": 1, "rollouts": 6, "horizon": 3,
+    "batch-size": 4, "epochs": 1, "memory": 3, "width": 4, "hidden": 8,
+}  # fmt: skip
+
+
+def words(folder, *more, **changes):
+    """A command line for a tiny run on the reacher."""
+    changes = {name.replace("_", "-"): value for name, value in changes.items()}
+    flags = {"env": "reacher", "task": "independent"} | SMALL | changes
+    flags["dataset"] = flags.get("dataset") or folder / "independent-12-8.h5"
+    if not flags["dataset"].exists():
+        reach(folder)
+    return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)] + [*more]
+
+
+def setting(folder, *more, **changes):
+    """Arguments, data and agents of a tiny run."""
+    args = moma.parse(words(folder, *more, **changes))
+    found = moma.Data(data.load(args.env, args.task, args.dataset), args, torch.device("cpu"))
+    return args, found, moma.Agents(found, args, [runs.stream(s, 0) for s in range(args.num_seeds)])
+
+
+def generators(count=S, purpose=1):
+    return [runs.stream(s, purpose) for s in range(count)]
+
+
+# ---------------------------------------------------------------- equations
+def test_gae_with_both_masks_is_a_slow_loop(float64):
+    torch.manual_seed(0)
+    k, gamma, lam = 6, 0.9, 0.7
+    reward, value, after = torch.randn(3, S, 4, k)
+    m, zeta = (torch.rand(2, S, 4, k) > 0.3).double()
+    zeta[..., -1] = 0
+    advantage, returns = moma.gae(reward, value, after, m, zeta, gamma, lam)
+    for s in range(S):
+        for b in range(4):
+            for t in range(k):
+                want, total, weight, factor = 0.0, 0.0, 1.0, 1.0
+                for j in range(t, k):  # forwards, as sums until the first mask
+                    r, v, u = reward[s, b, j], value[s, b, j], after[s, b, j]
+                    want += weight * (r + gamma * m[s, b, j] * u - v)
+                    total += factor * r
+                    if not m[s, b, j]:
+                        break
+                    if not zeta[s, b, j]:
+                        total += factor * gamma * u
+                        break
+                    weight, factor = weight * gamma * lam, factor * gamma
+                assert advantage[s, b, t] == pytest.approx(want.item(), abs=1e-12)
+                assert returns[s, b, t] == pytest.approx(total.item(), abs=1e-12)
+
+
+def test_gram_form_is_the_norm_of_the_covariance(float64):
+    torch.manual_seed(0)
+    x = torch.randn(S, 5, 3, 7)
+    norm = moma.gram_norm(x)
+    for s in range(S):
+        for b in range(3):
+            assert norm[s, b] == pytest.approx(torch.cov(x[s, :, b].T).norm().item(), abs=1e-12)
+
+
+def test_entries_count_as_often_as_the_agents_see_them(tmp_path, float64):
+    """eps_g is that of the agents' views and rewards, laid side by side as in the authors' code."""
+    args, found, _ = setting(tmp_path, elites=3)
+    torch.manual_seed(0)
+    each, reward = torch.randn(1, 3, 4, found.state.shape[1]), torch.randn(1, 3, 4, 1)
+    views = each[..., found.columns].flatten(3)  # (1, n, B, N O)
+    side_by_side = moma.gram_norm(torch.cat([views, reward, reward], -1))
+    weighed = moma.gram_norm(torch.cat([each, reward], -1) * found.weight.sqrt())
+    assert torch.allclose(side_by_side, weighed, atol=1e-12)
+
+
+def stub(found, spread=0.0, jump=0.0, end=(-1, -1, -1)):
+    """Three members that differ by `spread` in the first entry and in the reward, and agree on the rest."""
+
+    def world(state, action):
+        Q, B, _ = state.shape
+        offset = torch.tensor([-1.0, 0.0, 1.0]).repeat(Q // 3)[:, None]
+        after = state + jump
+        after[..., 0] += spread * offset
+        logit = torch.tensor(end, dtype=torch.float32).repeat(Q // 3)[:, None].expand(Q, B)
+        ones = torch.ones(Q, B)
+        return moma.Guess(after, torch.full_like(after, 0.5), -1.0 + spread * offset + 0 * ones, 0.5 * ones, logit)
+
+    return world
+
+
+def test_a_step_in_the_model(tmp_path):
+    args, found, _ = setting(tmp_path, elites=3, **{"num-seeds": 1})
+    state, action, drawn = found.state[:4][None], torch.zeros(1, 4, 2), torch.tensor([[0, 1, 2, 2]])
+    found.low[0], found.high[0] = -9, 9
+    found.reward_low, found.reward_high = torch.tensor(-9.0), torch.tensor(9.0)
+
+    def step(spread=0.0, jump=0.0, end=(-1, -1, -1), *more):
+        changed = moma.parse(words(tmp_path, *more, elites=3))
+        return moma.dream(stub(found, spread, jump, end), found, changed)(state, action, drawn)
+
+    after, reward, over, sure = step(0.3)
+    assert torch.allclose(after[0, :, 0], state[0, :, 0] + 0.3 * torch.tensor([-1.0, 0, 1, 1]))
+    # eps_r = 0.3^2; two entries vary together, one seen by one agent, the reward by two: |cov| = 0.3^2 (1 + 2).
+    want = -1 - 0.05 * 0.09 - 0.1 * 0.27
+    assert torch.allclose(reward, torch.full((1, 4), want)) and not over.any() and sure.all()
+    # A spread beyond the limit: penalties are capped, and rollouts stop, unless told not to.
+    _, reward, _, sure = step(2.0)
+    assert torch.allclose(reward, torch.full((1, 4), -1 - 0.15 * 2)) and not sure.any()
+    assert step(2.0, 0.0, (-1, -1, -1), "--no-adaptive")[3].all()
+    # Ablations and the code's ways.
+    assert torch.allclose(step(0.3, 0.0, (-1,) * 3, "--penalty", "none")[1], torch.tensor(-1.0))
+    spread = 0.5 * math.sqrt(found.state.shape[1] + 1)
+    assert torch.allclose(step(0.3, 0.0, (-1,) * 3, "--penalty", "aleatoric")[1], torch.tensor(-1.0 - spread))
+    member = step(0.3, 0.0, (-1,) * 3, "--penalty", "none", "--reward-from", "member")[1]
+    assert torch.allclose(member, torch.tensor([[-1.3, -1.0, -0.7, -0.7]]))
+    assert step(0.0, 0.0, (1, 1, -1))[2].all() and not step(0.0, 0.0, (1, -1, -1))[2].any()
+    assert step(0.0, 0.0, (1, -1, 1), "--end-by", "member")[2].tolist() == [[True, False, True, True]]
+
+
+def test_a_state_outside_the_box_is_clipped_to_it(tmp_path):
+    args, found, _ = setting(tmp_path, elites=3, **{"num-seeds": 1})
+    rest = found.state[:4][None], torch.zeros(1, 4, 2), torch.zeros(1, 4, dtype=torch.long)
+    for jump, bound in ((100.0, found.high), (-100.0, found.low)):
+        after = moma.dream(stub(found, 0.0, jump), found, args)(*rest)[0]
+        assert torch.equal(after[0], bound.expand(4, -1))
+    free = moma.parse(words(tmp_path, "--no-box", elites=3))
+    assert torch.equal(moma.dream(stub(found, 0.0, 100.0), found, free)(*rest)[0], rest[0] + 100)
+    found.reward_low, found.reward_high = torch.tensor(-0.5), torch.tensor(0.0)  # below it the members' -1
+    assert torch.equal(moma.dream(stub(found), found, args)(*rest)[1], torch.full((1, 4), -0.5))
+
+
+def test_the_memory_is_attention_step_by_step(tmp_path, float64):
+    args, found, agents = setting(tmp_path)
+    torch.manual_seed(0)
+    obs, history = torch.randn(S, N, 3, agents.O), torch.randn(S, N, 3, 3, agents.O + 1)
+    x = agents.remember(obs, history)
+    for q in range(S * N):
+        s, i = divmod(q, N)
+        for b in range(3):
+            tokens = history[s, i, b] @ agents.embed.weight[q] + agents.embed.bias[q] + agents.position  # (H, W)
+            query, key, value = (tokens @ agents.attend.weight[q] + agents.attend.bias[q]).chunk(3, -1)
+            h = tokens + (query @ key.T / args.width**0.5).softmax(-1) @ value
+            h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+            h = h * agents.gain[q] + agents.shift[q]
+            score = ((h @ agents.judge[q]).tanh() @ agents.wanted[q, 0]).softmax(0)
+            assert torch.allclose(x[q, b], torch.cat([score @ h, obs[s, i, b]]), atol=1e-12)
+
+
+def test_ppo_loss_is_a_slow_loop(tmp_path, float64):
+    args, found, agents = setting(tmp_path)
+    torch.manual_seed(0)
+    batch, _ = moma.rehearse(agents, known_world, found, generators(), args)
+    with torch.no_grad():
+        for parameter in agents.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    agents.alpha.copy_(torch.tensor([0.3, 0.0]))
+    total, logs = moma.ppo_loss(agents, batch, 0.2, 1.5)
+    out = agents.act(agents.remember(batch.obs, batch.history))
+    value = agents.value(agents.remember(batch.obs, batch.history), batch.state)
+    mean, log_std = out.chunk(2, -1)  # (S, N, B, A)
+    unit = agents.return_std
+    for s in range(S):
+        gains, plain, clipped, entropy, excess = [], [], [], [], []
+        for b in range(batch.returns.shape[1]):
+            normal = torch.distributions.Normal(mean[s, :, b], log_std[s, :, b].exp())
+            ratio = (normal.log_prob(batch.action[s, :, b]).sum() - batch.log_prob[s, b]).exp()
+            gains.append(min(ratio * batch.advantage[s, b], ratio.clamp(0.8, 1.2) * batch.advantage[s, b]))
+            old, new, target = (x[s, b] / unit for x in (batch.value, value, batch.returns))
+            plain.append((new - target) ** 2)
+            clipped.append((old + (new - old).clamp(-0.2, 0.2) - target) ** 2)
+            entropy.append(normal.entropy().sum())
+            excess.append(((mean[s, :, b].abs() - 1).clamp(min=0) ** 2).sum())
+        gains, plain, clipped, entropy, excess = (
+            torch.stack(x).mean() for x in (gains, plain, clipped, entropy, excess)
+        )
+        want = -gains + 0.5 * max(plain, clipped) - agents.alpha[s] * entropy + 1.5 * excess
+        assert torch.allclose(total[s], want, atol=1e-10)
+
+
+# ---------------------------------------------------------------- rollouts
+def known_world(state, action, member):
+    """s' = s / 2 + 0.1 (a_0 - 2 a_1) in every entry, r = the sum of s; it never ends and is always sure."""
+    after = 0.5 * state + 0.1 * (action[..., :1] - 2 * action[..., 1:])
+    no = torch.zeros(state.shape[:2], dtype=torch.bool)
+    return after, state.sum(-1), no, ~no
+
+
+def without_values(agents):
+    """Agents whose values are all 0, so that returns hold rewards only."""
+    agents.return_std.zero_(), agents.return_mean.zero_()
+    return agents
+
+
+def test_rollouts_in_a_known_linear_world_give_the_known_returns(tmp_path, float64):
+    args, found, agents = setting(tmp_path, "--no-normalize")
+    batch, _ = moma.rehearse(without_values(agents), known_world, found, generators(), args)
+    B, k = args.rollouts, args.horizon
+    state, returns = (x.unflatten(1, (B, k)) for x in (batch.state, batch.returns))
+    action, obs, history = (x.unflatten(2, (B, k)) for x in (batch.action, batch.obs, batch.history))
+    assert batch.action.abs().max() > 1  # kept as drawn
+    for s in range(S):
+        for b in range(B):
+            x, rewards = state[s, b, 0], []
+            assert (found.state[found.start] == x).all(-1).any()  # begins in the data
+            for t in range(k):
+                assert torch.allclose(state[s, b, t], x, atol=1e-12)
+                rewards.append(x.sum())
+                a = action[s, :, b, t, 0].clamp(-1, 1)  # the world sees it clipped
+                x = 0.5 * x + 0.1 * (a[0] - 2 * a[1])
+                for i in range(N):
+                    assert torch.allclose(obs[s, i, b, t], state[s, b, t][found.columns[i]])
+                    if t:  # the newest memory
+                        newest = torch.cat([obs[s, i, b, t - 1], action[s, i, b, t - 1].clamp(-1, 1)])
+                        assert torch.allclose(history[s, i, b, t, -1], newest)
+                        assert torch.equal(history[s, i, b, t, :-1], history[s, i, b, t - 1, 1:])
+            for t in range(k):
+                want = sum(args.gamma ** (j - t) * rewards[j] for j in range(t, k))
+                assert returns[s, b, t] == pytest.approx(want.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("why", ["end", "unsure"])
+def test_a_rollout_that_is_over_makes_room_for_another(tmp_path, float64, why):
+    """Returns do not look across, and the next rollout begins in the data with that place's history."""
+
+    def world(state, action, member):
+        over = state[..., 6] > found.state[:, 6].median()
+        no = torch.zeros_like(over)
+        return state + 100, torch.ones(over.shape), *((over, ~no) if why == "end" else (no, ~over))
+
+    args, found, agents = setting(tmp_path, "--no-normalize", horizon=4)
+    batch, logs = moma.rehearse(without_values(agents), world, found, generators(), args)
+    B, k = args.rollouts, args.horizon
+    state, returns = (x.unflatten(1, (B, k)) for x in (batch.state, batch.returns))
+    history, seen = batch.history.unflatten(2, (B, k)), 0
+    for s in range(S):
+        for b in range(B):
+            later = 0.0
+            for t in reversed(range(k)):
+                over = state[s, b, t, 6] > found.state[:, 6].median()
+                later = 1 + args.gamma * later * (not over and t < k - 1)
+                assert returns[s, b, t] == pytest.approx(later, abs=1e-12)
+                if t and state[s, b, t - 1, 6] > found.state[:, 6].median():
+                    row = (found.state == state[s, b, t]).all(-1).nonzero()[0, 0]
+                    assert row in found.start
+                    assert torch.equal(history[s, :, b, t], found.begin(row.view(1, 1), args.memory)[1][0, :, 0])
+                    seen += 1
+                elif t:
+                    assert torch.equal(state[s, b, t], state[s, b, t - 1] + 100)
+    assert seen > 0 and (logs["ended"] > 0).all() == (why == "end") and (logs["stopped"] > 0).all() == (why != "end")
+
+
+def test_histories_never_cross_the_start_of_an_episode(tmp_path):
+    """Also where an episode is shorter than the memory, and at the first rows of all."""
+    args, found, agents = setting(tmp_path, memory=10)
+    dataset = data.read(args.dataset)
+    rows = found.start.view(2, -1)
+    state, history = found.begin(rows, 10)
+    assert history.shape == (2, N, rows.shape[1], 10, agents.O + 1)
+    E, T = dataset.mask.shape
+    flat = history.transpose(1, 2).flatten(0, 1).view(E, T, N, 10, -1)
+    for e in range(E):
+        for t in range(T):
+            assert torch.equal(state.flatten(0, 1).view(E, T, -1)[e, t], found.state[e * (T + 1) + t])
+            for h in range(10):
+                past = t - 10 + h
+                want = torch.zeros(N, agents.O + 1)
+                if past >= 0:
+                    want = torch.cat([found.views(dataset.obs[e, past]), dataset.actions[e, past]], -1)
+                assert torch.allclose(flat[e, t, :, h], want, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["all-observant", "independent", "leader-only"])
+def test_views_are_made_from_the_state(tmp_path, task):
+    path = reach(tmp_path, task)
+    args, found, _ = setting(tmp_path, task=task, dataset=path)
+    dataset = data.read(path)
+    obs = dataset.obs.flatten(0, 1)  # all episodes are equally long
+    assert torch.equal(found.state[..., found.columns], obs) and found.state.shape[1] == 11
+    assert torch.allclose(found.view(found.state[None])[0], found.views(obs).transpose(0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("env, task", [("reacher", "leader-only"), ("ant", "partial"), ("matrix", "coordination")])
+def test_the_simulator_is_the_true_world(tmp_path, env, task):
+    dataset, limit = "neutral", {} if env == "matrix" else {"time_limit": 30}
+    if env != "matrix":
+        game, g = envs.make(env, task, 4, **limit), torch.Generator().manual_seed(0)
+        shape = (4, *game.single_action_space.shape)
+        found = record(game, lambda *_: 2 * torch.rand(shape, generator=g) - 1, seed=0)
+        found.info |= {"env": env, "task": task}
+        data.write(found, tmp_path / "x.h5")
+        dataset = tmp_path / "x.h5"
+    flags = ("--env", env, "--task", task, "--dataset", str(dataset), "--num-seeds", "1", "--rollouts", "40")
+    args = moma.parse([*flags, "--simulator"])
+    found = moma.Data(data.load(env, task, str(dataset)), args, torch.device("cpu"))
+    rows = found.start[:40]
+    after, reward, end, sure = moma.simulator(found, args)(
+        found.state[rows][None], found.action[rows].flatten(1)[None], None
+    )
+    assert torch.allclose(after[0], found.state[rows + 1], atol=1e-4) and sure.all()
+    assert torch.allclose(
+        reward[0], found.reward[rows], atol=0.1 if env == "ant" else 1e-5
+    )  # where an ant touches ground
+    assert torch.equal(end[0], found.done[rows] > 0)
+
+
+# ---------------------------------------------------------------- the model
+def linear_system(folder):
+    """Episodes of s' = 0.9 s + 0.1 a for the reacher's shapes: what a model should learn at once."""
+    torch.manual_seed(0)
+    E, T = 40, 12
+    action, state = 2 * torch.rand(E, T, 2, 1) - 1, [torch.randn(E, 11)]
+    for t in range(T):
+        state.append(0.9 * state[-1] + 0.1 * action[:, t].flatten(1).repeat(1, 6)[:, :11])
+    state = torch.stack(state, 1)
+    views = [[0, 2, 6, 4, 5], [1, 3, 7, 4, 5]]
+    no = torch.zeros(E, T, dtype=torch.bool)
+    info = {"env": "reacher", "task": "independent"}
+    found = Dataset(state[..., views], state, None, action, state[:, :-1].sum(-1), no, ~no, info)
+    data.write(found, folder / "linear.h5")
+    return folder / "linear.h5"
+
+
+def test_the_model_learns_a_linear_world_and_the_best_members_are_kept(tmp_path):
+    args, found, _ = setting(tmp_path, dataset=linear_system(tmp_path), model_steps=400, model_eval_every=400,
+                             model_batch=64, model_hidden=32, model_lr=3e-3)  # fmt: skip
+    (tmp_path / "run").mkdir()
+    chosen, about = moma.learn_world(tmp_path / "run", None, found, args, torch.device("cpu"), 0.0)
+    rows = list(csv.DictReader((tmp_path / "run" / "world_model.csv").open()))
+    assert float(rows[0]["state_error"]) > 0.8 and about["state_error"] < 0.35 and about["reward_error"] < 0.35
+    assert all(a < b for a, b in zip(about["open_loop"], about["open_loop_still"]))
+    assert about["end_error"] == 0
+    kept = sum(moma.validate(chosen, found, S)[name] for name in ("state", "reward"))  # (S, elites)
+    for s in range(S):
+        last = [
+            float(r["state_error"]) + float(r["reward_error"])
+            for r in rows
+            if (r["step"], r["seed"]) == ("400", str(s))
+        ]
+        assert kept[s].tolist() == pytest.approx(sorted(last)[:2], abs=1e-5)
+
+
+def test_held_out_episodes_are_whole(tmp_path):
+    args, found, _ = setting(tmp_path, holdout=0.3)
+    episode = found.held // 9  # of 8 steps
+    assert len(found.held) == 4 * 8 and len(episode.unique()) == 4
+    assert sorted([*found.train.tolist(), *found.held.tolist()]) == found.start.tolist()
+
+
+# ---------------------------------------------------------------- the script
+def saved(folder, part="network"):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)[part]
+
+
+@pytest.mark.parametrize("method", ["moma-ppo", "ibc"])
+def test_seeds_at_once_are_single_runs(tmp_path, float64, monkeypatch, method):
+    # The games of an evaluation begin differently for each of all games, so that they depend on how many there are.
+    monkeypatch.setattr(moma, "evaluate", lambda agents, *_: (torch.zeros(agents.S, 1), None))
+    monkeypatch.setattr(moma, "report", lambda *_: None)
+
+    def train(name, **changes):
+        moma.main(moma.parse([*words(tmp_path, method=method, **changes), "--out-dir", str(tmp_path / name)]))
+        return saved(tmp_path / name), [*csv.DictReader((tmp_path / name / "metrics.csv").open())]
+
+    together, rows = train("together", seed=3, num_seeds=2)
+    for s in range(2):
+        alone, its_rows = train(f"alone{s}", seed=3 + s, num_seeds=1)
+        for name, tensor in alone.items():
+            group = together[name]
+            if tensor.dim():  # S or S N networks
+                each = len(tensor)
+                group = group[s * each : (s + 1) * each]
+            assert torch.allclose(tensor, group, rtol=0, atol=1e-9), name
+        mine = [row for row in rows if row["seed"] == str(3 + s)]
+        for one, other in zip(its_rows, mine, strict=True):
+            assert [float(x) for x in one.values()] == pytest.approx([float(x) for x in other.values()], nan_ok=True)
+
+
+@pytest.mark.parametrize("stop", ["model      3", "step      1"])
+def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, stop):
+    """Stopped in either act."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    flags = words(tmp_path, num_seeds=1, model_steps=9, steps=3)
+    moma.main(moma.parse([*flags, "--out-dir", str(whole)]))
+    process = subprocess.Popen(
+        [sys.executable, "algorithms/moma_ppo.py", *flags, "--out-dir", str(broken)],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    for line in process.stdout:  # stop at once after an evaluation in the middle
+        if line.startswith(stop):
+            break
+    process.kill()
+    process.communicate()
+    assert not (broken / "summary.json").exists()
+    moma.main(moma.parse(["--resume", "--out-dir", str(broken)]))
+    for name in ("metrics.csv", "world_model.csv"):
+        assert (whole / name).read_text() == (broken / name).read_text()
+    one, other = saved(whole), saved(broken)
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    one, other = (torch.load(f / "world_model.pt", weights_only=True)["world"] for f in (whole, broken))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    first, second = (json.loads((f / "summary.json").read_text()) for f in (whole, broken))
+    for summary in (first, second):
+        assert summary.pop("wall_seconds") > 0 and summary.pop("updates_per_second") > 0
+        del summary["world_model"]["updates_per_second"]
+    assert first == second and first["normalized_return"] is not None and first["win_rate"] is None
+    assert all((broken / f"{name}.png").exists() for name in ("curve", "world_model", "convention"))
+    assert not list(broken.glob("*.part"))
+
+
+@pytest.mark.parametrize("dataset", ["favourable", "neutral", "unfavourable"])
+def test_the_coordination_game_is_solved(tmp_path, dataset):
+    seeds = 10 if dataset == "unfavourable" else 3
+    flags = ("--dataset", dataset, "--num-seeds", seeds, "--steps", 10)
+    done = command("algorithms/moma_ppo.py", *flags, "--out-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["return"]["per_seed"] == [1.0] * seeds
+    assert "MOMA-PPO" in done.stdout and "paper's" in done.stdout and "open-loop error" in done.stdout
+
+
+def test_cloning_fails_where_each_agents_habit_misleads(tmp_path):
+    flags = ("--method", "ibc", "--num-seeds", "3", "--steps", "300")
+    assert moma.main(moma.parse([*flags, "--out-dir", str(tmp_path / "a")]))["return"]["mean"] == 0
+    flags = (*flags, "--dataset", "favourable")
+    assert moma.main(moma.parse([*flags, "--out-dir", str(tmp_path / "b")]))["return"]["mean"] == 1
+
+
+@pytest.mark.parametrize("more", [
+    ("--simulator",), ("--penalty", "aleatoric", "--no-box", "--no-adaptive"), ("--memory", "0", "--no-normalize"),
+    ("--reward-from", "member", "--end-by", "member", "--penalty", "none"), ("--method", "ibc"),
+])  # fmt: skip
+def test_the_flags_run_on_the_reacher(tmp_path, more):
+    flags = words(tmp_path, num_seeds=1)
+    summary = moma.main(moma.parse([*flags, *more, "--out-dir", str(tmp_path / "run")]))
+    assert math.isfinite(summary["return"]["mean"])
+
+
+def test_four_agents_share_an_ant(tmp_path, monkeypatch):
+    monkeypatch.setattr(envs, "make", functools.partial(envs.make, time_limit=20))
+    game, g = envs.make("ant", "partial", 3), torch.Generator().manual_seed(0)
+    dataset = record(game, lambda *_: 0.4 * torch.rand(3, 4, 2, generator=g) - 0.2, seed=0)
+    dataset.info |= {"env": "ant", "task": "partial"}
+    data.write(dataset, tmp_path / "ant.h5")
+    flags = words(tmp_path, env="ant", task="partial", dataset=tmp_path / "ant.h5", num_seeds=1)
+    summary = moma.main(moma.parse([*flags, "--out-dir", str(tmp_path / "run")]))
+    assert math.isfinite(summary["return"]["mean"]) and len(summary["world_model"]["open_loop"]) == 3
+
+
+def test_a_model_serves_all_tasks_of_its_body(tmp_path):
+    moma.main(moma.parse([*words(tmp_path, seed=4, num_seeds=2), "--out-dir", str(tmp_path / "one")]))
+    path = reach(tmp_path, "leader-only")
+    again = words(tmp_path, task="leader-only", dataset=path, seed=5, num_seeds=1)
+    reused = [*again, "--world-model", str(tmp_path / "one")]
+    moma.main(moma.parse([*reused, "--out-dir", str(tmp_path / "two")]))
+    one, two = (torch.load(tmp_path / f / "world_model.pt", weights_only=True) for f in ("one", "two"))
+    assert two["about"]["seeds"] == [5] and one["about"]["seeds"] == [4, 5]
+    assert torch.equal(one["world"]["for_end.0.weight"][2:], two["world"]["for_end.0.weight"])
+    assert not (tmp_path / "two" / "world_model.csv").exists()
+    args, found, _ = setting(tmp_path, task="leader-only", dataset=reach(tmp_path, "leader-only", 3), seed=4)
+    mean = found.mean.clone()
+    world, _ = moma.read_model(tmp_path / "one", found, args, torch.device("cpu"))
+    assert torch.equal(found.mean, mean) and not torch.equal(world.mean, mean)  # the model keeps its own units
+
+
+# ---------------------------------------------------------------- bad input
+def test_every_flag_is_read():
+    source = (ROOT / "algorithms" / "moma_ppo.py").read_text()
+    assert [field.name for field in fields(moma.Args) if f"args.{field.name}" not in source] == []
+
+
+@pytest.mark.parametrize("flags, said", [
+    (("--env", "chess"), "unknown environment 'chess': choose one of"),
+    (("--task", "6x1"), "matrix has no task '6x1'"),
+    (("--dataset", "best"), "choose favourable, neutral"),
+    (("--dataset", "nowhere.h5"), "no dataset file nowhere.h5"),
+    (("--env", "bridge", "--dataset", "optimal", "--simulator"), "--simulator cannot be put into a state of bridge"),
+    (("--device", "tpu"), "unknown device 'tpu'"),
+    (("--elites", "1"), "--elites must be at least 2"),
+    (("--elites", "8"), "--elites must be at least 2"),
+    (("--holdout", "1"), "--holdout is a share"),
+    (("--width", "3"), "--width must be even"),
+    (("--gamma", "2"), "--gamma must be at least 0 and at most 1"),
+    (("--limit", "nan"), "--limit must be above 0"),
+    (("--episodes", "1"), "has one episode, so none can be held out"),
+    (("--world-model", "nowhere"), "no world model nowhere"),
+    (("--world-model", "README.md"), "README.md is no world model, or damaged"),
+    (("--resume", "--out-dir", "nowhere"), "no run to resume in nowhere"),
+])  # fmt: skip
+def test_bad_input_is_refused(tmp_path, flags, said, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((ValueError, OSError)) as error:
+        moma.main(moma.parse([*flags, *(() if "--resume" in flags else ("--out-dir", str(tmp_path / "run")))]))
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_episode_is_enough_if_none_is_held_out(tmp_path):
+    flags = words(tmp_path, dataset=reach(tmp_path, episodes=1), holdout=0, num_seeds=1)
+    moma.main(moma.parse([*flags, "--out-dir", str(tmp_path / "run")]))
+
+
+def test_a_model_of_another_task_or_seed_is_refused(tmp_path):
+    quick = ("--model-steps", "1", "--steps", "1", "--num-seeds", "2", "--members", "2", "--elites", "2")
+    moma.main(moma.parse([*quick, "--out-dir", str(tmp_path / "run")]))
+    reuse = (*quick, "--world-model", tmp_path / "run", "--out-dir", tmp_path / "new")
+    complains(
+        command("algorithms/moma_ppo.py", *reuse, "--task", "xor", "--dataset", "all"), "another world", "matrix, xor"
+    )
+    with pytest.raises(ValueError, match="another world"):
+        moma.main(moma.parse([*words(tmp_path, elites=2), "--world-model", str(tmp_path / "run")]))
+    with pytest.raises(ValueError, match=r"has 2 elites of the seeds \[0, 1\]"):
+        moma.main(moma.parse([*map(str, reuse), "--seed", "1"]))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_constant_reward_breaks_nothing(tmp_path, capsys):
+    dataset = data.read(reach(tmp_path))
+    dataset.reward.fill_(-0.3)
+    data.write(dataset, tmp_path / "same.h5")
+    flags = words(tmp_path, dataset=tmp_path / "same.h5", num_seeds=1)
+    summary = moma.main(moma.parse([*flags, "--out-dir", str(tmp_path / "run")]))
+    assert math.isfinite(summary["return"]["mean"]) and "earns -0.3" in capsys.readouterr().out
+    assert summary["world_model"]["reward_error"] < 1e-6
+
+
+def test_step_sizes_that_diverge_end_in_one_line(tmp_path):
+    with pytest.raises(FloatingPointError, match="try a smaller --lr"):
+        moma.main(moma.parse([*words(tmp_path, lr=1e30), "--out-dir", str(tmp_path / "one")]))
+    with pytest.raises(FloatingPointError, match="try a smaller --model-lr"):
+        moma.main(moma.parse([*words(tmp_path, model_lr=1e30), "--out-dir", str(tmp_path / "two")]))
+
+
+def test_a_run_is_not_overwritten_or_changed(tmp_path):
+    flags = [*words(tmp_path, num_seeds=1, steps=1), "--out-dir", str(tmp_path / "run")]
+    moma.main(moma.parse(flags))
+    with pytest.raises(ValueError, match="holds a run already: --resume goes on"):
+        moma.main(moma.parse(flags))
+    with pytest.raises(ValueError, match="begun with --limit 2.0"):
+        moma.main(moma.parse(["--resume", "--out-dir", str(tmp_path / "run"), "--limit", "1"]))
+    torch.save({"act": 2, "wall": 0.0, "network": {}}, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(ValueError, match="checkpoint.pt is of another run"):
+        moma.main(moma.parse(["--resume", "--out-dir", str(tmp_path / "run")]))
