@@ -24,10 +24,10 @@ the joint value averaged over what its teammates do now, and Q'_i a slowly movin
   Eq. 25  L(alpha) = -alpha E [ KL(pi_i || mu_i) - target ]
 
 Commands, and the return you should see (mean of all seeds; one CPU core of a small server, torch 2.13):
-  python algorithms/inspo.py                                              Bridge, mixed data, 5 seeds at once, 32 s:
-      greedy -1.2355 (the best possible) in 5 of 5 seeds, sampled -1.258; the data -9.31, behavioural cloning -13.3
-  python algorithms/inspo.py --env matrix --task xor --num-seeds 10       13 s: 1 in 10 of 10 seeds, cloning 0.45
-  python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10      32 s: 20 in 10 of 10 seeds, cloning 3.6
+  python algorithms/inspo.py                                              Bridge, mixed data, 5 seeds at once, 50 s:
+      greedy -1.2355 (the best possible) in 5 of 5 seeds, sampled -1.257; the data -9.31, behavioural cloning -13.3
+  python algorithms/inspo.py --env matrix --task xor --num-seeds 10       18 s: 1 in 10 of 10 seeds, cloning 0.45
+  python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10      45 s: 20 in 10 of 10 seeds, cloning 3.6
   ... with --beta 0                                                       5: caught in the data's local optimum
   ... on xor with --no-resampling                                         0: both play the action nobody combined
   python algorithms/inspo.py --env smac          5m_vs_6m, medium-replay data, 3 seeds, 6 min with the data: 31 % of the
