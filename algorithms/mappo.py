@@ -83,6 +83,7 @@ class Args:
     # --- what to learn
     env: str = "smac"  # the environment
     task: str = ""  # its task; by default the environment's first
+    options: str = ""  # more for the environment, as JSON: '{"limits": {"joint1": [0, 3]}}' turns a joint no further
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 1  # how many seeds train, all at once
@@ -239,7 +240,11 @@ class Games:
     """B games of each seed in one environment, and what the actors see of them."""
 
     def __init__(self, args, num_envs, device):
-        self.env = envs.make(args.env, args.task, num_envs=args.num_seeds * num_envs, device=device)
+        options = json.loads(args.options or "{}")
+        try:
+            self.env = envs.make(args.env, args.task, args.num_seeds * num_envs, device, **options)
+        except TypeError as error:
+            raise ValueError(f"{args.env} does not take --options {args.options}: {error}") from None
         self.shape, self.dtype = (args.num_seeds, num_envs), torch.get_default_dtype()
         self.agent = torch.eye(self.env.num_agents, device=device, dtype=self.dtype)
         self.recall = args.recall * self.env.num_actions
@@ -578,6 +583,12 @@ def parse(argv=None):
     elif args.env in envs.TASKS:
         args.task = args.task or envs.TASKS[args.env][0]
     runs.check_numbers(args, may_be_zero="seed gamma gae_lambda entropy layers min_std", at_most_one="gamma gae_lambda")
+    try:
+        usable = isinstance(json.loads(args.options or "{}"), dict)
+    except json.JSONDecodeError:
+        usable = False
+    if not usable:
+        raise ValueError(f"--options must be a JSON dictionary, not {args.options!r}")
     if args.minibatches > args.rollout * args.num_envs:
         raise ValueError(f"--minibatches {args.minibatches} of {args.rollout * args.num_envs} steps: choose fewer")
     return args

@@ -125,15 +125,17 @@ class MultiAgentMujoco(VectorEnv):
         body: a key of `BODIES`.
         task: a key of `VIEWS[body]`.
         time_limit: in steps; Gymnasium's own if None.
+        limits: how far joints turn, {name: (least, most)} in radians, where it is not as far as in Gymnasium's model:
+            {"joint1": (0, 3)} gives the reacher an elbow that bends only counter-clockwise.
     Raises:
-        ValueError: an unknown task; in `step`, actions of a wrong shape or not in [-1, 1].
+        ValueError: an unknown task, limits of no joint or no interval; in `step`, actions of a wrong shape or not in [-1, 1].
         FloatingPointError: in `step`, a simulation has become unstable (MuJoCo itself also notes it in a file
             MUJOCO_LOG.TXT). Reset that game to go on.
     """
 
     metadata = METADATA
 
-    def __init__(self, body="halfcheetah", task="2x3", num_envs=1, device="cpu", time_limit=None):
+    def __init__(self, body="halfcheetah", task="2x3", num_envs=1, device="cpu", time_limit=None, limits=None):
         import mujoco  # here, so that games without bodies start without it
 
         if task not in VIEWS[body]:
@@ -143,6 +145,13 @@ class MultiAgentMujoco(VectorEnv):
         spec, self.body, self.mujoco = BODIES[body], body, mujoco
         self.plain = gymnasium.make(spec.name, **spec.options).unwrapped  # lends its model, and resets the games
         self.model = self.plain.model
+        hinges = [self.model.joint(i).name for i in range(self.model.njnt) if self.model.jnt_limited[i]]
+        for name, span in (limits or {}).items():
+            if name not in hinges or len(span) != 2 or not span[0] < span[1]:
+                raise ValueError(
+                    f"{body} cannot have the limits {name}: {span}: give [least, most] for one of {', '.join(hinges)}"
+                )
+            self.model.joint(name).range = span
         # By default MuJoCo quietly puts an unstable body back to its starting place. Let it show instead.
         self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
 

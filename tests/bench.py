@@ -1,6 +1,6 @@
-"""Measure speed; nothing here is asserted.  python tests/bench.py [games] [smac] [inspo] [maddpg] [--cuda]
+"""Measure speed; nothing here is asserted.  python tests/bench.py [games] [smac] [inspo] [maddpg] [moma] [--cuda]
 
-Without a word it measures all four. CPU figures are for one thread and count CPU seconds, so that other work on the
+Without a word it measures all five. CPU figures are for one thread and count CPU seconds, so that other work on the
 machine disturbs them little. An InSPO update is a sweep: every agent's Q-function and policy once, for all seeds.
 
 `smac` also measures two other simulators of the same game, where they can be imported:
@@ -14,6 +14,8 @@ SMAClite steers units around one another. XLA takes as many threads as it likes,
 
 `maddpg` also measures OG-MARL's PyTorch version, where it can be imported (a checkout on PYTHONPATH, and pip install
 hydra-core omegaconf dm-tree chex flashbax jax). It is given its windows, while ours draws its own.
+
+`moma` sets each figure beside its floor: the matrix products that it makes, at the rate of one large product.
 """
 
 import contextlib
@@ -29,6 +31,7 @@ from types import SimpleNamespace
 
 import torch
 from conftest import load_script
+from torch.utils.flop_counter import FlopCounterMode
 
 import envs
 from data import Dataset, runs
@@ -208,6 +211,67 @@ def og_marl(repeats=5):
     return 1000 / median_speed(play, repeats, time.process_time)
 
 
+def moma(device, seeds, flags, compiled=False):
+    """Milliseconds, and multiples of the floor, of an update of the world model, k-step rollouts, a MAPPO update."""
+    script, clock = load_script("moma_ppo"), time.process_time if device == "cpu" else time.perf_counter
+    args = script.parse(["--env", "ant", "--task", "partial", "--num-seeds", str(seeds), *flags])
+    steps, place = torch.ones(20, 500), torch.device(device)
+    recorded = {"state": torch.rand(20, 501, 27), "actions": torch.rand(20, 500, 4, 2) * 2 - 1}
+    game = envs.make("ant", "partial")
+    entries = torch.nn.functional.pad(recorded["state"], (0, 1))  # views are made of the state's columns
+    dataset = Dataset(entries[..., game.columns], avail_actions=None, reward=torch.rand(20, 500), terminated=steps < 0,
+                      mask=steps > 0, **recorded).to(place)  # fmt: skip
+    data = script.Data(dataset, args, place)
+    agents = script.Agents(data, args, [runs.stream(s, 0) for s in range(seeds)]).to(place)
+    members = [runs.stream(s, 2) for s in range(seeds * args.members)]
+    world = script.World(data, args.model_hidden, args.model_layers, args.normalize, members).to(place)
+    adam, model_adam = (torch.optim.Adam([*net.parameters()], 1e-4, fused=True) for net in (agents, world))
+    play = script.dream(world.choose(torch.arange(seeds * args.elites, device=place)), data, args)
+    generators = [runs.stream(s, 1, place) for s in range(seeds)]
+    model_loss, loss = (runs.compiler(compiled, place)(x) for x in (script.model_loss, script.ppo_loss))
+    batch, _ = script.rehearse(agents, play, data, generators, args)
+    x = torch.rand(1024, 1024, device=place)
+    rate = 2 * 1024**3 * median_speed(lambda: [x @ x for _ in range(20)], 20, clock)  # floating-point operations a second
+    rows = {}
+    for name, work in {
+        "model update": lambda: script.model_update(world, model_adam, model_loss, data, generators, args),
+        "rollouts": lambda: script.rehearse(agents, play, data, generators, args),
+        "MAPPO update": lambda: script.update(agents, adam, loss, batch, generators, args),
+    }.items():
+
+        def once():
+            work()
+            if device != "cpu":
+                torch.cuda.synchronize()
+
+        with FlopCounterMode(display=False) as counter:
+            once()
+        seconds = 1 / median_speed(once, 1, clock)
+        rows[name] = 1000 * seconds, seconds * rate / counter.get_total_flops()
+    return rows
+
+
+# The authors' sizes, and the CPU milliseconds of their code at them, on one thread of a machine like ours.
+MOMA_SIZES = {
+    "the code's sizes": "--hidden 256 --width 128 --batch-size 64 --model-hidden 1024 --model-layers 4".split(),
+    "our defaults": [],
+}
+MOMA_AUTHORS = {"model update": 1351, "rollouts": 3102, "MAPPO update": 11555}
+
+
+def bench_moma(device):
+    print("\nMOMA-PPO on 4-agent Ant, partial view: milliseconds (multiples of the arithmetic's floor)")
+    for name, flags in MOMA_SIZES.items():
+        for seeds in (1, 3) if not flags or device != "cpu" else (1,):
+            for compiled in (False,) if device == "cpu" else (False, True):
+                found = moma(device, seeds, flags, compiled).items()
+                line = "   ".join(f"{part} {took:7.0f} ({floor:3.1f})" for part, (took, floor) in found)
+                print(f"  {name:16s} {seeds} seeds{', compiled' * compiled}   {line}", flush=True)
+    if device == "cpu":
+        line = "   ".join(f"{part} {took:7.0f}" for part, took in MOMA_AUTHORS.items())
+        print(f"  their code, 1 seed, as measured earlier on a machine like ours: {line}")
+
+
 def bench_maddpg(device):
     print("\nMADDPG+CQL+PJAP on 2-agent HalfCheetah, windows of 20 steps, milliseconds per update")
     for batch, ood in ((64, 10), (16, 4)):
@@ -264,7 +328,7 @@ def bench_inspo(device):
                 print(f"  {task}, {seeds} seeds, {order:16s}{inspo(device, *flags, steps=60):8.1f}", flush=True)
 
 
-PARTS = {"games": bench_games, "smac": bench_smac, "inspo": bench_inspo, "maddpg": bench_maddpg}
+PARTS = {"games": bench_games, "smac": bench_smac, "inspo": bench_inspo, "maddpg": bench_maddpg, "moma": bench_moma}
 
 
 def main(words):
