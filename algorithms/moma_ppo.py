@@ -91,17 +91,6 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 LEAST_ENTROPY = -2.0  # of the joint action: below it, a bonus grows
 SAMPLE = 2000  # held-out steps, evenly spaced, that stand for all of them
 
-# The paper's Tables 3 and 4: what MOMA-PPO and independent cloning reach, in normalised units.
-PAPER = {
-    ("coordination", "favourable"): (1.0, 1.0), ("coordination", "neutral"): (1.0, 0.55),
-    ("coordination", "unfavourable"): (1.0, 0.0),
-    ("all-observant", "expert-mix"): (1.07, 1.02), ("independent", "expert-mix"): (0.95, 0.76),
-    ("leader-only", "expert-mix"): (1.00, 0.84),
-    ("full", "random"): (0.52, 0.31), ("full", "medium"): (1.29, 0.84), ("full", "full-replay"): (1.42, 1.20),
-    ("full", "expert"): (1.49, 1.24), ("partial", "random"): (0.42, 0.31), ("partial", "medium"): (0.54, 0.17),
-    ("partial", "full-replay"): (0.46, 0.21), ("partial", "expert"): (0.18, 0.05),
-}  # fmt: skip
-
 
 # ---------------------------------------------------------------- arguments
 @dataclass
@@ -479,26 +468,30 @@ def model_loss(world, state, action, next_state, reward, end):
     return (for_state + for_reward + for_end).mean(1)
 
 
-def limit_norm(grads, groups, longest):
-    """Scale down the gradients of each of the `groups`, (groups * something, ...) each, to the length `longest`."""
-    length = sum((grad.view(groups, -1) ** 2).sum(1) for grad in grads).sqrt()  # (groups,)
-    factor = longest / length.clamp(min=longest)
+def descend(networks, adam, losses, args):
+    """One step of Adam down the sum of the losses (G,) of G independent parts, each with a gradient of limited length.
+
+    The sum leaves each part (a member of the model, or all that one seed's agents learn) its own gradient.
+    """
+    adam.zero_grad()
+    losses.sum().backward()
+    grads = [parameter.grad.view(len(losses), -1) for parameter in networks.parameters() if parameter.grad is not None]
+    length = sum((grad**2).sum(1) for grad in grads).sqrt()  # (G,)
+    factor = args.max_grad_norm / length.clamp(min=args.max_grad_norm)
     for grad in grads:
-        grad.view(groups, -1).mul_(factor[:, None])
+        grad.mul_(factor[:, None])
+    adam.step()
 
 
 def model_update(world, adam, loss, data, generators, args):
-    """One update of all members of all seeds, each from a minibatch of its own; returns their losses (Q,)."""
+    """One update of all members of all seeds, each from a minibatch of its own; returns what to log, (Q,)."""
     size = (args.members, args.model_batch)
     rows = torch.cat([torch.randint(len(data.train), size, generator=g, device=g.device) for g in generators])
     rows = data.train[rows]  # (Q, B)
     target = data.state[rows + 1], data.reward[rows], data.done[rows]
     losses = loss(world, data.state[rows], data.action[rows].flatten(2), *target)
-    adam.zero_grad()
-    losses.sum().backward()  # the sum leaves each member the gradient that it would have alone
-    limit_norm([parameter.grad for parameter in world.parameters()], len(losses), args.max_grad_norm)
-    adam.step()
-    return losses.detach()
+    descend(world, adam, losses, args)
+    return {"loss": losses.detach()}
 
 
 @torch.no_grad()
@@ -582,33 +575,19 @@ def simulator(data, args):
 
     An ant's reward was up to 0.05 off then in 200 recorded steps, as MuJoCo's places lag a little behind.
     """
-    game = envs.make(args.env, args.task, args.num_seeds * args.rollouts, data.state.device)
+    shape = (args.num_seeds, args.rollouts)
+    game = envs.make(args.env, args.task, math.prod(shape), data.state.device)
 
     def step(state, action, member):
         state, action = state[..., data.whole].flatten(0, 1), action.flatten(0, 1)  # (S B, ...)
-        if args.env == "matrix":
-            game.reset()
-        else:
-            game.elapsed[:], game.fallen[:] = 0, False
-            place = state.double().cpu().numpy()
-            for b, x in enumerate(place):
-                if args.env == "reacher":
-                    angle = torch.atan2(torch.tensor(x[2:4]), torch.tensor(x[:2])).numpy()
-                    game.qpos[b][:2], game.qpos[b][2:] = angle, x[4:6]
-                    game.qvel[b][:2], game.qvel[b][2:] = x[6:8], 0
-                else:
-                    game.qpos[b][:2], game.qpos[b][2:], game.qvel[b][:] = 0, x[:13], x[13:]
-                game.mujoco.mj_forward(game.model, game.data[b])
-            game._read()
+        game.reset() if args.env == "matrix" else game.set_state(state)
         action = action.view(len(action), game.num_agents, -1)
-        action = action.argmax(-1) if data.discrete else action.float()
-        obs, reward, end, _, info = game.step(action)
-        everything = torch.cat([info["state"], obs.flatten(1)], 1).to(state.dtype)
-        found = torch.empty(len(obs), data.state.shape[1], dtype=state.dtype, device=state.device)
+        obs, reward, end, _, info = game.step(action.argmax(-1) if data.discrete else action.float())
+        everything = torch.cat([info["state"], obs.flatten(1)], 1).to(data.state.dtype)
+        found = torch.empty(len(obs), data.state.shape[1], dtype=data.state.dtype, device=state.device)
         found[:, torch.cat([data.whole, data.columns.flatten()])] = everything
-        shape = (args.num_seeds, args.rollouts)
         sure = torch.ones(shape, dtype=torch.bool, device=state.device)
-        return found.view(*shape, -1), reward.to(state.dtype).view(shape), end.view(shape), sure
+        return found.view(*shape, -1), reward.to(found.dtype).view(shape), end.view(shape), sure
 
     return step
 
@@ -732,14 +711,6 @@ def clone(agents, adam, loss, data, generators, args):
     return {"policy_loss": total.detach()}
 
 
-def descend(agents, adam, total, args):
-    adam.zero_grad()
-    total.sum().backward()  # the sum over seeds leaves each seed the gradient that it would have alone
-    grads = [parameter.grad for parameter in agents.parameters() if parameter.grad is not None]
-    limit_norm(grads, agents.S, args.max_grad_norm)
-    adam.step()
-
-
 # ---------------------------------------------------------------- evaluation
 @torch.no_grad()
 def evaluate(agents, data, args, step, episodes, device):
@@ -772,10 +743,10 @@ def evaluate(agents, data, args, step, episodes, device):
     return total, bend.view(S, episodes, 3)
 
 
-def report(folder, args, agents, data, dataset, rows, model, seconds, wall, device):
+def report(run, args, agents, data, dataset, rows, model, speed):
     """Evaluate the last policies on ten times as many games; write summary.json and the pictures, print the table."""
-    S, E = args.num_seeds, 10 * args.eval_episodes
-    scores, bend = evaluate(agents, data, args, args.steps, E, device)
+    S, E, folder = args.num_seeds, 10 * args.eval_episodes, run.folder
+    scores, bend = evaluate(agents, data, args, args.steps, E, run.device)
     name = {"moma-ppo": "MOMA-PPO", "ibc": "cloning"}[args.method]
     summary = {"script": "moma_ppo", "method": args.method, "env": args.env, "task": args.task}
     summary |= {"dataset": args.dataset, "steps": args.steps, "seeds": [row["seed"] for row in rows[-S:]]}
@@ -783,8 +754,8 @@ def report(folder, args, agents, data, dataset, rows, model, seconds, wall, devi
     if dataset.references:
         summary["normalized_return"] = runs.over_seeds(dataset.normalize(scores))  # 0 random, 1 expert
     summary |= {
-        "dataset_return": dataset.returns.mean().item(), "world_model": model, "updates_per_second":
-        args.steps / max(seconds, 1e-9), "wall_seconds": time.perf_counter() - wall, "device": runs.device_name(device),
+        "dataset_return": dataset.returns.mean().item(), "world_model": model, "updates_per_second": speed,
+        "wall_seconds": time.perf_counter() - run.begun, "device": runs.device_name(run.device),
     }  # fmt: skip
     title = f"{name} on {runs.slug(args.env, args.task, args.dataset)}, {S} seed{'s' * (S > 1)}"
     levels = {"dataset": summary["dataset_return"]}
@@ -795,13 +766,9 @@ def report(folder, args, agents, data, dataset, rows, model, seconds, wall, devi
         summary["counterclockwise"] = runs.over_seeds((bend[..., 2] > 0).double())
     runs.save_json(folder / "summary.json", summary)
     print(f"\n{title}: {folder}")
-    runs.print_table(("greedy",), {name: [summary["return"]]}, levels)
-    found = PAPER.get((args.task, args.dataset))
-    if found:
-        paper = {"paper's": found[args.method == "ibc"]}
-        score = summary["return"] if args.env == "matrix" else summary["normalized_return"]
-        if score:
-            runs.print_table(("greedy",), {name: [score]}, paper, "normalised")
+    scores = {"greedy": summary["return"], "normalised": summary["normalized_return"]}
+    scores = {head: cell for head, cell in scores.items() if cell}
+    runs.print_table([*scores], {name: [*scores.values()]}, levels)
     return summary
 
 
@@ -861,81 +828,111 @@ def write_model(folder, world, about):
     runs.save(folder / "world_model.pt", buffer.getvalue())
 
 
-def learn_world(folder, saved, data, args, device, wall):
-    """Act 1: returns the elites of each seed (S elites models), and numbers about them."""
-    S, seeds = args.num_seeds, list(range(args.seed, args.seed + args.num_seeds))
-    start = [g for g in (runs.stream(seed, 2) for seed in seeds) for _ in range(args.members)]
-    world = World(data, args.model_hidden, args.model_layers, args.normalize, start).to(device)
-    adam = torch.optim.Adam([*world.parameters()], args.model_lr, fused=True)
-    loss = runs.compiler(args.compile, device)(model_loss)
-    generators = [runs.stream(seed, 3, device) for seed in seeds]
-    step, rows, seconds = 0, [], 0.0
-    if saved:
-        step, rows, seconds = restore(folder, saved, world, adam, generators)
-    losses = torch.full((S * args.members,), math.nan, device=device)
+class Run(NamedTuple):
+    """Where a run keeps what it learns, and what is there to go on with."""
+
+    folder: Path
+    saved: dict | None  # the checkpoint of the run to resume
+    device: torch.device
+    begun: float  # when, on the clock `time.perf_counter`
+    tracker: object = None
+
+
+def train(run, act, table, networks, adam, generators, learn, look, steps, every, args):
+    """Call `learn` for each of the `steps` updates, `look` after `every` so many, and keep a checkpoint then.
+
+    Args:
+        act: 1 or 2, which tells their checkpoints apart; `table` is the file for what `look` finds.
+        learn: function that makes one update and returns what to log, tensors by name.
+        look: function of the updates made and the last log, which returns rows for the table, and a line to print.
+    Returns:
+        All rows, and the updates per second.
+    """
+    step, rows, seconds, logs = 0, [], 0.0, {}
+    if run.saved and run.saved["act"] == act:
+        try:
+            networks.load_state_dict(run.saved["network"])
+            adam.load_state_dict(run.saved["adam"])
+            for generator, state in zip(generators, run.saved["generators"], strict=True):
+                generator.set_state(state.cpu())
+            step, rows, seconds = (run.saved[name] for name in ("step", "rows", "seconds"))
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            message = f"{run.folder}/checkpoint.pt is of another run: delete it to start this one again"
+            raise ValueError(message) from None
     while True:
-        if not rows or rows[-1]["step"] < step:
-            if step and not losses.isfinite().all():
-                raise FloatingPointError(
-                    f"the model's loss is not finite after {step} updates: try a smaller --model-lr"
-                )
-            errors = {name: value.tolist() for name, value in validate(world, data, S).items()}
-            for s, seed in enumerate(seeds):
-                for e in range(args.members):
-                    rows.append({"step": step, "seed": seed, "member": e, "loss": losses.view(S, -1)[s, e].item()}
-                                | {f"{name}_error": value[s][e] for name, value in errors.items()})  # fmt: skip
-            runs.save_csv(folder / "world_model.csv", rows)
-            runs.save_checkpoint(folder, {
-                "act": 1, "network": world.state_dict(), "adam": adam.state_dict(), "step": step, "rows": rows,
+        if not rows or rows[-1]["step"] < step:  # a resumed run has looked here already
+            for name, value in logs.items():
+                if not value.isfinite().all():
+                    flag = "--model-lr" if act == 1 else "--lr"
+                    raise FloatingPointError(f"{name} is not finite after {step} updates: try a smaller {flag}")
+            found, line = look(step, logs)
+            rows += [{"step": step} | row for row in found]
+            runs.save_csv(run.folder / table, rows)
+            runs.save_checkpoint(run.folder, {
+                "act": act, "network": networks.state_dict(), "adam": adam.state_dict(), "step": step, "rows": rows,
                 "generators": [generator.get_state() for generator in generators], "seconds": seconds,
-                "wall": time.perf_counter() - wall, "args": asdict(args),
+                "wall": time.perf_counter() - run.begun, "args": asdict(args),
             })  # fmt: skip
-            line = "   ".join(f"{name} {torch.tensor(value).mean():.4f}" for name, value in errors.items())
-            speed = f"{step / seconds:7.1f} updates/s" if step else "(untrained)"
-            print(f"model {step:6d}   held-out errors: {line}   {speed}", flush=True)
-        if step == args.model_steps:
-            break
+            speed = f"{step / max(seconds, 1e-9):7.1f} updates/s" if step else "(untrained)"
+            print(f"{'model' if act == 1 else 'step'} {step:6d}   {line}   {speed}", flush=True)
+            if run.tracker and act == 2:
+                numbers = [name for name in rows[-1] if name not in ("step", "seed")]
+                run.tracker.log({name: sum(row[name] for row in found) / len(found) for name in numbers}, step=step)
+        if step >= steps:
+            return rows, step / max(seconds, 1e-9)
         begin = time.perf_counter()
-        for step in range(step, min(args.model_steps, step + args.model_eval_every - step % args.model_eval_every)):
-            losses = model_update(world, adam, loss, data, generators, args)
-        step += 1
-        if device.type == "cuda":
+        for _ in range(min(every - step % every, steps - step)):
+            logs = learn()
+            step += 1
+        if run.device.type == "cuda":
             torch.cuda.synchronize()
         seconds += time.perf_counter() - begin
 
+
+def learn_world(run, data, args):
+    """Act 1: returns the elites of each seed (S elites models), and numbers about them."""
+    S, seeds = args.num_seeds, list(range(args.seed, args.seed + args.num_seeds))
+    start = [g for g in (runs.stream(seed, 2) for seed in seeds) for _ in range(args.members)]
+    world = World(data, args.model_hidden, args.model_layers, args.normalize, start).to(run.device)
+    adam = torch.optim.Adam([*world.parameters()], args.model_lr, fused=True)
+    loss = runs.compiler(args.compile, run.device)(model_loss)
+    generators = [runs.stream(seed, 3, run.device) for seed in seeds]
+
+    def look(step, logs):
+        losses = logs.get("loss", torch.full((S * args.members,), math.nan)).view(S, -1).tolist()
+        errors = {name: value.tolist() for name, value in validate(world, data, S).items()}
+        found = [
+            {"seed": seed, "member": e, "loss": losses[s][e]}
+            | {f"{name}_error": value[s][e] for name, value in errors.items()}
+            for s, seed in enumerate(seeds) for e in range(args.members)
+        ]  # fmt: skip
+        line = "   ".join(f"{name} {torch.tensor(value).mean():.4f}" for name, value in errors.items())
+        return found, "held-out errors: " + line
+
+    learn = functools.partial(model_update, world, adam, loss, data, generators, args)
+    plan = (args.model_steps, args.model_eval_every, args)
+    _, speed = train(run, 1, "world_model.csv", world, adam, generators, learn, look, *plan)
+
     errors = validate(world, data, S)
     best = (errors["state"] + errors["reward"]).sort(dim=1, stable=True)[1][:, : args.elites]  # (S, elites)
-    chosen = world.choose((best + args.members * torch.arange(S, device=device)[:, None]).flatten())
+    chosen = world.choose((best + args.members * torch.arange(S, device=run.device)[:, None]).flatten())
     error, still = open_loop(chosen, data, S, args.horizon)
     about = {"world": world_of(data, args), "dataset": args.dataset, "seeds": seeds, "elites": args.elites}
     about |= {"hidden": args.model_hidden, "layers": args.model_layers, "steps": args.model_steps}
     about |= {f"{name}_error": value.gather(1, best).mean().item() for name, value in errors.items()}
-    about |= {"open_loop": error.mean(0).tolist(), "open_loop_still": still.tolist(),
-              "updates_per_second": step / max(seconds, 1e-9)}  # fmt: skip
+    about |= {"open_loop": error.mean(0).tolist(), "open_loop_still": still.tolist(), "updates_per_second": speed}
     curve = [{"step": t + 1, "seed": seed, "error": error[s, t].item(), "still": still[t].item()}
              for t in range(error.shape[1]) for s, seed in enumerate(seeds)]  # fmt: skip
     title = f"open loop, {runs.slug(args.env, args.task, args.dataset)}"
     columns = {"error": "model", "still": "nothing moves"}
     figure = runs.draw_curves(curve, columns, {}, title, "steps", "error / spread")
-    runs.save_figure(folder / "world_model.png", figure)
+    runs.save_figure(run.folder / "world_model.png", figure)
     return chosen, about
-
-
-def restore(folder, saved, network, adam, generators):
-    """Put an act back to where its checkpoint was written; returns its step, its rows and its seconds."""
-    try:
-        network.load_state_dict(saved["network"])
-        adam.load_state_dict(saved["adam"])
-        for generator, state in zip(generators, saved["generators"], strict=True):
-            generator.set_state(state.cpu())
-        return saved["step"], saved["rows"], saved["seconds"]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        raise ValueError(f"{folder}/checkpoint.pt is of another run: delete it to start this one again") from None
 
 
 def main(args):
     """Train, evaluate and fill the run folder; returns what summary.json holds."""
-    wall = time.perf_counter()
+    begun = time.perf_counter()
     torch.set_num_threads(args.threads)
     device = runs.choose_device(args.device)
     dataset = datasets.load(args.env, args.task, args.dataset, device, episodes=args.episodes)
@@ -945,7 +942,7 @@ def main(args):
     adam = torch.optim.Adam([*agents.parameters()], args.lr, fused=True)
     loss = runs.compiler(args.compile, device)(ppo_loss if rehearses else clone_loss)
     generators = [runs.stream(seed, 1, device) for seed in seeds]
-    step, rows, seconds, play, about = 0, [], 0.0, None, None
+    play, about = None, None
     model = Path(args.out_dir) / "world_model.pt" if args.resume else None  # act 1 of the run to resume is over
     model = model if model and model.exists() else args.world_model
     dreams = rehearses and not args.simulator
@@ -954,59 +951,37 @@ def main(args):
     tracker = runs.start_tracking("moma_ppo", args) if args.track else None
     folder = runs.open_folder("moma_ppo", args, device)
     saved = runs.load_checkpoint(folder, device) if args.resume else None
+    run = Run(folder, saved, device, begun - (saved["wall"] if saved else 0), tracker)
     print(f"{len(dataset.returns)} episodes, {len(data.start)} steps, mean return {dataset.returns.mean():.2f}")
-    if saved:
-        wall -= saved["wall"]
     if dreams:
-        world, about = found or learn_world(folder, saved, data, args, device, wall)
+        world, about = found or learn_world(run, data, args)
         write_model(folder, world, about | {"seeds": [*seeds]})
         errors = " ".join(f"{x:.3f}" for x in about["open_loop"])
         print(f"world model: {args.elites} elites, open-loop error after 1, 2, ... steps: {errors}", flush=True)
         play = dream(world, data, args)
     elif rehearses:
         play = simulator(data, args)
-    if saved and saved["act"] == 2:
-        step, rows, seconds = restore(folder, saved, agents, adam, generators)
 
-    logs = {}
-    while True:
-        if not rows or rows[-1]["step"] < step:  # a resumed run has this evaluation already
-            for name, value in logs.items():
-                if not value.isfinite().all():
-                    raise FloatingPointError(f"{name} is not finite after {step} updates: try a smaller --lr")
-            score = evaluate(agents, data, args, step, args.eval_episodes, device)[0].mean(1)
-            names = ("model_reward", "stopped", "ended", "policy_loss", "value_loss", "entropy", "kl")
-            columns = {name: logs[name].tolist() if name in logs else [math.nan] * S
-                       for name in (names if rehearses else ("policy_loss",))}  # fmt: skip
-            columns |= {"alpha": agents.alpha.tolist()} if rehearses else {}
-            columns |= {"return": score.tolist()}
-            for s, seed in enumerate(seeds):
-                rows.append({"step": step, "seed": seed} | {name: value[s] for name, value in columns.items()})
-            runs.save_csv(folder / "metrics.csv", rows)
-            runs.save_checkpoint(folder, {
-                "act": 2, "network": agents.state_dict(), "adam": adam.state_dict(), "step": step,
-                "rows": rows, "generators": [generator.get_state() for generator in generators], "seconds": seconds,
-                "wall": time.perf_counter() - wall, "args": asdict(args),
-            })  # fmt: skip
-            more = f"   in the model {logs['model_reward'].mean():8.3f} a step" if "model_reward" in logs else ""
-            speed = f"{step / seconds:7.1f} updates/s" if step else "(untrained)"
-            print(f"step {step:6d}   return {score.mean():9.3f}{more}   {speed}", flush=True)
-            if tracker:
-                tracker.log({name: sum(value) / S for name, value in columns.items()}, step=step)
-        if step == args.steps:
-            break
-        begin = time.perf_counter()
-        for step in range(step, min(args.steps, step + args.eval_every - step % args.eval_every)):
-            if rehearses:
-                batch, logs = rehearse(agents, play, data, generators, args)
-                logs |= update(agents, adam, loss, batch, generators, args)
-            else:
-                logs = clone(agents, adam, loss, data, generators, args)
-        step += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - begin
-    return report(folder, args, agents, data, dataset, rows, about, seconds, wall, device)
+    def learn():
+        if not rehearses:
+            return clone(agents, adam, loss, data, generators, args)
+        batch, logs = rehearse(agents, play, data, generators, args)
+        return logs | update(agents, adam, loss, batch, generators, args)
+
+    def look(step, logs):
+        score = evaluate(agents, data, args, step, args.eval_episodes, device)[0].mean(1)
+        names = ("model_reward", "stopped", "ended", "policy_loss", "value_loss", "entropy", "kl")
+        unknown = torch.full((S,), math.nan)
+        columns = {name: logs.get(name, unknown) for name in (names if rehearses else ("policy_loss",))}
+        columns |= ({"alpha": agents.alpha} if rehearses else {}) | {"return": score}
+        columns = {name: value.tolist() for name, value in columns.items()}
+        more = f"   in the model {logs['model_reward'].mean():8.3f} a step" if "model_reward" in logs else ""
+        found = [{"seed": seed} | {name: value[s] for name, value in columns.items()} for s, seed in enumerate(seeds)]
+        return found, f"return {score.mean():9.3f}{more}"
+
+    plan = (args.steps, args.eval_every, args)
+    rows, speed = train(run, 2, "metrics.csv", agents, adam, generators, learn, look, *plan)
+    return report(run, args, agents, data, dataset, rows, about, speed)
 
 
 def parse(argv=None):

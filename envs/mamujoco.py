@@ -217,6 +217,24 @@ class MultiAgentMujoco(VectorEnv):
         obs, info = self._observe()
         return obs, self._tensor(reward * ~over), self._tensor(self.fallen), self._tensor(truncated), info
 
+    def set_state(self, state):
+        """Put all games into states (B, D) as `info["state"]` gives them, with their clocks at 0; returns obs and info.
+
+        What a state leaves out, the place in the world, is 0.
+        """
+        self.elapsed[:], self.fallen[:] = 0, False
+        for b, x in enumerate(state.double().cpu().numpy()):
+            if self.body == "reacher":
+                self.qpos[b][:] = np.concatenate([np.arctan2(x[2:4], x[:2]), x[4:6]])
+                self.qvel[b][:] = np.concatenate([x[6:8], np.zeros(2)])
+            else:
+                place = len(self.qpos[b]) + len(self.qvel[b]) - len(x)  # entries that the state leaves out
+                entries = np.concatenate([np.zeros(place), x])
+                self.qpos[b][:], self.qvel[b][:] = np.split(entries, [len(self.qpos[b])])
+            self.mujoco.mj_forward(self.model, self.data[b])
+        self._read()
+        return self._observe()
+
     def close_extras(self, **kwargs):
         self.plain.close()
 

@@ -231,7 +231,9 @@ def moma(device, seeds, flags, compiled=False):
     model_loss, loss = (runs.compiler(compiled, place)(x) for x in (script.model_loss, script.ppo_loss))
     batch, _ = script.rehearse(agents, play, data, generators, args)
     x = torch.rand(1024, 1024, device=place)
-    rate = 2 * 1024**3 * median_speed(lambda: [x @ x for _ in range(20)], 20, clock)  # floating-point operations a second
+    rate = (
+        2 * 1024**3 * median_speed(lambda: [x @ x for _ in range(20)], 20, clock)
+    )  # floating-point operations a second
     rows = {}
     for name, work in {
         "model update": lambda: script.model_update(world, model_adam, model_loss, data, generators, args),
