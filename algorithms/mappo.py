@@ -242,7 +242,7 @@ class Games:
     def __init__(self, args, num_envs, device):
         options = json.loads(args.options or "{}")
         try:
-            self.env = envs.make(args.env, args.task, args.num_seeds * num_envs, device, **options)
+            self.env = envs.make(args.env, args.task, num_envs=args.num_seeds * num_envs, device=device, **options)
         except TypeError as error:
             raise ValueError(f"{args.env} does not take --options {args.options}: {error}") from None
         self.shape, self.dtype = (args.num_seeds, num_envs), torch.get_default_dtype()

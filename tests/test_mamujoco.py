@@ -345,6 +345,47 @@ def test_unknown_tasks_are_named():
         envs.make("ant", num_envs=0)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_limited_elbow_bends_one_way_only(sign):
+    """An elbow that is pushed the other way all the time; without limits it turns until it meets Gymnasium's own."""
+    game = envs.make("reacher", num_envs=4, limits={"joint1": sorted([0, 3 * sign])})
+    free = envs.make("reacher", num_envs=4)
+    lowest = []
+    for each in (game, free):
+        each.reset(seed=3)
+        push = torch.zeros(4, 2, 1)
+        push[:, 1] = -sign
+        for _ in range(40):
+            each.step(push)
+        lowest.append(sign * np.array(each.qpos)[:, 1])
+    assert (lowest[0] > -0.1).all() and (lowest[1] < -2).all()
+
+
+@pytest.mark.parametrize("limits", [{"joint9": [0, 1]}, {"joint1": [1]}, {"joint1": [1, 0]}, {"joint0": [0, 1]}])
+def test_wrong_limits_are_named(limits):
+    with pytest.raises(ValueError, match="give \\[least, most\\] for one of joint1, target_x, target_y"):
+        envs.make("reacher", limits=limits)
+
+
+@pytest.mark.parametrize("body, task", TASKS)
+def test_a_state_can_be_put_back(body, task):
+    """What follows is as it was but for what MuJoCo's solver remembers."""
+    game, again = (envs.make(body, task, num_envs=3) for _ in range(2))
+    game.reset(seed=0)
+    actions = random_actions(game)
+    for _ in range(5):  # no ant has fallen yet
+        obs, _, _, _, info = game.step(next(actions))
+    seen, found = again.set_state(info["state"])
+    assert torch.allclose(found["state"], info["state"], atol=1e-6)
+    hidden = (obs - seen).abs().amax((0, 1)) > 1e-5
+    assert hidden.sum() == (body == "halfcheetah")  # only x, the place in the world, is not in the state
+    act = next(actions)
+    for now, then in zip(game.step(act)[1:3], again.step(act)[1:3]):
+        assert torch.allclose(now.float(), then.float(), atol=0.1)
+    one, other = (each._observe()[1]["state"] for each in (game, again))
+    assert (one - other).abs().mean() < 0.02
+
+
 @pytest.mark.parametrize("body", PLAIN)
 @pytest.mark.parametrize("speed", [np.nan, 1e11])  # MuJoCo would quietly put the body back to its start
 def test_an_unstable_simulation_is_reported(body, speed, tmp_path, monkeypatch):

@@ -481,6 +481,11 @@ def test_which_policies_become_behaviours():
     assert mappo.choose_behaviours(rows)["medium.npz"] == 1
 
 
+def test_options_reach_the_environment():
+    args = mappo.parse(["--env", "bridge", "--options", '{"time_limit": 7}'])
+    assert mappo.Games(args, 2, "cpu").env.time_limit == 7
+
+
 # ---------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     "words, said",
@@ -502,6 +507,9 @@ def test_bad_input_ends_in_one_line(tmp_path, words, said):
         (["--env", "matrix", "--task", "nim"], "matrix has no task 'nim'"),
         (["--env", "bridge", "--eval-every", "100"], "it must be 12800 or more"),
         (["--env", "matrix", "--num-envs", "1", "--rollout", "2"], "--minibatches 4 of 2 steps"),
+        (["--env", "bridge", "--options", "[3]"], "--options must be a JSON dictionary"),
+        (["--env", "bridge", "--options", '{"limits'], "--options must be a JSON dictionary"),
+        (["--env", "bridge", "--options", '{"limits": 3}'], "bridge does not take --options"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(tmp_path, words, said):
