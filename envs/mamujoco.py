@@ -220,7 +220,8 @@ class MultiAgentMujoco(VectorEnv):
     def set_state(self, state):
         """Put all games into states (B, D) as `info["state"]` gives them, with their clocks at 0; returns obs and info.
 
-        What a state leaves out, the place in the world, is 0.
+        What a state leaves out, the place in the world, is 0. A reacher's gap is made from its joints: after a step
+        MuJoCo's own lags behind them by a part of a step.
         """
         self.elapsed[:], self.fallen[:] = 0, False
         for b, x in enumerate(state.double().cpu().numpy()):
