@@ -212,7 +212,7 @@ class World(nn.Module):
 
     def forward(self, state, action):
         """(Q, B, D), (Q, B, X) -> `Guess`."""
-        x = torch.cat([(state - self.mean) / self.std, action], -1)
+        x = torch.cat([(state - self.mean) / self.std, (action - self.action_mean) / self.action_std], -1)
         move, log_std = self.for_state(x).chunk(2, -1)  # (Q, B, D) each
         earned, reward_log_std = self.for_reward(x).unbind(-1)  # (Q, B) each
         return Guess(
@@ -412,11 +412,15 @@ class Data:
     def units(self, normalize):
         """The buffers of a `World`; constant entries get a move of exactly 0."""
         one, zero = torch.ones_like(self.mean), torch.zeros_like(self.mean)
+        action = self.action[self.start].flatten(1)  # (M, X)
+        spread, middle = torch.std_mean(action, 0, correction=0)
         if not normalize:
+            action = {"action_mean": 0 * middle, "action_std": 0 * middle + 1}
             reward = {"reward_mean": zero.sum(), "reward_std": one[0].clone()}
-            return {"mean": zero, "std": one, "keep": zero, "move_mean": zero, "move_std": one} | reward
+            return {"mean": zero, "std": one, "keep": zero, "move_mean": zero, "move_std": one} | action | reward
         return {
             "mean": self.mean, "std": self.std.clamp(min=1e-3), "keep": one,
+            "action_mean": middle, "action_std": spread.clamp(min=1e-3),
             "move_mean": self.move_mean, "move_std": self.move_std,
             "reward_mean": self.reward_mean, "reward_std": self.reward_std,
         }  # fmt: skip
