@@ -88,7 +88,6 @@ from data import runs
 
 ILLEGAL = -1e10  # the logit of an action that is not available
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-LEAST_ENTROPY = -2.0  # of the joint action: below it, a bonus grows
 SAMPLE = 2000  # held-out steps, evenly spaced, that stand for all of them
 
 
@@ -129,6 +128,7 @@ class Args:
     simulator: bool = False  # play in the true simulator in place of the model
     rollouts: int = 256  # rollouts at once
     horizon: int = 1  # k, their steps
+    first: float = 0.0  # the share of them that begin where an episode did, the others anywhere in one
     penalty: Literal["epistemic", "aleatoric", "none"] = "none"  # what lowers the reward
     reward_penalty: float = 0.05  # lambda_r, weight of eps_r
     state_penalty: float = 0.1  # lambda_g, weight of eps_g
@@ -139,13 +139,16 @@ class Args:
     reward_from: Literal["mean", "member"] = "mean"  # all members' mean reward, or that of the member drawn
     end_by: Literal["majority", "member"] = "majority"  # all members' vote on the end, or that of the member drawn
     # --- act 2, MAPPO
+    warmup: int = 0  # updates of cloning before the first rehearsal, in which the critic learns from the data as well
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.98  # how far advantages look past the critic
     clip: float = 0.2  # how far the joint action's probability, as a ratio, and the value may move in an update
     action_penalty: float = 1.0  # weight of mean actions beyond [-1, 1]
+    least_entropy: float = -2.0  # of the joint action: below it, a bonus grows
     epochs: int = 5  # passes over the rollouts
     batch_size: int = 64  # steps in a minibatch
     lr: float = 1e-3  # Adam's step size
+    lr_decay: bool = True  # let the step sizes of both acts fall linearly to 0
     max_grad_norm: float = 1.0  # longest gradient of one seed's agents, or of one member of the model
     hidden: int = 64  # units of the two hidden layers of policies, values and mixer
     memory: int = 0  # how many steps an agent remembers; 0 for none
@@ -262,6 +265,9 @@ class Agents(nn.Module):
         for name, value in zip(("return_mean", "return_std"), data.return_units):
             self.register_buffer(name, value.clone())
         self.register_buffer("avail", data.avail, persistent=False)  # (N, A)
+        # Actions begin about as far apart as the recorded ones: beyond those the model only guesses.
+        spread = data.action[data.start].std(0, correction=0)[:, None]  # (N, 1, A)
+        self.register_buffer("log_spread", spread.clamp(min=math.exp(-6), max=1).log(), persistent=False)
         self.register_buffer("alpha", torch.zeros(self.S, device=data.avail.device))  # the price of entropy
 
     def remember(self, obs, history):
@@ -291,7 +297,7 @@ class Agents(nn.Module):
         if self.discrete:
             return F.log_softmax(out.masked_fill(~self.avail[:, None], ILLEGAL), -1)
         mean, log_std = out.chunk(2, -1)
-        return torch.cat([mean, log_std.clamp(-6, 0)], -1)
+        return torch.cat([mean, (self.log_spread + log_std).clamp(-6, 0)], -1)
 
     def value(self, x, state):
         """V of states (S, B, D), in units of the reward, (S, B)."""
@@ -365,7 +371,7 @@ class Data:
         self.action, self.reward, self.done = (
             x.new_zeros(R, *x.shape[1:], dtype=dtype).index_copy_(0, self.start, x.to(dtype)) for x in rest
         )  # (R, N, A), (R,), (R,)
-        begin = (lengths + 1).cumsum(0) - lengths - 1  # (E,) each episode's first row
+        self.first = begin = (lengths + 1).cumsum(0) - lengths - 1  # (E,) each episode's first row
         episode = torch.arange(len(lengths), device=device).repeat_interleave(lengths + 1)
         self.age = torch.arange(R, device=device) - begin[episode]  # steps since the episode began
         self.left = lengths[episode] - self.age  # and still to come
@@ -394,6 +400,9 @@ class Data:
             later = (dataset.reward[:, t].to(dtype) + args.gamma * later) * dataset.mask[:, t]
             togo.append(later)
         togo = torch.stack(togo[::-1], 1)[dataset.mask]
+        self.togo = torch.zeros_like(self.reward).index_copy_(0, self.start, togo)  # (R,)
+        margin = (togo.max() - togo.min()) / 2
+        self.value_low, self.value_high = togo.min() - margin, togo.max() + margin
         unit = togo.std(correction=0)
         one = torch.ones_like(unit)
         self.return_units = (togo.mean(), torch.where(unit > 1e-6, unit, one)) if args.normalize else (one - 1, one)
@@ -626,7 +635,11 @@ def gae(reward, value, next_value, m, zeta, gamma, lam):
 def rehearse(agents, world, data, generators, args):
     """Play k steps in B places for each seed; returns a `Batch` of B k steps, and what to log (S,)."""
     B, k, N = args.rollouts, args.horizon, agents.N
-    rows = data.start[(runs.uniform(generators, k, B) * len(data.start)).long()]  # (S, k, B)
+    where = runs.uniform(generators, k, B)
+    rows = data.start[(where * len(data.start)).long()]  # (S, k, B)
+    if args.first:
+        first = data.first[(where * len(data.first)).long()]
+        rows = torch.where(runs.uniform(generators, k, B) < args.first, first, rows)
     member = (runs.uniform(generators, k, B) * args.elites).long()
     noise = agents.noise(generators, k, N, B)
     state, history = data.begin(rows[:, 0], args.memory)
@@ -641,6 +654,8 @@ def rehearse(agents, world, data, generators, args):
         next_state, reward, end, sure = world(state, played.transpose(1, 2).flatten(2), member[:, t])
         next_history = push(history, obs, played)
         next_value = agents.value(agents.remember(data.view(next_state), next_history), data.normal(next_state))
+        if args.box:
+            next_value = next_value.clamp(data.value_low, data.value_high)
         m, zeta = 1 - end.to(reward.dtype), sure.to(reward.dtype) * (t < k - 1)
         steps.append((obs, history, action, seen, log_prob, value, reward, next_value, m, zeta))
         if t < k - 1:  # where a rollout is over, another one begins
@@ -695,24 +710,28 @@ def update(agents, adam, loss, batch, generators, args):
             total, logs = loss(agents, part, args.clip, args.action_penalty)
             descend(agents, adam, total, args)
             # It rises while there is too little entropy.
-            agents.alpha.add_(1e-3 * (LEAST_ENTROPY - logs["entropy"].detach())).clamp_(min=0)
+            agents.alpha.add_(1e-3 * (args.least_entropy - logs["entropy"].detach())).clamp_(min=0)
     return {name: value.detach() for name, value in logs.items()}
 
 
-def clone_loss(agents, obs, history, action):
-    """Independent behavioural cloning: -log pi_i(a_i) of the recorded actions, summed over agents, (S,)."""
-    return -agents.log_prob(agents.act(agents.remember(obs, history)), action)[0].mean(1)
+def clone_loss(agents, obs, history, action, state, togo):
+    """For each seed (S,): independent behavioural cloning, -log pi_i(a_i) of the recorded actions, summed over agents;
+    and how far V is from what the recorded rest of the episode was worth."""
+    x = agents.remember(obs, history)
+    value_loss = 0.5 * (((agents.value(x, state) - togo) / agents.return_std) ** 2).mean(1)
+    return -agents.log_prob(agents.act(x), action)[0].mean(1), value_loss
 
 
 def clone(agents, adam, loss, data, generators, args):
-    """One update of `--method ibc`; returns its loss (S,)."""
+    """One update of `--method ibc`, or of `--warmup`, in which the critic learns too; returns its loss (S,)."""
     pick = [torch.randint(len(data.start), (args.batch_size,), generator=g, device=g.device) for g in generators]
     rows = data.start[torch.stack(pick)]  # (S, B)
     state, history = data.begin(rows, args.memory)
     action = data.action[rows].transpose(1, 2)  # (S, N, B, A)
-    total = loss(agents, data.view(state), history, action.argmax(-1) if data.discrete else action)
-    descend(agents, adam, total, args)
-    return {"policy_loss": total.detach()}
+    action = action.argmax(-1) if data.discrete else action
+    policy_loss, value_loss = loss(agents, data.view(state), history, action, data.normal(state), data.togo[rows])
+    descend(agents, adam, policy_loss if args.method == "ibc" else policy_loss + value_loss, args)
+    return {"policy_loss": policy_loss.detach()}
 
 
 # ---------------------------------------------------------------- evaluation
@@ -842,16 +861,19 @@ class Run(NamedTuple):
     tracker: object = None
 
 
-def train(run, act, table, networks, adam, generators, learn, look, steps, every, args):
-    """Call `learn` for each of the `steps` updates, `look` after `every` so many, and keep a checkpoint then.
+def train(run, act, table, networks, adam, generators, learn, look, args):
+    """Call `learn` for each update of an act, `look` when an evaluation is due, and keep a checkpoint then.
 
     Args:
         act: 1 or 2, which tells their checkpoints apart; `table` is the file for what `look` finds.
-        learn: function that makes one update and returns what to log, tensors by name.
+        learn: function of the updates made that makes one more and returns what to log, tensors by name.
         look: function of the updates made and the last log, which returns rows for the table, and a line to print.
     Returns:
         All rows, and the updates per second.
     """
+    steps, every, lr = args.model_steps, args.model_eval_every, args.model_lr
+    if act == 2:
+        steps, every, lr = args.steps, args.eval_every, args.lr
     step, rows, seconds, logs = 0, [], 0.0, {}
     if run.saved and run.saved["act"] == act:
         try:
@@ -886,7 +908,8 @@ def train(run, act, table, networks, adam, generators, learn, look, steps, every
             return rows, step / max(seconds, 1e-9)
         begin = time.perf_counter()
         for _ in range(min(every - step % every, steps - step)):
-            logs = learn()
+            adam.param_groups[0]["lr"] = lr * (1 - step / steps) if args.lr_decay else lr
+            logs = learn(step)
             step += 1
         if run.device.type == "cuda":
             torch.cuda.synchronize()
@@ -913,9 +936,10 @@ def learn_world(run, data, args):
         line = "   ".join(f"{name} {torch.tensor(value).mean():.4f}" for name, value in errors.items())
         return found, "held-out errors: " + line
 
-    learn = functools.partial(model_update, world, adam, loss, data, generators, args)
-    plan = (args.model_steps, args.model_eval_every, args)
-    _, speed = train(run, 1, "world_model.csv", world, adam, generators, learn, look, *plan)
+    def learn(step):
+        return model_update(world, adam, loss, data, generators, args)
+
+    _, speed = train(run, 1, "world_model.csv", world, adam, generators, learn, look, args)
 
     errors = validate(world, data, S)
     best = (errors["state"] + errors["reward"]).sort(dim=1, stable=True)[1][:, : args.elites]  # (S, elites)
@@ -944,7 +968,7 @@ def main(args):
     S, seeds, rehearses = args.num_seeds, range(args.seed, args.seed + args.num_seeds), args.method == "moma-ppo"
     agents = Agents(data, args, [runs.stream(seed, 0) for seed in seeds]).to(device)
     adam = torch.optim.Adam([*agents.parameters()], args.lr, fused=True)
-    loss = runs.compiler(args.compile, device)(ppo_loss if rehearses else clone_loss)
+    rehearsal_loss, cloning_loss = (runs.compiler(args.compile, device)(loss) for loss in (ppo_loss, clone_loss))
     generators = [runs.stream(seed, 1, device) for seed in seeds]
     play, about = None, None
     model = Path(args.out_dir) / "world_model.pt" if args.resume else None  # act 1 of the run to resume is over
@@ -966,11 +990,13 @@ def main(args):
     elif rehearses:
         play = simulator(data, args)
 
-    def learn():
+    def learn(step):
         if not rehearses:
-            return clone(agents, adam, loss, data, generators, args)
+            return clone(agents, adam, cloning_loss, data, generators, args)
+        for _ in range(args.warmup if step == 0 else 0):
+            clone(agents, adam, cloning_loss, data, generators, args)
         batch, logs = rehearse(agents, play, data, generators, args)
-        return logs | update(agents, adam, loss, batch, generators, args)
+        return logs | update(agents, adam, rehearsal_loss, batch, generators, args)
 
     def look(step, logs):
         score = evaluate(agents, data, args, step, args.eval_episodes, device)[0].mean(1)
@@ -983,8 +1009,7 @@ def main(args):
         found = [{"seed": seed} | {name: value[s] for name, value in columns.items()} for s, seed in enumerate(seeds)]
         return found, f"return {score.mean():9.3f}{more}"
 
-    plan = (args.steps, args.eval_every, args)
-    rows, speed = train(run, 2, "metrics.csv", agents, adam, generators, learn, look, *plan)
+    rows, speed = train(run, 2, "metrics.csv", agents, adam, generators, learn, look, args)
     return report(run, args, agents, data, dataset, rows, about, speed)
 
 
@@ -997,8 +1022,9 @@ def parse(argv=None):
     elif args.env in envs.TASKS:
         task = args.task or ("coordination" if args.env == "matrix" else envs.TASKS[args.env][0])
         args = read(default=Args(**preset(args.env, args.method), env=args.env, task=task, method=args.method))
-    zero = "seed episodes holdout reward_penalty state_penalty aleatoric gamma gae_lambda action_penalty memory"
-    runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma gae_lambda")
+    zero = "seed episodes holdout least_entropy first warmup reward_penalty state_penalty aleatoric gamma gae_lambda action_penalty memory"
+    positive = replace(args, least_entropy=abs(args.least_entropy))
+    runs.check_numbers(positive, may_be_zero=zero, at_most_one="gamma gae_lambda first")
     if not 2 <= args.elites <= args.members:
         raise ValueError(f"--elites must be at least 2, or nothing tells how sure they are, and at most {args.members}")
     if args.holdout >= 1:
