@@ -155,17 +155,24 @@ class Args:
     width: int = 128  # of the memory's attention
 
 
-def preset(env, method):
-    """What differs from the coordination game's values, above."""
+def preset(env, task, method):
+    """What differs from the coordination game's values, above: sizes that a laptop trains in minutes."""
     if env == "matrix":
         return {} if method == "moma-ppo" else dict(steps=1000, eval_every=250, lr=1e-2)
     body = dict(
-        dataset="expert-mix" if env == "reacher" else "medium", num_seeds=3, model_steps=10_000, model_eval_every=1000,
-        model_batch=256, model_hidden=200, model_layers=3, model_lr=3e-4, rollouts=200, horizon=10,
-        penalty="epistemic", steps=1000, eval_every=100, lr=3e-4, batch_size=256, hidden=128, memory=10, width=64,
+        dataset="expert-mix" if env == "reacher" else "full-replay", num_seeds=3, model_steps=3000,
+        model_eval_every=500, model_batch=256, model_hidden=200, model_layers=3, model_lr=1e-3, penalty="epistemic",
+        horizon=25, rollouts=80, steps=800, eval_every=50, lr=3e-4, batch_size=500, hidden=128, width=32,
     )  # fmt: skip
+    if task in ("leader-only", "partial"):  # elsewhere an agent sees all that it needs
+        body |= dict(memory=10)
+    if env == "ant":
+        body |= dict(
+            model_steps=6000, horizon=50, first=0.1, limit=20.0, adaptive=False, least_entropy=-8.0, steps=150,
+            eval_episodes=5,
+        )  # fmt: skip
     if method == "ibc":
-        body |= dict(steps=20_000, eval_every=2000)
+        body |= dict(steps=5000, eval_every=1000, batch_size=256)
     return body
 
 
@@ -1021,7 +1028,8 @@ def parse(argv=None):
         args = read(default=replace(runs.saved_args(Args, args.out_dir), resume=True, out_dir=args.out_dir))
     elif args.env in envs.TASKS:
         task = args.task or ("coordination" if args.env == "matrix" else envs.TASKS[args.env][0])
-        args = read(default=Args(**preset(args.env, args.method), env=args.env, task=task, method=args.method))
+        mine = preset(args.env, task, args.method)
+        args = read(default=Args(**mine, env=args.env, task=task, method=args.method))
     zero = "seed episodes holdout least_entropy first warmup reward_penalty state_penalty aleatoric gamma gae_lambda action_penalty memory"
     positive = replace(args, least_entropy=abs(args.least_entropy))
     runs.check_numbers(positive, may_be_zero=zero, at_most_one="gamma gae_lambda first")

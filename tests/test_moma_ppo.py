@@ -499,6 +499,95 @@ def test_a_model_serves_all_tasks_of_its_body(tmp_path):
     assert torch.equal(found.mean, mean) and not torch.equal(world.mean, mean)  # the model keeps its own units
 
 
+# ---------------------------------------------------------------- what helps on a laptop
+def test_rollouts_can_begin_where_episodes_do(tmp_path, float64):
+    for first, wanted in ((1.0, True), (0.0, False)):
+        args, found, agents = setting(tmp_path, "--no-normalize", first=first, rollouts=40)
+        batch, _ = moma.rehearse(agents, known_world, found, generators(), args)
+        begin = batch.state.unflatten(1, (40, args.horizon))[:, :, 0]  # (S, B, D)
+        known = (begin[:, :, None] == found.state[found.first]).all(-1).any(-1)
+        assert known.all() == wanted and known.any()
+    assert torch.equal(found.age[found.first], torch.zeros(12)) and len(found.first) == 12
+
+
+def test_what_lies_beyond_a_rollout_is_worth_no_more_than_the_data_could_be(tmp_path, float64):
+    for more, bounded in (((), True), (("--no-box",), False)):
+        args, found, agents = setting(tmp_path, *more)
+        with torch.no_grad():
+            agents.mixer[-1].bias[..., -1] = 1e6
+        batch, _ = moma.rehearse(agents, known_world, found, generators(), args)
+        last = batch.returns.unflatten(1, (args.rollouts, args.horizon))[..., -1]
+        reward = found.state.abs().sum(1).max() * 3
+        assert (last < reward + args.gamma * found.value_high).all() == bounded
+    low, high = found.togo[found.start].aminmax()
+    assert found.value_high == high + (high - low) / 2 and found.value_low == low - (high - low) / 2
+
+
+def test_togo_is_the_discounted_rest_of_the_episode(tmp_path, float64):
+    args, found, _ = setting(tmp_path, gamma=0.8)
+    for row in found.start[::7].tolist():
+        left = int(found.left[row])
+        want = sum(0.8**j * found.reward[row + j] for j in range(left))
+        assert found.togo[row] == pytest.approx(want.item(), abs=1e-9)
+
+
+def test_a_warm_up_teaches_the_actors_and_the_critic(tmp_path, float64):
+    args, found, agents = setting(tmp_path, batch_size=64, lr=3e-3)
+    found.action = found.state[:, :2, None].contiguous()  # what each agent does is something that it sees
+    adam, rows, streams = torch.optim.Adam(agents.parameters(), args.lr), found.start.expand(S, -1), generators()
+
+    def losses():
+        state, history = found.begin(rows, args.memory)
+        action = found.action[rows].transpose(1, 2)
+        return moma.clone_loss(
+            agents, found.view(state), history, action, found.normal(state), found.togo[rows]
+        )  # (S,) each
+
+    before = [x.detach() for x in losses()]
+    for _ in range(60):
+        moma.clone(agents, adam, moma.clone_loss, found, streams, args)
+    after = losses()
+    assert (after[0] < before[0] - 0.5).all() and (after[1] < 0.7 * before[1]).all()
+    scores = []
+    for warmup in (0, 30):
+        out = ["--out-dir", str(tmp_path / f"run{warmup}")]
+        moma.main(moma.parse([*words(tmp_path, warmup=warmup, lr=3e-3), *out]))
+        scores.append((tmp_path / f"run{warmup}" / "metrics.csv").read_text().splitlines())
+    assert scores[0][:3] == scores[1][:3] and scores[0][3:] != scores[1][3:]  # untrained teams are the same
+
+
+@pytest.mark.parametrize("decay", [True, False])
+def test_step_sizes_fall_to_nothing(tmp_path, monkeypatch, decay):
+    used, descend = [], moma.descend
+
+    def watch(networks, adam, losses, args):
+        used.append(adam.param_groups[0]["lr"])
+        descend(networks, adam, losses, args)
+
+    monkeypatch.setattr(moma, "descend", watch)
+    flags = words(tmp_path, model_steps=4, model_lr=0.4, steps=2, lr=0.2, rollouts=2, horizon=2)  # a minibatch each
+    more = () if decay else ("--no-lr-decay",)
+    moma.main(moma.parse([*flags, *more, "--out-dir", str(tmp_path / "run")]))
+    assert used == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.2, 0.1] if decay else [0.4] * 4 + [0.2] * 2)
+
+
+def test_actions_enter_the_model_in_units_of_their_spread(tmp_path, float64):
+    args, found, _ = setting(tmp_path)
+    world = moma.World(found, 8, 2, True, generators(3))
+    found.action = 0.01 * found.action
+    small = moma.World(found, 8, 2, True, generators(3))
+    state, action = found.state[:5].expand(3, -1, -1), torch.randn(3, 5, 2)
+    for one, other in zip(world(state, action), small(state, 0.01 * action)):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_policies_begin_as_far_apart_as_the_data(tmp_path, float64):
+    _, found, agents = setting(tmp_path)
+    out = agents.act(torch.randn(S * N, 50, agents.policy[0].weight.shape[1]))
+    spread = found.action[found.start].std(0, correction=0)  # (N, A)
+    assert torch.allclose(out[..., A:].mean((0, 2)).exp(), spread, rtol=0.2)
+
+
 # ---------------------------------------------------------------- bad input
 def test_every_flag_is_read():
     source = (ROOT / "algorithms" / "moma_ppo.py").read_text()
@@ -518,6 +607,8 @@ def test_every_flag_is_read():
     (("--width", "3"), "--width must be even"),
     (("--gamma", "2"), "--gamma must be at least 0 and at most 1"),
     (("--limit", "nan"), "--limit must be above 0"),
+    (("--first", "1.5"), "--first must be at least 0 and at most 1"),
+    (("--least-entropy", "inf"), "--least-entropy must be at least 0"),
     (("--episodes", "1"), "has one episode, so none can be held out"),
     (("--world-model", "nowhere"), "no world model nowhere"),
     (("--world-model", "README.md"), "README.md is no world model, or damaged"),
