@@ -214,7 +214,9 @@ def og_marl(repeats=5):
 def moma(device, seeds, flags, compiled=False):
     """Milliseconds, and multiples of the floor, of an update of the world model, k-step rollouts, a MAPPO update."""
     script, clock = load_script("moma_ppo"), time.process_time if device == "cpu" else time.perf_counter
-    args = script.parse(["--env", "ant", "--task", "partial", "--num-seeds", str(seeds), *flags])
+    args = script.parse(
+        ["--env", "ant", "--task", "partial", "--num-seeds", str(seeds), *flags] + "--rollouts 200 --horizon 10".split()
+    )  # 2,000 transitions
     steps, place = torch.ones(20, 500), torch.device(device)
     recorded = {"state": torch.rand(20, 501, 27), "actions": torch.rand(20, 500, 4, 2) * 2 - 1}
     game = envs.make("ant", "partial")
@@ -256,7 +258,7 @@ def moma(device, seeds, flags, compiled=False):
 # The authors' sizes, and the CPU milliseconds of their code at them, on one thread of a machine like ours.
 MOMA_SIZES = {
     "the code's sizes": "--hidden 256 --width 128 --batch-size 64 --model-hidden 1024 --model-layers 4".split(),
-    "our defaults": [],
+    "our sizes": [],
 }
 MOMA_AUTHORS = {"model update": 1351, "rollouts": 3102, "MAPPO update": 11555}
 
