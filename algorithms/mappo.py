@@ -27,6 +27,8 @@ Commands, and the return you should see (last policy; one CPU core of a small se
       6h_vs_8z with the same flags and --steps 4063232: 80 % won greedily (19.1), 59 % by sampling (18.0)
   python algorithms/mappo.py --env bridge --steps 500000 --num-seeds 3    71 s of CPU time: greedy -1.2433 (2 of 3
       seeds reach the best possible, -1.2355), sampled -1.2500
+  python algorithms/mappo.py --env ant --num-envs 64 --normalize --lr 3e-4 --epochs 10 --entropy 0 --steps 4587520
+      --eval-every 131072 --eval-episodes 4     30 minutes of CPU time, one seed: 3,771 by sampling (4 games)
   python algorithms/mappo.py --env matrix --task m-ne --num-seeds 10 --steps 100000 --num-envs 32 --rollout 8
       20, the best, in 10 of 10 seeds; xor 1, the best; but climbing 7 of 11, and penalty 2 of 10: where a mistake of
       one agent is dear, both settle for what is safe
