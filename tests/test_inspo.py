@@ -1028,8 +1028,11 @@ def test_compiled_losses_agree_with_eager(float64):
 
 
 def start(*words):
+    def mind_ctrl_c():  # also where the tests run in the background, whose processes are begun not to
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     return subprocess.Popen([sys.executable, "algorithms/inspo.py", *map(str, words)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=mind_ctrl_c)  # fmt: skip
 
 
 def wait_for_step(folder, step):
