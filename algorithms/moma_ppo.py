@@ -55,8 +55,9 @@ Other differences from the code, and choices made here:
  10. The clip of L(V) is in units of the spread of the data's returns, not of the reward. w(s) and b(s) read the state,
      as the paper writes, not everybody's views.
  11. Policies begin with the spread of the recorded actions, not with 1: beyond it the model only guesses.
- 12. With the box on, V(s_{t+1}) stays in the range of what the recorded rest of an episode was worth, half as wide
-     again on both sides. Where rollouts stop because the model is unsure, nothing else teaches V, and it can run away.
+ 12. With the box on, V(s_{t+1}) of the model's states stays in the range of what the recorded rest of an episode was
+     worth, half as wide again on both sides. Where rollouts stop because the model is unsure, nothing else teaches V,
+     and it can run away.
  13. Bodies rehearse for 25 steps (reacher) or 50 (ant), not for 10: so V matters less, and few updates do. Agents that
      see all they need have no memory, which makes an update three times as fast (--memory 10: the paper's).
      --first is the share of rollouts that begin where an episode did, and --warmup the number of updates of cloning
@@ -670,7 +671,7 @@ def rehearse(agents, world, data, generators, args):
         next_state, reward, end, sure = world(state, played.transpose(1, 2).flatten(2), member[:, t])
         next_history = push(history, obs, played)
         next_value = agents.value(agents.remember(data.view(next_state), next_history), data.normal(next_state))
-        if args.box:
+        if args.box and not args.simulator:
             next_value = next_value.clamp(data.value_low, data.value_high)
         m, zeta = 1 - end.to(reward.dtype), sure.to(reward.dtype) * (t < k - 1)
         steps.append((obs, history, action, seen, log_prob, value, reward, next_value, m, zeta))
