@@ -26,7 +26,7 @@ Commands, and the return you should see (last policy, greedy; one CPU core of a 
   python algorithms/moma_ppo.py                          the coordination game, unfavourable data, 10 seeds at once, 8 s
       of CPU time: 1 in 10 of 10 seeds, and so with --dataset neutral and favourable
   python algorithms/moma_ppo.py --method ibc             the yardstick, each agent clones its own actions, 6 s: 0; on
-      neutral data 0.8 +- 0.13 (here all seeds share one dataset), on favourable data 1
+      neutral data 0.6 +- 0.16, on favourable data 1
   python algorithms/moma_ppo.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 16 minutes:
       normalised 1.02 +- 0.01 (cloning 0.89); --task independent 0.94 +- 0.01 (0.71), leader-only 0.85 +- 0.01 (0.81)
   python algorithms/moma_ppo.py --env ant --task full                four agents share an ant, a leg each, 25 minutes:
