@@ -28,7 +28,7 @@ Commands, and the return you should see (last policy, greedy; one CPU core of a 
   python algorithms/moma_ppo.py --method ibc             the yardstick, each agent clones its own actions, 6 s: 0; on
       neutral data 0.6 +- 0.16, on favourable data 1
   python algorithms/moma_ppo.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 16 minutes:
-      normalised 1.02 +- 0.01 (cloning 0.89); --task independent 0.94 +- 0.01 (0.71), leader-only 0.85 +- 0.01 (0.81)
+      normalised 1.02 +- 0.01 (cloning 0.89); --task independent 0.92 +- 0.02 (0.71), leader-only 0.85 +- 0.01 (0.81)
   python algorithms/moma_ppo.py --env ant --task full                four agents share an ant, a leg each, 25 minutes:
       it fails, 770 +- 284 (cloning 3,480): agents exploit the model. --simulator: 2,122 +- 418 (2 seeds, 90 updates)
   ... --world-model runs/moma_ppo/OTHER                              with the model of another run of the same body
