@@ -45,7 +45,9 @@ Other differences from the code, and choices made here:
      agents see it, and the reward once for each agent, so that lambda_g and the limit keep their meaning.
   5. The model's inputs, actions too, are in units of the data's mean and spread, and it predicts changes in units of
      theirs (--no-normalize: raw numbers and the next state itself). So are the agents' inputs and the critics' returns.
-     Where a team hardly varies its actions, a model that sees them raw does not learn what they do.
+     Where a team hardly varies its actions, a model that sees them raw does not learn what they do. After 400 updates
+     on the reacher, the error after 1 and 10 steps, in units of the entries' spread, is 0.04 and 0.30; with the code's
+     sizes, step size and raw numbers 0.84 and 1.00.
   6. 10 % of the *episodes* are held out; the members kept are those whose mean prediction errs least on them, with
      states and rewards in units of the spread of what is to be predicted.
   7. A rollout that ends early makes room for a new one, so that an update always sees rollouts x horizon steps. The
