@@ -129,8 +129,10 @@ class Args:
     model_steps: int = 300  # updates of the model
     model_eval_every: int = 100  # updates between looks at the held-out episodes; each writes a checkpoint
     model_batch: int = 64  # steps per update, drawn by each member on its own
-    model_hidden: int = 32  # units per hidden layer
+    model_hidden: int = 32  # units per hidden layer of what predicts the state
+    reward_hidden: int = 32  # and of what predicts the reward and the end
     model_layers: int = 2  # hidden layers
+    beta_nll: float = 0.0  # how far steps with a large sigma count as the others: 0 is the likelihood, 1 squared errors
     model_lr: float = 3e-3  # Adam's step size
     members: int = 7  # how many models are learned
     elites: int = 5  # how many of them, the best, are kept
@@ -173,14 +175,14 @@ def preset(env, task, method):
         return {} if method == "moma-ppo" else dict(steps=1000, eval_every=250, lr=1e-2)
     body = dict(
         dataset="expert-mix" if env == "reacher" else "full-replay", num_seeds=3, model_steps=3000,
-        model_eval_every=500, model_batch=256, model_hidden=200, model_layers=3, model_lr=1e-3, penalty="epistemic",
+        model_eval_every=500, model_batch=256, model_hidden=200, reward_hidden=200, model_layers=3, model_lr=1e-3, penalty="epistemic",
         horizon=25, rollouts=80, steps=800, eval_every=50, lr=3e-4, batch_size=500, hidden=128, width=32,
     )  # fmt: skip
     if task in ("leader-only", "partial"):  # elsewhere an agent sees all that it needs
         body |= dict(memory=10)
     if env == "ant":
         body |= dict(
-            model_steps=6000, horizon=50, first=0.1, limit=20.0, adaptive=False, least_entropy=-8.0, steps=150,
+            model_steps=6000, model_hidden=400, model_lr=5e-3, beta_nll=0.5, horizon=50, first=0.1, limit=20.0, adaptive=False, least_entropy=-8.0, steps=150,
             eval_episodes=5,
         )  # fmt: skip
     if method == "ibc":
@@ -223,12 +225,12 @@ class Guess(NamedTuple):
 class World(nn.Module):
     """Q models of the world: Gaussians over the next state and the reward, and a probability that the game ends."""
 
-    def __init__(self, data, hidden, layers, normalize, generators):
+    def __init__(self, data, hidden, reward_hidden, layers, normalize, generators):
         super().__init__()
         D, X = data.state.shape[-1], data.action[0].numel()
         self.for_state = mlp(D + X, 2 * D, hidden, layers, generators)
-        self.for_reward = mlp(D + X, 2, hidden, layers, generators)
-        self.for_end = mlp(D + X, 1, hidden, min(2, layers), generators)
+        self.for_reward = mlp(D + X, 2, reward_hidden, layers, generators)
+        self.for_end = mlp(D + X, 1, reward_hidden, min(2, layers), generators)
         for name, value in data.units(normalize).items():
             self.register_buffer(name, value.clone())  # the data keep their own
 
@@ -483,13 +485,14 @@ def push(history, obs, played):
 
 
 # ---------------------------------------------------------------- act 1: the world model
-def model_loss(world, state, action, next_state, reward, end):
+def model_loss(world, state, action, next_state, reward, end, beta):
     """L_e of Q models, (Q,): (Q, B, ...) each."""
     guess = world(state, action)
 
     def nll(error, std, unit):  # in units of what is to be predicted
         std, unit = std.clamp(min=1e-8), unit.clamp(min=1e-8)
-        return (std / unit).log() + 0.5 * (error / std) ** 2
+        loss = (std / unit).log() + 0.5 * (error / std) ** 2
+        return loss * (std / unit).detach() ** (2 * beta) if beta else loss
 
     vary = (world.move_std > 0).to(state.dtype)  # constant entries teach nothing
     for_state = (nll(next_state - guess.state, guess.state_std, world.move_std) * vary).sum(-1) / vary.sum().clamp(
@@ -521,7 +524,7 @@ def model_update(world, adam, loss, data, generators, args):
     rows = torch.cat([torch.randint(len(data.train), size, generator=g, device=g.device) for g in generators])
     rows = data.train[rows]  # (Q, B)
     target = data.state[rows + 1], data.reward[rows], data.done[rows]
-    losses = loss(world, data.state[rows], data.action[rows].flatten(2), *target)
+    losses = loss(world, data.state[rows], data.action[rows].flatten(2), *target, args.beta_nll)
     descend(world, adam, losses, args)
     return {"loss": losses.detach()}
 
@@ -836,6 +839,7 @@ def read_model(path, data, args, device):
         saved = torch.load(path, map_location=device, weights_only=True)
         about, weights = saved["about"], saved["world"]
         made, wanted = (", ".join(map(str, x)) for x in (about["world"], world_of(data, args)))
+        sizes = about["hidden"], about["reward_hidden"], about["layers"]
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ValueError(f"{path} is no world model, or damaged ({type(error).__name__})") from None
     if made != wanted:
@@ -848,7 +852,7 @@ def read_model(path, data, args, device):
             f"--elites among them"
         )
     Q = len(about["seeds"]) * args.elites
-    world = World(data, about["hidden"], about["layers"], True, [runs.stream(0, 0)] * Q).to(device)
+    world = World(data, *sizes, True, [runs.stream(0, 0)] * Q).to(device)
     try:
         world.load_state_dict(weights)
     except RuntimeError:
@@ -939,7 +943,8 @@ def learn_world(run, data, args):
     """Act 1: returns the elites of each seed (S elites models), and numbers about them."""
     S, seeds = args.num_seeds, list(range(args.seed, args.seed + args.num_seeds))
     start = [g for g in (runs.stream(seed, 2) for seed in seeds) for _ in range(args.members)]
-    world = World(data, args.model_hidden, args.model_layers, args.normalize, start).to(run.device)
+    sizes = args.model_hidden, args.reward_hidden, args.model_layers
+    world = World(data, *sizes, args.normalize, start).to(run.device)
     adam = torch.optim.Adam([*world.parameters()], args.model_lr, fused=True)
     loss = runs.compiler(args.compile, run.device)(model_loss)
     generators = [runs.stream(seed, 3, run.device) for seed in seeds]
@@ -965,7 +970,8 @@ def learn_world(run, data, args):
     chosen = world.choose((best + args.members * torch.arange(S, device=run.device)[:, None]).flatten())
     error, still = open_loop(chosen, data, S, args.horizon)
     about = {"world": world_of(data, args), "dataset": args.dataset, "seeds": seeds, "elites": args.elites}
-    about |= {"hidden": args.model_hidden, "layers": args.model_layers, "steps": args.model_steps}
+    about |= {"hidden": args.model_hidden, "reward_hidden": args.reward_hidden, "layers": args.model_layers}
+    about |= {"steps": args.model_steps}
     about |= {f"{name}_error": value.gather(1, best).mean().item() for name, value in errors.items()}
     about |= {"open_loop": error.mean(0).tolist(), "open_loop_still": still.tolist(), "updates_per_second": speed}
     curve = [{"step": t + 1, "seed": seed, "error": error[s, t].item(), "still": still[t].item()}
@@ -1043,9 +1049,9 @@ def parse(argv=None):
         mine = preset(args.env, task, args.method)
         args = read(default=Args(**mine, env=args.env, task=task, method=args.method))
     zero = "seed episodes holdout least_entropy first warmup reward_penalty state_penalty aleatoric gamma gae_lambda "
-    zero += "action_penalty memory"
+    zero += "action_penalty memory beta_nll"
     positive = replace(args, least_entropy=abs(args.least_entropy))
-    runs.check_numbers(positive, may_be_zero=zero, at_most_one="gamma gae_lambda first")
+    runs.check_numbers(positive, may_be_zero=zero, at_most_one="gamma gae_lambda first beta_nll")
     if not 2 <= args.elites <= args.members:
         raise ValueError(f"--elites must be at least 2, or nothing tells how sure they are, and at most {args.members}")
     if args.holdout >= 1:

@@ -226,7 +226,8 @@ def moma(device, seeds, flags, compiled=False):
     data = script.Data(dataset, args, place)
     agents = script.Agents(data, args, [runs.stream(s, 0) for s in range(seeds)]).to(place)
     members = [runs.stream(s, 2) for s in range(seeds * args.members)]
-    world = script.World(data, args.model_hidden, args.model_layers, args.normalize, members).to(place)
+    sizes = args.model_hidden, args.reward_hidden, args.model_layers
+    world = script.World(data, *sizes, args.normalize, members).to(place)
     adam, model_adam = (torch.optim.Adam([*net.parameters()], 1e-4, fused=True) for net in (agents, world))
     play = script.dream(world.choose(torch.arange(seeds * args.elites, device=place)), data, args)
     generators = [runs.stream(s, 1, place) for s in range(seeds)]
@@ -257,7 +258,7 @@ def moma(device, seeds, flags, compiled=False):
 
 # The authors' sizes, and the CPU milliseconds of their code at them, on one thread of a machine like ours.
 MOMA_SIZES = {
-    "the code's sizes": "--hidden 256 --width 128 --batch-size 64 --model-hidden 1024 --model-layers 4".split(),
+    "the code's sizes": "--hidden 256 --width 128 --batch-size 64 --model-hidden 1024 --reward-hidden 1024 --model-layers 4".split(),
     "our sizes": [],
 }
 MOMA_AUTHORS = {"model update": 1351, "rollouts": 3102, "MAPPO update": 11555}

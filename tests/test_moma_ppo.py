@@ -37,8 +37,8 @@ def reach(folder, task="independent", episodes=12, steps=8, seed=0):
 
 
 SMALL = {
-    "num-seeds": S, "model-steps": 6, "model-eval-every": 3, "model-batch": 5, "model-hidden": 8, "model-layers": 2,
-    "members": 3, "elites": 2, "steps": 2, "eval-every": 1, "eval-episodes": 1, "rollouts": 6, "horizon": 3,
+    "num-seeds": S, "model-steps": 6, "model-eval-every": 3, "model-batch": 5, "model-hidden": 8, "reward-hidden": 8,
+    "model-layers": 2, "members": 3, "elites": 2, "steps": 2, "eval-every": 1, "eval-episodes": 1, "rollouts": 6, "horizon": 3,
     "batch-size": 4, "epochs": 1, "memory": 3, "width": 4, "hidden": 8,
 }  # fmt: skip
 
@@ -571,11 +571,34 @@ def test_step_sizes_fall_to_nothing(tmp_path, monkeypatch, decay):
     assert used == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.2, 0.1] if decay else [0.4] * 4 + [0.2] * 2)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_beta_weighs_each_error_by_its_sigma(beta, tmp_path, float64):
+    """The mean's gradient is that of squared errors over sigma^2, times sigma^(2 beta), in units of the moves."""
+    args, found, _ = setting(tmp_path)
+    world = moma.World(found, 8, 8, 2, True, generators(3))
+    with torch.no_grad():
+        world.for_state[-1].bias += torch.randn_like(world.for_state[-1].bias)  # sigmas that differ
+    rows = found.start[torch.randint(len(found.start), (3, 7))]
+    state, action, after = found.state[rows], found.action[rows].flatten(2), found.state[rows + 1]
+    moma.model_loss(world, state, action, after, found.reward[rows], found.done[rows], beta).sum().backward()
+
+    guess, vary = world(state, action), world.move_std > 0
+    unit = world.move_std.clamp(min=1e-8)
+    error, sigma = ((x / unit).detach() for x in (after - guess.state, guess.state_std))
+    slope = torch.zeros_like(error)
+    for index in torch.cartesian_prod(*map(torch.arange, error.shape)).tolist():
+        e, b, d = index
+        if vary[d]:
+            slope[e, b, d] = -error[e, b, d] * sigma[e, b, d] ** (2 * beta - 2) / vary.sum() / error.shape[1]
+    found_slope = world.for_state[-1].bias.grad[:, 0, : error.shape[2]]
+    assert torch.allclose(found_slope, slope.sum(1)) and found_slope.abs().max() > 1e-3
+
+
 def test_actions_enter_the_model_in_units_of_their_spread(tmp_path, float64):
     args, found, _ = setting(tmp_path)
-    world = moma.World(found, 8, 2, True, generators(3))
+    world = moma.World(found, 8, 8, 2, True, generators(3))
     found.action = 0.01 * found.action
-    small = moma.World(found, 8, 2, True, generators(3))
+    small = moma.World(found, 8, 8, 2, True, generators(3))
     state, action = found.state[:5].expand(3, -1, -1), torch.randn(3, 5, 2)
     for one, other in zip(world(state, action), small(state, 0.01 * action)):
         assert torch.allclose(one, other, atol=1e-6)
