@@ -151,6 +151,7 @@ class Args:
     adaptive: bool = True  # stop rollouts where eps_g reaches the limit
     box: bool = True  # clip states and rewards to the range of the data
     reward_from: Literal["mean", "member"] = "mean"  # all members' mean reward, or that of the member drawn
+    sample: bool = False  # draw the next state from the member's Gaussian in place of its mean
     end_by: Literal["majority", "member"] = "majority"  # all members' vote on the end, or that of the member drawn
     # --- act 2, MAPPO
     warmup: int = 0  # updates of cloning before the first rehearsal, in which the critic learns from the data as well
@@ -269,10 +270,8 @@ class Agents(nn.Module):
         self.embed = None
         if H:
             self.embed, self.attend = Linear(self.O + self.A, W, each), Linear(W, 3 * W, each)
-            self.gain, self.shift = (
-                nn.Parameter(torch.ones(len(each), 1, W)),
-                nn.Parameter(torch.zeros(len(each), 1, W)),
-            )
+            self.gain = nn.Parameter(torch.ones(len(each), 1, W))
+            self.shift = nn.Parameter(torch.zeros(len(each), 1, W))
             self.judge = nn.Parameter(Linear(W, W, each).weight.detach().clone())  # (Q, W, W), without a bias
             self.wanted = nn.Parameter(torch.stack([torch.randn(1, W, generator=g) for g in each]))  # (Q, 1, W)
             place, half = torch.arange(H)[:, None], torch.arange(0, W, 2)
@@ -300,12 +299,11 @@ class Agents(nn.Module):
         # Embedding and attention, two linear layers in a row, are multiplied into one: a third of the arithmetic. The
         # part that depends on the place only enters as the weights of a one-hot place.
         first, here = self.embed.weight, self.embed.bias + self.position  # (Q, O + A, W), (Q, H, W)
-        weight = torch.cat(
-            [torch.cat([first, first @ self.attend.weight], -1), torch.cat([here, self.attend(here)], -1)], 1
-        )
+        embed = torch.cat([first, here], 1)
+        attend = torch.cat([first @ self.attend.weight, self.attend(here)], 1).chunk(3, -1)
         place = torch.eye(H, dtype=obs.dtype, device=obs.device).expand(Q, B, H, H)
         tokens = torch.cat([history.flatten(0, 1), place], -1).flatten(1, 2)  # (Q, B H, O + A + H)
-        x, query, key, value = torch.bmm(tokens, weight).view(Q, B, H, -1).chunk(4, -1)
+        x, query, key, value = (torch.bmm(tokens, weight).view(Q, B, H, -1) for weight in (embed, *attend))
         x = x + F.scaled_dot_product_attention(query, key, value)
         x = F.layer_norm(x, x.shape[-1:]).flatten(1, 2) * self.gain + self.shift  # (Q, B H, W)
         score = (torch.bmm(x, self.judge).tanh() * self.wanted).sum(-1).view(Q, B, H)
@@ -371,9 +369,12 @@ class Data:
         C = len(group)
         first = torch.full((int(group.max()) + 1,), C, device=device)
         first = first.scatter_reduce(0, group, torch.arange(C, device=device), "amin")
-        order = first.argsort()
-        place = order.argsort()[group]  # (C,) where each column went
-        self.state = everything[:, first[order]].contiguous()  # (R, D)
+        pad = (first >= C - N * O) & (everything == 0).all(0)[
+            first
+        ]  # fills up short views, and is no part of the world
+        order = (first + C * pad).argsort()
+        place = order.argsort()[group]  # (C,) where each column went; the padding, if any, is column D
+        self.state = everything[:, first[order[: len(order) - int(pad.sum())]]].contiguous()  # (R, D)
         self.columns = place[C - N * O :].view(N, O)
         self.whole = place[: C - N * O]  # where the environment's own state is
 
@@ -411,9 +412,9 @@ class Data:
             )
             self.reward_mean, self.reward_std = self.reward_low.clone(), torch.zeros_like(self.reward_low)
         # How often an entry is seen, and the reward: once by each agent.
-        seen = torch.bincount(self.columns.flatten(), minlength=self.state.shape[1]).to(dtype)
-        padding = (self.low == 0) & (self.high == 0)
-        self.weight = torch.cat([seen.masked_fill(padding, 0), seen.new_full((1,), N)])  # (D + 1,)
+        seen = torch.bincount(self.columns.flatten(), minlength=len(self.mean))[: len(self.mean)].to(dtype)
+        nothing = (self.low == 0) & (self.high == 0)
+        self.weight = torch.cat([seen.masked_fill(nothing, 0), seen.new_full((1,), N)])  # (D + 1,)
 
         self.scaled = args.normalize
         togo, later = [], torch.zeros_like(dataset.reward[:, 0], dtype=dtype)
@@ -461,13 +462,12 @@ class Data:
 
     def view(self, state):
         """What the agents see of states (S, B, ..., D): (S, N, B, ..., O)."""
-        return self.normal(state)[..., self.columns].movedim(-2, 1)
+        return F.pad(self.normal(state), (0, 1))[..., self.columns].movedim(-2, 1)
 
     def views(self, obs):
         """The same of observations (..., N, O) that the environment gives."""
-        if not self.scaled:
-            return obs.to(self.mean.dtype)
-        return (obs.to(self.mean.dtype) - self.mean[self.columns]) / self.std.clamp(min=1e-3)[self.columns]
+        mean, std = (F.pad(x, (0, 1))[self.columns] for x in (self.mean, self.std))
+        return (obs.to(mean.dtype) - mean) / std.clamp(min=1e-3) if self.scaled else obs.to(mean.dtype)
 
     def begin(self, rows, memory):
         """States (S, B, D) and histories (S, N, B, H, O + A) with which rollouts begin in the rows (S, B)."""
@@ -495,9 +495,8 @@ def model_loss(world, state, action, next_state, reward, end, beta):
         return loss * (std / unit).detach() ** (2 * beta) if beta else loss
 
     vary = (world.move_std > 0).to(state.dtype)  # constant entries teach nothing
-    for_state = (nll(next_state - guess.state, guess.state_std, world.move_std) * vary).sum(-1) / vary.sum().clamp(
-        min=1
-    )
+    count = vary.sum().clamp(min=1)
+    for_state = (nll(next_state - guess.state, guess.state_std, world.move_std) * vary).sum(-1) / count
     for_reward = nll(reward - guess.reward, guess.reward_std, world.reward_std) * (world.reward_std > 0)
     for_end = F.binary_cross_entropy_with_logits(guess.end, end, reduction="none")
     return (for_state + for_reward + for_end).mean(1)
@@ -567,18 +566,22 @@ def open_loop(world, data, S, horizon):
 
 # ---------------------------------------------------------------- act 2: rollouts
 def dream(world, data, args):
-    """The model as a world to play in: a function of states (S, B, D), joint actions (S, B, X), members (S, B).
+    """The model as a world to play in: a function of states (S, B, D), joint actions (S, B, X), members (S, B), and of
+    the noise (S, B, D) that the next states have with --sample.
 
     It returns the next states, the penalised rewards, where the game ends, and where the model is sure (S, B).
     """
     root = data.weight.sqrt()
 
-    def step(state, action, member):
+    def step(state, action, member, noise=None):
         S, n = len(state), args.elites
         guess = world(*(x[:, None].expand(-1, n, -1, -1).flatten(0, 1) for x in (state, action)))
         each = Guess(*(x.unflatten(0, (S, n)) for x in guess))  # (S, n, B, ...)
         drawn = member[:, None]  # (S, 1, B)
-        next_state = each.state.gather(1, drawn[..., None].expand(-1, -1, -1, state.shape[-1]))[:, 0]
+        entries = drawn[..., None].expand(-1, -1, -1, state.shape[-1])
+        next_state = each.state.gather(1, entries)[:, 0]
+        if noise is not None:
+            next_state = next_state + each.state_std.gather(1, entries)[:, 0] * noise
         reward = each.reward.mean(1) if args.reward_from == "mean" else each.reward.gather(1, drawn)[:, 0]
         ends = each.end > 0
         end = 2 * ends.sum(1) > n if args.end_by == "majority" else ends.gather(1, drawn)[:, 0]
@@ -613,16 +616,16 @@ def simulator(data, args):
     shape = (args.num_seeds, args.rollouts)
     game = envs.make(args.env, args.task, math.prod(shape), data.state.device)
 
-    def step(state, action, member):
+    def step(state, action, member, noise=None):
         state, action = state[..., data.whole].flatten(0, 1), action.flatten(0, 1)  # (S B, ...)
         game.reset() if args.env == "matrix" else game.set_state(state)
         action = action.view(len(action), game.num_agents, -1)
         obs, reward, end, _, info = game.step(action.argmax(-1) if data.discrete else action.float())
         everything = torch.cat([info["state"], obs.flatten(1)], 1).to(data.state.dtype)
-        found = torch.empty(len(obs), data.state.shape[1], dtype=data.state.dtype, device=state.device)
+        found = torch.empty(len(obs), data.state.shape[1] + 1, dtype=data.state.dtype, device=state.device)
         found[:, torch.cat([data.whole, data.columns.flatten()])] = everything
         sure = torch.ones(shape, dtype=torch.bool, device=state.device)
-        return found.view(*shape, -1), reward.to(found.dtype).view(shape), end.view(shape), sure
+        return found[:, :-1].view(*shape, -1), reward.to(found.dtype).view(shape), end.view(shape), sure
 
     return step
 
@@ -664,6 +667,10 @@ def rehearse(agents, world, data, generators, args):
         rows = torch.where(runs.uniform(generators, k, B) < args.first, first, rows)
     member = (runs.uniform(generators, k, B) * args.elites).long()
     noise = agents.noise(generators, k, N, B)
+    shock = [None] * k
+    if args.sample:
+        blank = data.state.new_empty(k, B, data.state.shape[1])
+        shock = torch.stack([torch.empty_like(blank).normal_(generator=g) for g in generators], 1)  # (k, S, B, D)
     state, history = data.begin(rows[:, 0], args.memory)
     steps = []
     for t in range(k):
@@ -673,7 +680,7 @@ def rehearse(agents, world, data, generators, args):
         action = agents.sample(out, noise[:, t])
         log_prob, _ = agents.log_prob(out, action)
         played = agents.play(action)
-        next_state, reward, end, sure = world(state, played.transpose(1, 2).flatten(2), member[:, t])
+        next_state, reward, end, sure = world(state, played.transpose(1, 2).flatten(2), member[:, t], shock[t])
         next_history = push(history, obs, played)
         next_value = agents.value(agents.remember(data.view(next_state), next_history), data.normal(next_state))
         if args.box and not args.simulator:

@@ -215,11 +215,33 @@ def test_ppo_loss_is_a_slow_loop(tmp_path, float64):
 
 
 # ---------------------------------------------------------------- rollouts
-def known_world(state, action, member):
+def known_world(state, action, member, noise):
     """s' = s / 2 + 0.1 (a_0 - 2 a_1) in every entry, r = the sum of s; it never ends and is always sure."""
     after = 0.5 * state + 0.1 * (action[..., :1] - 2 * action[..., 1:])
     no = torch.zeros(state.shape[:2], dtype=torch.bool)
     return after, state.sum(-1), no, ~no
+
+
+def test_sampled_states_are_the_members_gaussians(tmp_path, float64):
+    args, found, agents = setting(tmp_path, "--sample", "--no-box", "--no-adaptive")
+    world = moma.World(found, 8, 8, 2, True, generators(S * args.elites))
+    play, B, D = moma.dream(world, found, args), 5, found.state.shape[1]
+    state, action = found.state[found.start[: S * B]].view(S, B, D), torch.randn(S, B, 2)
+    member, noise = torch.randint(args.elites, (S, B)), torch.randn(S, B, D)
+    drawn, *_ = play(state, action, member, noise)
+    each = world(*(x.repeat_interleave(args.elites, 0) for x in (state, action)))
+    for s in range(S):
+        for b in range(B):
+            q = s * args.elites + member[s, b]
+            assert torch.allclose(drawn[s, b], each.state[q, b] + each.state_std[q, b] * noise[s, b])
+    assert torch.equal(play(state, action, member, None)[0], play(state, action, member, 0 * noise)[0])
+
+    seen = []
+    moma.rehearse(agents, lambda *step: seen.append(step[3]) or play(*step), found, generators(), args)
+    shock = torch.stack(seen)  # (k, S, B, D)
+    assert (
+        shock.std() == pytest.approx(1, abs=0.1) and (shock[0] != shock[1]).all() and (shock[:, 0] != shock[:, 1]).all()
+    )
 
 
 def without_values(agents):
@@ -259,7 +281,7 @@ def test_rollouts_in_a_known_linear_world_give_the_known_returns(tmp_path, float
 def test_a_rollout_that_is_over_makes_room_for_another(tmp_path, float64, why):
     """Returns do not look across, and the next rollout begins in the data with that place's history."""
 
-    def world(state, action, member):
+    def world(state, action, member, noise):
         over = state[..., 6] > found.state[:, 6].median()
         no = torch.zeros_like(over)
         return state + 100, torch.ones(over.shape), *((over, ~no) if why == "end" else (no, ~over))
@@ -314,6 +336,26 @@ def test_views_are_made_from_the_state(tmp_path, task):
     obs = dataset.obs.flatten(0, 1)  # all episodes are equally long
     assert torch.equal(found.state[..., found.columns], obs) and found.state.shape[1] == 11
     assert torch.allclose(found.view(found.state[None])[0], found.views(obs).transpose(0, 1), atol=1e-6)
+
+
+def test_a_short_views_padding_is_no_part_of_the_world(tmp_path):
+    """So that a model of the ant learned from one view serves the other."""
+    sizes = []
+    for task in ("full", "partial"):
+        game = envs.make("ant", task, 3, time_limit=5)
+        dataset = record(game, lambda t, obs, info: torch.full((3, 4, 2), 0.1 * t, dtype=torch.float32), seed=0)
+        dataset.info |= {"env": "ant", "task": task, "references": {"random": 0.0, "expert": 1.0}}
+        path = tmp_path / f"{task}.h5"
+        data.write(dataset, path)
+        args = moma.parse(words(tmp_path, env="ant", task=task, dataset=path))
+        found = moma.Data(dataset, args, torch.device("cpu"))
+        obs = dataset.obs[:, :-1][dataset.mask].float()
+        assert torch.allclose(
+            found.view(found.state[found.start][None])[0], found.views(obs).transpose(0, 1), atol=1e-6
+        )
+        assert (found.views(obs)[:, -1, -1] == 0).all() == (task == "partial")  # the last agent sees 4 entries
+        sizes.append(moma.world_of(found, args))
+    assert sizes[0] == sizes[1] and "27 entries" in sizes[0]
 
 
 @pytest.mark.parametrize("env, task", [("reacher", "leader-only"), ("ant", "partial"), ("matrix", "coordination")])
