@@ -215,7 +215,8 @@ def moma(device, seeds, flags, compiled=False):
     """Milliseconds, and multiples of the floor, of an update of the world model, k-step rollouts, a MAPPO update."""
     script, clock = load_script("moma_ppo"), time.process_time if device == "cpu" else time.perf_counter
     args = script.parse(
-        ["--env", "ant", "--task", "partial", "--num-seeds", str(seeds), *flags] + "--rollouts 200 --horizon 10".split()
+        ["--env", "ant", "--task", "partial", "--num-seeds", str(seeds), *flags]
+        + "--memory 10 --rollouts 200 --horizon 10".split()
     )  # 2,000 transitions
     steps, place = torch.ones(20, 500), torch.device(device)
     recorded = {"state": torch.rand(20, 501, 27), "actions": torch.rand(20, 500, 4, 2) * 2 - 1}
@@ -226,7 +227,7 @@ def moma(device, seeds, flags, compiled=False):
     data = script.Data(dataset, args, place)
     agents = script.Agents(data, args, [runs.stream(s, 0) for s in range(seeds)]).to(place)
     members = [runs.stream(s, 2) for s in range(seeds * args.members)]
-    sizes = args.model_hidden, args.reward_hidden, args.model_layers
+    sizes = args.model_hidden, args.reward_hidden, args.model_layers, args.end_from
     world = script.World(data, *sizes, args.normalize, members).to(place)
     adam, model_adam = (torch.optim.Adam([*net.parameters()], 1e-4, fused=True) for net in (agents, world))
     play = script.dream(world.choose(torch.arange(seeds * args.elites, device=place)), data, args)

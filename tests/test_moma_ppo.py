@@ -224,7 +224,7 @@ def known_world(state, action, member, noise):
 
 def test_sampled_states_are_the_members_gaussians(tmp_path, float64):
     args, found, agents = setting(tmp_path, "--sample", "--no-box", "--no-adaptive")
-    world = moma.World(found, 8, 8, 2, True, generators(S * args.elites))
+    world = moma.World(found, 8, 8, 2, "step", True, generators(S * args.elites))
     play, B, D = moma.dream(world, found, args), 5, found.state.shape[1]
     state, action = found.state[found.start[: S * B]].view(S, B, D), torch.randn(S, B, 2)
     member, noise = torch.randint(args.elites, (S, B)), torch.randn(S, B, D)
@@ -617,7 +617,7 @@ def test_step_sizes_fall_to_nothing(tmp_path, monkeypatch, decay):
 def test_beta_weighs_each_error_by_its_sigma(beta, tmp_path, float64):
     """The mean's gradient is that of squared errors over sigma^2, times sigma^(2 beta), in units of the moves."""
     args, found, _ = setting(tmp_path)
-    world = moma.World(found, 8, 8, 2, True, generators(3))
+    world = moma.World(found, 8, 8, 2, "step", True, generators(3))
     with torch.no_grad():
         world.for_state[-1].bias += torch.randn_like(world.for_state[-1].bias)  # sigmas that differ
     rows = found.start[torch.randint(len(found.start), (3, 7))]
@@ -636,11 +636,25 @@ def test_beta_weighs_each_error_by_its_sigma(beta, tmp_path, float64):
     assert torch.allclose(found_slope, slope.sum(1)) and found_slope.abs().max() > 1e-3
 
 
+def test_the_end_can_be_told_by_the_next_state(tmp_path, float64):
+    """By the recorded one where the model learns, by the predicted one where it plays; neither teaches the other."""
+    _, found, _ = setting(tmp_path)
+    world = moma.World(found, 8, 8, 2, "state", True, generators(3))
+    rows = found.start[torch.randint(len(found.start), (3, 7))]
+    state, action, after = found.state[rows], found.action[rows].flatten(2), found.state[rows + 1]
+    guess = world(state, action)
+    judge = lambda x: world.for_end((x - world.mean) / world.std)[..., 0]  # noqa: E731
+    assert torch.equal(guess.end, judge(guess.state)) and torch.equal(world(state, action, after).end, judge(after))
+    assert not torch.equal(guess.end, judge(after))
+    guess.end.sum().backward()
+    assert world.for_end[0].weight.grad.abs().max() > 0 and world.for_state[0].weight.grad is None
+
+
 def test_actions_enter_the_model_in_units_of_their_spread(tmp_path, float64):
     args, found, _ = setting(tmp_path)
-    world = moma.World(found, 8, 8, 2, True, generators(3))
+    world = moma.World(found, 8, 8, 2, "step", True, generators(3))
     found.action = 0.01 * found.action
-    small = moma.World(found, 8, 8, 2, True, generators(3))
+    small = moma.World(found, 8, 8, 2, "step", True, generators(3))
     state, action = found.state[:5].expand(3, -1, -1), torch.randn(3, 5, 2)
     for one, other in zip(world(state, action), small(state, 0.01 * action)):
         assert torch.allclose(one, other, atol=1e-6)
