@@ -66,7 +66,8 @@ Other differences from the code, and choices made here:
      paper's), and a tenth of their rollouts begin where an episode did (--first 0).
  15. The ant's model draws its next states (--no-sample: the code's; noise that the mean lacks makes agents look better
      than they are), and is learned with --beta-nll 0.5 (Seitzer et al., ICLR 2022; 0: the paper's): where a foot may
-     touch the ground or not sigma is large, and the plain likelihood neglects the mean there.
+     touch the ground or not sigma is large, and the plain likelihood neglects the mean there. Whether the ant fell is
+     told by the predicted s' (--end-from step: the paper's): a hundred falls do not teach which s and a lead to one.
  16. The ant's limit, penalties, --no-adaptive and least entropy are ours: the paper's appendix was out of reach.
 
 Speed (tests/bench.py moma), CPU time on one core of a shared server, one seed on the ant's partial view: an update of
@@ -367,7 +368,8 @@ class Data:
     """The dataset as R rows, and the columns of its states in which each agent's view is found.
 
     The state here holds each distinct column of the dataset's states and views once, so that views are made from it
-    by picking columns. In the last row of an episode no step begins: its action and reward are 0.
+    by picking columns; column D, which it lacks, is the 0 that fills up short views. In the last row of an episode no
+    step begins: its action and reward are 0.
     """
 
     def __init__(self, dataset, args, device):

@@ -430,14 +430,17 @@ def saved(folder, part="network"):
     return torch.load(folder / "checkpoint.pt", weights_only=True)[part]
 
 
-@pytest.mark.parametrize("method", ["moma-ppo", "ibc"])
-def test_seeds_at_once_are_single_runs(tmp_path, float64, monkeypatch, method):
+@pytest.mark.parametrize("method, more", [
+    ("moma-ppo", ""), ("moma-ppo", "--sample --end-from state --beta-nll 0.5 --warmup 2 --first 0.3"), ("ibc", ""),
+])  # fmt: skip
+def test_seeds_at_once_are_single_runs(tmp_path, float64, monkeypatch, method, more):
     # The games of an evaluation begin differently for each of all games, so that they depend on how many there are.
     monkeypatch.setattr(moma, "evaluate", lambda agents, *_: (torch.zeros(agents.S, 1), None))
     monkeypatch.setattr(moma, "report", lambda *_: None)
 
     def train(name, **changes):
-        moma.main(moma.parse([*words(tmp_path, method=method, **changes), "--out-dir", str(tmp_path / name)]))
+        flags = words(tmp_path, *more.split(), method=method, **changes)
+        moma.main(moma.parse([*flags, "--out-dir", str(tmp_path / name)]))
         return saved(tmp_path / name), [*csv.DictReader((tmp_path / name / "metrics.csv").open())]
 
     together, rows = train("together", seed=3, num_seeds=2)
