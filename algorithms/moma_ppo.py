@@ -29,8 +29,8 @@ Commands, and the return you should see (last policy, greedy; one CPU core of a 
       neutral data 0.6 +- 0.16, on favourable data 1
   python algorithms/moma_ppo.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 16 minutes:
       normalised 1.02 +- 0.01 (cloning 0.89); --task independent 0.92 +- 0.02 (0.71), leader-only 0.85 +- 0.01 (0.81)
-  python algorithms/moma_ppo.py --env ant --task full                four agents share an ant, a leg each, 25 minutes:
-      it fails, 770 +- 284 (cloning 3,480): agents exploit the model. --simulator: 2,122 +- 418 (2 seeds, 90 updates)
+  python algorithms/moma_ppo.py --env ant --dataset medium           four agents share an ant, a leg each, 40 minutes:
+      2,514 +- 36 (the data 1,719, cloning 2,341); on full-replay 3,508 +- 86 (2,644; 3,480)
   ... --world-model runs/moma_ppo/OTHER                              with the model of another run of the same body
   ... --penalty aleatoric | --penalty none | --no-adaptive | --no-box | --horizon 50 | --simulator         ablations
 
@@ -64,10 +64,10 @@ Other differences from the code, and choices made here:
      leader-only has a memory (--memory 10: the paper's), which makes an update three times as dear.
  14. The ant's agents first clone the data for 3,000 updates, in which V learns the data's returns (--warmup 0: the
      paper's), and a tenth of their rollouts begin where an episode did (--first 0).
- 15. The ant's model draws its next states (--no-sample: the code's; noise that the mean lacks makes agents look better
-     than they are), and is learned with --beta-nll 0.5 (Seitzer et al., ICLR 2022; 0: the paper's): where a foot may
-     touch the ground or not sigma is large, and the plain likelihood neglects the mean there. Whether the ant fell is
-     told by the predicted s' (--end-from step: the paper's): a hundred falls do not teach which s and a lead to one.
+ 15. The ant's model draws its next states (--no-sample-states: the code's), for without noise agents look better than
+     they are. It is learned with --beta-nll 0.5 (Seitzer et al., ICLR 2022; 0: the paper's): where a foot may touch the
+     ground or not sigma is large, and the plain likelihood neglects the mean there. Whether the ant fell is told by the
+     predicted s' (--end-from step: the paper's), as a hundred falls do not teach which s and a lead to one.
  16. The ant's limit, penalties, --no-adaptive and least entropy are ours: the paper's appendix was out of reach.
 
 Speed (tests/bench.py moma), CPU time on one core of a shared server, one seed on the ant's partial view: an update of
@@ -155,7 +155,7 @@ class Args:
     adaptive: bool = True  # stop rollouts where eps_g reaches the limit
     box: bool = True  # clip states and rewards to the range of the data
     reward_from: Literal["mean", "member"] = "mean"  # all members' mean reward, or that of the member drawn
-    sample: bool = False  # draw the next state from the member's Gaussian in place of its mean
+    sample_states: bool = False  # draw the next state from the member's Gaussian in place of its mean
     end_by: Literal["majority", "member"] = "majority"  # all members' vote on the end, or that of the member drawn
     # --- act 2, MAPPO
     warmup: int = 0  # updates of cloning before the first rehearsal, in which the critic learns from the data as well
@@ -188,9 +188,9 @@ def preset(env, task, method):
         body |= dict(memory=10)
     if env == "ant":
         body |= dict(
-            model_steps=6000, model_hidden=400, model_lr=5e-3, end_from="state", beta_nll=0.5, horizon=50,
-            first=0.1, limit=20.0, state_penalty=0.5, adaptive=False, sample=True, least_entropy=-8.0, warmup=3000, lr=1e-4, steps=60,
-            eval_every=20,
+            model_steps=6000, model_hidden=400, model_lr=5e-3, end_from="state", beta_nll=0.5, horizon=50, first=0.1,
+            limit=20.0, state_penalty=0.5, adaptive=False, sample_states=True, least_entropy=-8.0, warmup=3000, lr=1e-4,
+            steps=60, eval_every=20,
         )  # fmt: skip
         if task == "partial":  # clones hardly walk there, so there is more to learn
             body |= dict(lr=3e-4, steps=120, eval_every=40)
@@ -245,7 +245,7 @@ class World(nn.Module):
             self.register_buffer(name, value.clone())  # the data keep their own
 
     def forward(self, state, action, next_state=None):
-        """(Q, B, D), (Q, B, X) -> `Guess`; with the true next states (Q, B, D) it judges by them whether the game ends."""
+        """(Q, B, D), (Q, B, X) -> `Guess`; given the true next states (Q, B, D), these tell whether the game ends."""
         x = torch.cat([(state - self.mean) / self.std, (action - self.action_mean) / self.action_std], -1)
         move, log_std = self.for_state(x).chunk(2, -1)  # (Q, B, D) each
         earned, reward_log_std = self.for_reward(x).unbind(-1)  # (Q, B) each
@@ -580,7 +580,7 @@ def open_loop(world, data, S, horizon):
 # ---------------------------------------------------------------- act 2: rollouts
 def dream(world, data, args):
     """The model as a world to play in: a function of states (S, B, D), joint actions (S, B, X), members (S, B), and of
-    the noise (S, B, D) that the next states have with --sample.
+    the noise (S, B, D) that the next states have with --sample-states.
 
     It returns the next states, the penalised rewards, where the game ends, and where the model is sure (S, B).
     """
@@ -681,7 +681,7 @@ def rehearse(agents, world, data, generators, args):
     member = (runs.uniform(generators, k, B) * args.elites).long()
     noise = agents.noise(generators, k, N, B)
     shock = [None] * k
-    if args.sample:
+    if args.sample_states:
         blank = data.state.new_empty(k, B, data.state.shape[1])
         shock = torch.stack([torch.empty_like(blank).normal_(generator=g) for g in generators], 1)  # (k, S, B, D)
     state, history = data.begin(rows[:, 0], args.memory)

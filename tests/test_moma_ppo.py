@@ -38,8 +38,8 @@ def reach(folder, task="independent", episodes=12, steps=8, seed=0):
 
 SMALL = {
     "num-seeds": S, "model-steps": 6, "model-eval-every": 3, "model-batch": 5, "model-hidden": 8, "reward-hidden": 8,
-    "model-layers": 2, "members": 3, "elites": 2, "steps": 2, "eval-every": 1, "eval-episodes": 1, "rollouts": 6, "horizon": 3,
-    "batch-size": 4, "epochs": 1, "memory": 3, "width": 4, "hidden": 8,
+    "model-layers": 2, "members": 3, "elites": 2, "steps": 2, "eval-every": 1, "eval-episodes": 1, "rollouts": 6,
+    "horizon": 3, "batch-size": 4, "epochs": 1, "memory": 3, "width": 4, "hidden": 8,
 }  # fmt: skip
 
 
@@ -223,7 +223,7 @@ def known_world(state, action, member, noise):
 
 
 def test_sampled_states_are_the_members_gaussians(tmp_path, float64):
-    args, found, agents = setting(tmp_path, "--sample", "--no-box", "--no-adaptive")
+    args, found, agents = setting(tmp_path, "--sample-states", "--no-box", "--no-adaptive")
     world = moma.World(found, 8, 8, 2, "step", True, generators(S * args.elites))
     play, B, D = moma.dream(world, found, args), 5, found.state.shape[1]
     state, action = found.state[found.start[: S * B]].view(S, B, D), torch.randn(S, B, 2)
@@ -431,7 +431,8 @@ def saved(folder, part="network"):
 
 
 @pytest.mark.parametrize("method, more", [
-    ("moma-ppo", ""), ("moma-ppo", "--sample --end-from state --beta-nll 0.5 --warmup 2 --first 0.3"), ("ibc", ""),
+    ("moma-ppo", ""), ("ibc", ""),
+    ("moma-ppo", "--sample-states --end-from state --beta-nll 0.5 --warmup 2 --first 0.3"),
 ])  # fmt: skip
 def test_seeds_at_once_are_single_runs(tmp_path, float64, monkeypatch, method, more):
     # The games of an evaluation begin differently for each of all games, so that they depend on how many there are.
