@@ -70,9 +70,9 @@ Other differences from the code, and choices made here:
      predicted s' (--end-from step: the paper's), as a hundred falls do not teach which s and a lead to one.
  16. The ant's limit, penalties, --no-adaptive and least entropy are ours: the paper's appendix was out of reach.
 
-Speed (tests/bench.py moma), CPU time on one core of a shared server, one seed on the ant's partial view: an update of
-the model 44 ms, 2,000 steps in it 0.26 s, an update of MAPPO (5 epochs) 1.0 s. At the sizes of the authors' code 1.0 s,
-2.4 s and 4.1 s, where theirs takes 1.4 s, 3.1 s and 11.6 s.
+Speed (tests/bench.py moma), CPU time on one core of a shared server, one seed on the ant's partial view with memory: an
+update of the model 72 ms, 2,000 steps in it 0.27 s, an update of MAPPO (5 epochs) 0.8 s. At the sizes of the authors'
+code 1.0 s, 2.1 s and 3.5 s, where theirs takes 1.4 s, 3.1 s and 11.6 s.
 
 Seeds differ in all that is random here, but share the held-out episodes, and are evaluated in one environment.
 
