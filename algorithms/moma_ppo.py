@@ -1038,6 +1038,8 @@ def main(args):
     def learn(step):
         if not rehearses:
             return clone(agents, adam, cloning_loss, data, generators, args)
+        if args.warmup and step == 0:
+            print(f"cloning first, {args.warmup} updates", flush=True)
         for _ in range(args.warmup if step == 0 else 0):
             clone(agents, adam, cloning_loss, data, generators, args)
         batch, logs = rehearse(agents, play, data, generators, args)
