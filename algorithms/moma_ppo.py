@@ -193,7 +193,7 @@ def preset(env, task, method):
             steps=60, eval_every=20,
         )  # fmt: skip
         if task == "partial":  # clones hardly walk there, so there is more to learn
-            body |= dict(lr=3e-4, steps=120, eval_every=40)
+            body |= dict(lr=3e-4, steps=150, eval_every=50)
     if method == "ibc":
         body |= dict(steps=5000, eval_every=1000, batch_size=256, lr=3e-4)
     return body
