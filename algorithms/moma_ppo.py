@@ -30,7 +30,7 @@ Commands, and the return you should see (last policy, greedy; one CPU core of a 
   python algorithms/moma_ppo.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 16 minutes:
       normalised 1.02 +- 0.01 (cloning 0.89); --task independent 0.92 +- 0.02 (0.71), leader-only 0.85 +- 0.01 (0.81)
   python algorithms/moma_ppo.py --env ant --dataset medium           four agents share an ant, a leg each, 30 minutes:
-      2,519 +- 37 (the data 1,719, cloning 2,341); on full-replay 3,508 +- 86 (2,644; 3,480)
+      2,519 +- 37 (the data 1,719, cloning 2,332); on full-replay 3,508 +- 86 (2,644; 3,480)
   ... --world-model runs/moma_ppo/OTHER                              with the model of another run of the same body
   ... --penalty aleatoric | --penalty none | --no-adaptive | --no-box | --horizon 50 | --simulator         ablations
 
