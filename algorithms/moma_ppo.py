@@ -8,19 +8,19 @@ The idea. Learn a model of the world from the data, and let the team play in it,
 (MAPPO), for a few steps from recorded situations. Agents that meet in the model can agree on one convention. An
 ensemble says where the model is guessing: there the reward is lowered, and beyond a limit the rollout stops.
 
-Equations. s is the state, a the joint action, o_i agent i's view, h_i its last views and actions. Members e = 1..n of
-the ensemble predict s'_e and r_e; x_e = (s'_e, r_e) in one vector.
-  ensemble   L_e     = -log N(s'; s'_e, sigma_e) - log N(r; r_e, sigma_e) + BCE(end)
-             r^      = mean_e r_e,  s^ = s'_e of one member drawn for each step,  end = majority of the members
-             eps_r   = var_e r_e,   eps_g = | cov_e x_e |_F = | X X^T |_F / (n - 1),   X: x_e - mean_e x_e, one row each
-             r~      = box(r^) - lambda_r min(eps_r, l) - lambda_g min(eps_g, l),  s^ = box(s^)
-  masks      m       = 0 where the game ended;   zeta = 0 at a rollout's k-th step, or where eps_g >= l
-  GAE        delta_t = r~_t + gamma m_t V(s_{t+1}) - V(s_t)
-             A_t     = delta_t + gamma lambda m_t zeta_t A_{t+1}
-             R_t     = r~_t + gamma m_t [ zeta_t R_{t+1} + (1 - zeta_t) V(s_{t+1}) ]
-  agents     V       = sum_i w_i(s) V_i(h_i, o_i) + b(s),   log pi = sum_i log pi_i(a_i|h_i, o_i)
-             L(pi)   = -E min( rho A, clip(rho) A ) + E sum max(0, |mean action| - 1)^2 - alpha H,  rho = pi / pi_played
-             L(V)    = 1/2 max( E (V - R)^2, E (V_old + clip(V - V_old) - R)^2 )
+Equations, by numbers of our own. s is the state, a the joint action, o_i agent i's view, h_i its last views and
+actions. Members e = 1..n of the ensemble predict s'_e and r_e; x_e = (s'_e, r_e) in one vector.
+ 1 ensemble   L_e     = -log N(s'; s'_e, sigma_e) - log N(r; r_e, sigma_e) + BCE(end)
+ 2            r^      = mean_e r_e,  s^ = s'_e of one member drawn for each step,  end = majority of the members
+ 3            eps_r   = var_e r_e,   eps_g = | cov_e x_e |_F = | X X^T |_F / (n - 1),   rows of X: x_e - mean_e x_e
+ 4            r~      = box(r^) - lambda_r min(eps_r, l) - lambda_g min(eps_g, l),  s^ = box(s^)
+ 5 masks      m       = 0 where the game ended;   zeta = 0 at a rollout's k-th step, or where eps_g >= l
+ 6 GAE        delta_t = r~_t + gamma m_t V(s_{t+1}) - V(s_t)
+ 7            A_t     = delta_t + gamma lambda m_t zeta_t A_{t+1}
+ 8            R_t     = r~_t + gamma m_t [ zeta_t R_{t+1} + (1 - zeta_t) V(s_{t+1}) ]
+ 9 agents     V       = sum_i w_i(s) V_i(h_i, o_i) + b(s),   log pi = sum_i log pi_i(a_i|h_i, o_i)
+10            L(pi)   = -E min( rho A, clip(rho) A ) + E sum max(0, |mean action| - 1)^2 - alpha H, rho = pi / pi_played
+11            L(V)    = 1/2 max( E (V - R)^2, E (V_old + clip(V - V_old) - R)^2 )
 
 Commands, and the return you should see (last policy, greedy; one CPU core of a small server, torch 2.13):
   python algorithms/moma_ppo.py                          the coordination game, unfavourable data, 10 seeds at once, 8 s
@@ -28,7 +28,7 @@ Commands, and the return you should see (last policy, greedy; one CPU core of a 
   python algorithms/moma_ppo.py --method ibc             the yardstick, each agent clones its own actions, 6 s: 0; on
       neutral data 0.6 +- 0.16, on favourable data 1
   python algorithms/moma_ppo.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 16 minutes:
-      normalised 1.02 +- 0.01 (cloning 0.89); --task independent 0.92 +- 0.02 (0.71), leader-only 0.85 +- 0.01 (0.81)
+      normalised 1.02 +- 0.01 (cloning 0.89); --task independent 0.92 +- 0.02 (0.71), leader-only --memory 0 0.85 (0.81)
   python algorithms/moma_ppo.py --env ant --dataset medium           four agents share an ant, a leg each, 30 minutes:
       2,519 +- 37 (the data 1,719, cloning 2,332); on full-replay 3,508 +- 86 (2,644; 3,480)
   ... --world-model runs/moma_ppo/OTHER                              with the model of another run of the same body
@@ -331,7 +331,7 @@ class Agents(nn.Module):
         return torch.cat([mean, (self.log_spread + log_std).clamp(-6, 0)], -1)
 
     def value(self, x, state):
-        """V of states (S, B, D), in units of the reward, (S, B)."""
+        """Eq. 9: V of states (S, B, D), in units of the reward, (S, B)."""
         own = self.values(x)[..., 0].unflatten(0, (self.S, self.N))  # (S, N, B)
         weight, bias = self.mixer(state).transpose(1, 2).split([self.N, 1], 1)
         return self.return_mean + self.return_std * ((weight * own).sum(1) + bias[:, 0])
@@ -499,7 +499,7 @@ def push(history, obs, played):
 
 # ---------------------------------------------------------------- act 1: the world model
 def model_loss(world, state, action, next_state, reward, end, beta):
-    """L_e of Q models, (Q,): (Q, B, ...) each."""
+    """Eq. 1: L_e of Q models, (Q,): (Q, B, ...) each."""
     guess = world(state, action, next_state)
 
     def nll(error, std, unit):  # in units of what is to be predicted
@@ -595,15 +595,16 @@ def dream(world, data, args):
         next_state = each.state.gather(1, entries)[:, 0]
         if noise is not None:
             next_state = next_state + each.state_std.gather(1, entries)[:, 0] * noise
+        # Eq. 2: what happens next, by the mean of the members, by the one drawn, and by their vote.
         reward = each.reward.mean(1) if args.reward_from == "mean" else each.reward.gather(1, drawn)[:, 0]
         ends = each.end > 0
         end = 2 * ends.sum(1) > n if args.end_by == "majority" else ends.gather(1, drawn)[:, 0]
 
-        uncertain = gram_norm(torch.cat([each.state, each.reward[..., None]], -1) * root)  # eps_g
+        uncertain = gram_norm(torch.cat([each.state, each.reward[..., None]], -1) * root)  # Eq. 3: eps_g
         if args.box:
             next_state = torch.minimum(torch.maximum(next_state, data.low), data.high)
             reward = torch.minimum(torch.maximum(reward, data.reward_low), data.reward_high)
-        if args.penalty == "epistemic":
+        if args.penalty == "epistemic":  # Eq. 4
             reward = reward - args.reward_penalty * each.reward.var(1).clamp(max=args.limit)
             reward = reward - args.state_penalty * uncertain.clamp(max=args.limit)
         elif args.penalty == "aleatoric":
@@ -657,7 +658,7 @@ class Batch(NamedTuple):
 
 
 def gae(reward, value, next_value, m, zeta, gamma, lam):
-    """Advantages A and returns R of rollouts (S, B, k), with both masks."""
+    """Eqs. 6 to 8: advantages A and returns R of rollouts (S, B, k), with both masks."""
     delta = reward + gamma * m * next_value - value
     advantage, returns = torch.empty_like(delta), torch.empty_like(delta)
     later = total = torch.zeros_like(delta[..., 0])
@@ -698,6 +699,7 @@ def rehearse(agents, world, data, generators, args):
         next_value = agents.value(agents.remember(data.view(next_state), next_history), data.normal(next_state))
         if args.box and not args.simulator:
             next_value = next_value.clamp(data.value_low, data.value_high)
+        # Eq. 5
         m, zeta = 1 - end.to(reward.dtype), sure.to(reward.dtype) * (t < k - 1)
         steps.append((obs, history, action, seen, log_prob, value, reward, next_value, m, zeta))
         if t < k - 1:  # where a rollout is over, another one begins
@@ -726,8 +728,10 @@ def ppo_loss(agents, batch, clip, action_penalty):
     log_prob, entropy = agents.log_prob(out, batch.action)
     log_ratio = (log_prob - batch.log_prob).clamp(max=10)
     ratio, advantage = log_ratio.exp(), batch.advantage
+    # Eq. 10
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     value, before, returns = (v / agents.return_std for v in (value, batch.value, batch.returns))
+    # Eq. 11
     near = before + (value - before).clamp(-clip, clip)
     value_loss = 0.5 * torch.maximum(((value - returns) ** 2).mean(1), ((near - returns) ** 2).mean(1))
     policy_loss, entropy = -gain.mean(1), entropy.mean(1)
