@@ -57,9 +57,8 @@ Other differences from the code, and choices made here:
  10. The clip of L(V) is in units of the spread of the data's returns, not of the reward. w(s) and b(s) read the state,
      as the paper writes, not everybody's views.
  11. Policies begin with the spread of the recorded actions, not with 1: beyond it the model only guesses.
- 12. With the box on, V(s_{t+1}) of the model's states stays in the range of what the recorded rest of an episode was
-     worth, half as wide again on both sides. Where rollouts stop because the model is unsure, nothing else teaches V,
-     and it can run away.
+ 12. The box is half as wide again on either side on the reacher (--box-margin 0: the paper's). There each arm comes
+     from one side, so that a tip that passes its target would be held beside it, and agents learn to use that.
  13. Bodies rehearse for 25 steps (reacher) or 50 (ant), not for 10: so V matters less, and few updates do. Only
      leader-only has a memory (--memory 10: the paper's), which makes an update three times as dear.
  14. The ant's agents first clone the data for 3,000 updates, in which V learns the data's returns (--warmup 0: the
@@ -154,6 +153,7 @@ class Args:
     limit: float = 2.0  # l: the most that a penalty counts, and where rollouts stop
     adaptive: bool = True  # stop rollouts where eps_g reaches the limit
     box: bool = True  # clip states and rewards to the range of the data
+    box_margin: float = 0.0  # that of states is wider by this share of itself on either side
     reward_from: Literal["mean", "member"] = "mean"  # all members' mean reward, or that of the member drawn
     sample_states: bool = False  # draw the next state from the member's Gaussian in place of its mean
     end_by: Literal["majority", "member"] = "majority"  # all members' vote on the end, or that of the member drawn
@@ -180,15 +180,13 @@ def preset(env, task, method):
         return {} if method == "moma-ppo" else dict(steps=1000, eval_every=250, lr=1e-2)
     body = dict(
         dataset="expert-mix" if env == "reacher" else "full-replay", num_seeds=3, model_steps=3000,
-        model_eval_every=500, model_batch=256, model_hidden=200, reward_hidden=200, model_layers=3, model_lr=1e-3,
-        penalty="epistemic", horizon=25, rollouts=80, steps=800, eval_every=50, lr=3e-4, batch_size=500, hidden=128,
-        width=32,
+        model_eval_every=500, model_batch=256, model_hidden=200, reward_hidden=200, model_layers=3, model_lr=5e-3,
+        beta_nll=0.5, penalty="epistemic", box_margin=0.5, horizon=25, first=0.5, rollouts=80, steps=800, eval_every=50,
+        lr=3e-4, batch_size=500, hidden=128, width=32,
     )  # fmt: skip
-    if task == "leader-only":  # the follower has to read the target off the leader's moves
-        body |= dict(memory=10)
     if env == "ant":
         body |= dict(
-            model_steps=6000, model_hidden=400, model_lr=5e-3, end_from="state", beta_nll=0.5, horizon=50, first=0.1,
+            model_steps=6000, model_hidden=400, end_from="state", box_margin=0.0, horizon=50, first=0.1,
             limit=20.0, state_penalty=0.5, adaptive=False, sample_states=True, least_entropy=-8.0, warmup=3000, lr=1e-4,
             steps=60, eval_every=20,
         )  # fmt: skip
@@ -436,8 +434,6 @@ class Data:
             togo.append(later)
         togo = torch.stack(togo[::-1], 1)[dataset.mask]
         self.togo = torch.zeros_like(self.reward).index_copy_(0, self.start, togo)  # (R,)
-        margin = (togo.max() - togo.min()) / 2
-        self.value_low, self.value_high = togo.min() - margin, togo.max() + margin
         unit = togo.std(correction=0)
         one = torch.ones_like(unit)
         self.return_units = (togo.mean(), torch.where(unit > 1e-6, unit, one)) if args.normalize else (one - 1, one)
@@ -584,7 +580,7 @@ def dream(world, data, args):
 
     It returns the next states, the penalised rewards, where the game ends, and where the model is sure (S, B).
     """
-    root = data.weight.sqrt()
+    root, room = data.weight.sqrt(), args.box_margin * (data.high - data.low)
 
     def step(state, action, member, noise=None):
         S, n = len(state), args.elites
@@ -602,7 +598,7 @@ def dream(world, data, args):
 
         uncertain = gram_norm(torch.cat([each.state, each.reward[..., None]], -1) * root)  # Eq. 3: eps_g
         if args.box:
-            next_state = torch.minimum(torch.maximum(next_state, data.low), data.high)
+            next_state = torch.minimum(torch.maximum(next_state, data.low - room), data.high + room)
             reward = torch.minimum(torch.maximum(reward, data.reward_low), data.reward_high)
         if args.penalty == "epistemic":  # Eq. 4
             reward = reward - args.reward_penalty * each.reward.var(1).clamp(max=args.limit)
@@ -697,8 +693,6 @@ def rehearse(agents, world, data, generators, args):
         next_state, reward, end, sure = world(state, played.transpose(1, 2).flatten(2), member[:, t], shock[t])
         next_history = push(history, obs, played)
         next_value = agents.value(agents.remember(data.view(next_state), next_history), data.normal(next_state))
-        if args.box and not args.simulator:
-            next_value = next_value.clamp(data.value_low, data.value_high)
         # Eq. 5
         m, zeta = 1 - end.to(reward.dtype), sure.to(reward.dtype) * (t < k - 1)
         steps.append((obs, history, action, seen, log_prob, value, reward, next_value, m, zeta))
@@ -1075,7 +1069,7 @@ def parse(argv=None):
         mine = preset(args.env, task, args.method)
         args = read(default=Args(**mine, env=args.env, task=task, method=args.method))
     zero = "seed episodes holdout least_entropy first warmup reward_penalty state_penalty aleatoric gamma gae_lambda "
-    zero += "action_penalty memory beta_nll"
+    zero += "action_penalty memory beta_nll box_margin"
     positive = replace(args, least_entropy=abs(args.least_entropy))
     runs.check_numbers(positive, may_be_zero=zero, at_most_one="gamma gae_lambda first beta_nll")
     if not 2 <= args.elites <= args.members:
