@@ -560,6 +560,19 @@ def test_rollouts_can_begin_where_episodes_do(tmp_path, float64):
     assert torch.equal(found.age[found.first], torch.zeros(12)) and len(found.first) == 12
 
 
+def test_what_lies_beyond_a_rollout_is_worth_no_more_than_the_data_could_be(tmp_path, float64):
+    for more, bounded in ((("--bound-values",), True), ((), False)):
+        args, found, agents = setting(tmp_path, *more)
+        with torch.no_grad():
+            agents.mixer[-1].bias[..., -1] = 1e6
+        batch, _ = moma.rehearse(agents, known_world, found, generators(), args)
+        last = batch.returns.unflatten(1, (args.rollouts, args.horizon))[..., -1]
+        reward = found.state.abs().sum(1).max() * 3
+        assert (last < reward + args.gamma * found.value_high).all() == bounded
+    low, high = found.togo[found.start].aminmax()
+    assert found.value_high == high + (high - low) / 2 and found.value_low == low - (high - low) / 2
+
+
 def test_togo_is_the_discounted_rest_of_the_episode(tmp_path, float64):
     args, found, _ = setting(tmp_path, gamma=0.8)
     for row in found.start[::7].tolist():
