@@ -436,7 +436,7 @@ def saved(folder, part="network"):
 
 @pytest.mark.parametrize("method, more", [
     ("moma-ppo", ""), ("ibc", ""),
-    ("moma-ppo", "--sample-states --end-from state --beta-nll 0.5 --warmup 2 --first 0.3"),
+    ("moma-ppo", "--sample-states --end-from state --beta-nll 0.5 --warmup 2 --first 0.3 --bound-values"),
 ])  # fmt: skip
 def test_seeds_at_once_are_single_runs(tmp_path, float64, monkeypatch, method, more):
     # The games of an evaluation begin differently for each of all games, so that they depend on how many there are.
