@@ -57,10 +57,11 @@ Other differences from the code, and choices made here:
  10. The clip of L(V) is in units of the spread of the data's returns, not of the reward. w(s) and b(s) read the state,
      as the paper writes, not everybody's views.
  11. Policies begin with the spread of the recorded actions, not with 1: beyond it the model only guesses.
- 12. The box is half as wide again on either side on the reacher (--box-margin 0: the paper's). There each arm comes
-     from one side, so that a tip that passes its target would be held beside it, and agents learn to use that. On the
-     ant V(s_{t+1}) of the model's states stays in the range of what the recorded rest of an episode was worth, as much
-     wider (--no-bound-values: the paper's); on the reacher that makes bad teams look good, and they stay bad.
+ 12. The box is half as wide again on either side on the reacher, for rewards below only (--box-margin 0: the paper's).
+     There each arm comes from one side, so that a tip that passes its target would be held beside it, and noisy teams
+     never waste torque as much as an agent can: agents learn to use both. On the ant V(s_{t+1}) of the model's states
+     stays in the range of what the recorded rest of an episode was worth, as much wider (--no-bound-values: the
+     paper's); on the reacher that makes bad teams look good, and they stay bad.
  13. Bodies rehearse for 25 steps (reacher) or 50 (ant), not for 10: so V matters less, and few updates do. Half of
      the reacher's rollouts begin where an episode did (--first 0: the paper's). Agents have no memory (--memory 10: the
      paper's), which makes an update three times as dear.
@@ -156,7 +157,7 @@ class Args:
     limit: float = 2.0  # l: the most that a penalty counts, and where rollouts stop
     adaptive: bool = True  # stop rollouts where eps_g reaches the limit
     box: bool = True  # clip states and rewards to the range of the data
-    box_margin: float = 0.0  # that of states is wider by this share of itself on either side
+    box_margin: float = 0.0  # it is wider by this share of itself on either side, for rewards below only
     bound_values: bool = False  # keep V(s') of the model's states near the range of the data's returns
     reward_from: Literal["mean", "member"] = "mean"  # all members' mean reward, or that of the member drawn
     sample_states: bool = False  # draw the next state from the member's Gaussian in place of its mean
@@ -185,7 +186,7 @@ def preset(env, task, method):
     body = dict(
         dataset="expert-mix" if env == "reacher" else "full-replay", num_seeds=3, model_steps=3000,
         model_eval_every=500, model_batch=256, model_hidden=200, reward_hidden=200, model_layers=3, model_lr=5e-3,
-        beta_nll=0.5, penalty="epistemic", box_margin=0.5, horizon=25, first=0.5, rollouts=80, steps=800, eval_every=50,
+        beta_nll=0.5, penalty="epistemic", box_margin=0.5, horizon=25, first=0.5, rollouts=80, steps=300, eval_every=50,
         lr=3e-4, batch_size=500, hidden=128, width=32,
     )  # fmt: skip
     if env == "ant":
@@ -583,6 +584,7 @@ def dream(world, data, args):
     It returns the next states, the penalised rewards, where the game ends, and where the model is sure (S, B).
     """
     root, room = data.weight.sqrt(), args.box_margin * (data.high - data.low)
+    worst = data.reward_low - args.box_margin * (data.reward_high - data.reward_low)
 
     def step(state, action, member, noise=None):
         S, n = len(state), args.elites
@@ -601,7 +603,7 @@ def dream(world, data, args):
         uncertain = gram_norm(torch.cat([each.state, each.reward[..., None]], -1) * root)  # Eq. 3: eps_g
         if args.box:
             next_state = torch.minimum(torch.maximum(next_state, data.low - room), data.high + room)
-            reward = torch.minimum(torch.maximum(reward, data.reward_low), data.reward_high)
+            reward = torch.minimum(torch.maximum(reward, worst), data.reward_high)
         if args.penalty == "epistemic":  # Eq. 4
             reward = reward - args.reward_penalty * each.reward.var(1).clamp(max=args.limit)
             reward = reward - args.state_penalty * uncertain.clamp(max=args.limit)

@@ -168,6 +168,7 @@ def test_a_state_outside_the_box_is_clipped_to_it(tmp_path):
     assert torch.equal(moma.dream(stub(found, 0.0, 100.0), found, free)(*rest)[0], rest[0] + 100)
     found.reward_low, found.reward_high = torch.tensor(-0.5), torch.tensor(0.0)  # below it the members' -1
     assert torch.equal(moma.dream(stub(found), found, args)(*rest)[1], torch.full((1, 4), -0.5))
+    assert torch.equal(moma.dream(stub(found), found, wide)(*rest)[1], torch.full((1, 4), -0.75))
 
 
 def test_the_memory_is_attention_step_by_step(tmp_path, float64):
