@@ -60,8 +60,8 @@ Other differences from the code, and choices made here:
  12. The box is half as wide again on either side on the reacher, for rewards below only (--box-margin 0: the paper's).
      There each arm comes from one side, so that a tip that passes its target would be held beside it, and noisy teams
      never waste torque as much as an agent can: agents learn to use both. On the ant V(s_{t+1}) of the model's states
-     stays in the range of what the recorded rest of an episode was worth, as much wider (--no-bound-values: the
-     paper's); on the reacher that makes bad teams look good, and they stay bad.
+     stays below the best that a recorded rest of an episode was worth, and half of their range (--no-bound-values: the
+     paper's): else it may run away where no reward contradicts it.
  13. Bodies rehearse for 25 steps (reacher) or 50 (ant), not for 10: so V matters less, and few updates do. Half of
      the reacher's rollouts begin where an episode did (--first 0: the paper's). Agents have no memory (--memory 10: the
      paper's), which makes an update three times as dear.
@@ -158,7 +158,7 @@ class Args:
     adaptive: bool = True  # stop rollouts where eps_g reaches the limit
     box: bool = True  # clip states and rewards to the range of the data
     box_margin: float = 0.0  # it is wider by this share of itself on either side, for rewards below only
-    bound_values: bool = False  # keep V(s') of the model's states near the range of the data's returns
+    bound_values: bool = False  # keep V(s') of the model's states from rising far above the data's returns
     reward_from: Literal["mean", "member"] = "mean"  # all members' mean reward, or that of the member drawn
     sample_states: bool = False  # draw the next state from the member's Gaussian in place of its mean
     end_by: Literal["majority", "member"] = "majority"  # all members' vote on the end, or that of the member drawn
@@ -435,8 +435,7 @@ class Data:
             togo.append(later)
         togo = torch.stack(togo[::-1], 1)[dataset.mask]
         self.togo = torch.zeros_like(self.reward).index_copy_(0, self.start, togo)  # (R,)
-        margin = (togo.max() - togo.min()) / 2
-        self.value_low, self.value_high = togo.min() - margin, togo.max() + margin
+        self.value_high = togo.max() + (togo.max() - togo.min()) / 2
         unit = togo.std(correction=0)
         one = torch.ones_like(unit)
         self.return_units = (togo.mean(), torch.where(unit > 1e-6, unit, one)) if args.normalize else (one - 1, one)
@@ -698,7 +697,7 @@ def rehearse(agents, world, data, generators, args):
         next_history = push(history, obs, played)
         next_value = agents.value(agents.remember(data.view(next_state), next_history), data.normal(next_state))
         if args.bound_values and not args.simulator:
-            next_value = next_value.clamp(data.value_low, data.value_high)
+            next_value = next_value.clamp(max=data.value_high)  # from below, bad teams would look good
         # Eq. 5
         m, zeta = 1 - end.to(reward.dtype), sure.to(reward.dtype) * (t < k - 1)
         steps.append((obs, history, action, seen, log_prob, value, reward, next_value, m, zeta))
