@@ -27,12 +27,13 @@ Commands, and the return you should see (last policy, greedy; one CPU core of a 
       of CPU time: 1 in 10 of 10 seeds, and so with --dataset neutral and favourable
   python algorithms/moma_ppo.py --method ibc             the yardstick, each agent clones its own actions, 6 s: 0; on
       neutral data 0.6 +- 0.16, on favourable data 1
-  python algorithms/moma_ppo.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 16 minutes:
-      normalised 1.02 +- 0.01 (cloning 0.89); --task independent 0.92 +- 0.02 (0.71), leader-only --memory 0 0.85 (0.81)
-  python algorithms/moma_ppo.py --env ant --dataset medium           four agents share an ant, a leg each, 30 minutes:
-      2,519 +- 37 (the data 1,719, cloning 2,332); on full-replay 3,508 +- 86 (2,644; 3,480)
+  python algorithms/moma_ppo.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 9 minutes:
+      normalised 1.01 +- 0.02 (cloning 0.89); --task independent 0.97 +- 0.02 (0.71), leader-only 0.91 +- 0.02 (0.83)
+  python algorithms/moma_ppo.py --env ant --dataset medium           four agents share an ant, a leg each, 34 minutes:
+      2,595 +- 179 (the data 1,719, cloning 2,332); on full-replay 3,580 +- 38 (2,644; 3,480); --task partial, where
+      three of them see their own leg only, 1,621 +- 32 on medium (cloning 977)
   ... --world-model runs/moma_ppo/OTHER                              with the model of another run of the same body
-  ... --penalty aleatoric | --penalty none | --no-adaptive | --no-box | --horizon 50 | --simulator         ablations
+  ... --penalty aleatoric | --penalty none | --no-adaptive | --no-box | --horizon 5 | --simulator          ablations
 
 Where the paper and its authors' code disagree the default is the paper's; the flag in brackets gives the code's.
   1. The reward is the ensemble's mean, not one member's (--reward-from member); a game ends by the vote of the members,
