@@ -30,7 +30,7 @@ Commands, and the return you should see (last policy, greedy; one CPU core of a 
   python algorithms/moma_ppo.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 9 minutes:
       normalised 1.01 +- 0.02 (cloning 0.89); --task independent 0.97 +- 0.02 (0.71), leader-only 0.91 +- 0.02 (0.83)
   python algorithms/moma_ppo.py --env ant --dataset medium           four agents share an ant, a leg each, 34 minutes:
-      2,700 +- 64 (the data 1,719, cloning 2,332); on full-replay 3,580 +- 38 (2,644; 3,480); --task partial, where
+      2,700 +- 64 (the data 1,719, cloning 2,332); on full-replay 3,789 +- 45 (2,644; 3,480); --task partial, where
       three of them see their own leg only, 1,212 +- 82 on full-replay (cloning 814)
   ... --world-model runs/moma_ppo/OTHER                              with the model of another run of the same body
   ... --penalty aleatoric | --penalty none | --no-adaptive | --no-box | --horizon 5 | --simulator          ablations
