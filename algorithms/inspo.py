@@ -8,7 +8,8 @@ The idea. The agents learn in turns. When it is agent i's turn, the minibatch is
 recorded actions look as if they came from their *current* policies. So agent i answers the convention that the team
 leans towards by now, not the average of the dataset, and its answer tips the team further. Policies learn by weighted
 cloning of recorded actions, so no policy is ever trained towards an action that was not recorded. An entropy bonus that
-decays over training first flattens the behaviour's preferences, so that a rare but better convention can win.
+decays over training first flattens the behaviour's preferences, so that a rare but better convention can win. With
+exact values every such turn raises J, and the team ends at a quantal response equilibrium (the paper's theorems).
 
 Equations (numbers of the paper). Agent i acts by pi_i; mu_i is its recorded behaviour. Q_i(s, a_i) is its local value,
 the joint value averaged over what its teammates do now, and Q'_i a slowly moving copy of Q_i. T = alpha + beta.
@@ -22,6 +23,8 @@ the joint value averaged over what its teammates do now, and Q'_i a slowly movin
   Eq. 23  rho_i    = ( prod_{j != i} pi_j(a_j|s) / mu(a_-i|s,a_i) )^(1/(N-1))
   Eq. 24  L(Q_i)   = Eq. 15 + cql E_resampled [ logsumexp_a Q_i(s,a) - Q_i(s,a_i) ]
   Eq. 25  L(alpha) = -alpha E [ KL(pi_i || mu_i) - target ]
+The public text of the paper has lost its formulas. Eqs. 9 to 23 follow from its words; the forms of V_i (Eq. 20) and of
+the conservative term (Eq. 24), and that beta is what decays, are our reading.
 
 Commands, and the return you should see (mean of all seeds; one CPU core of a small server, torch 2.13):
   python algorithms/inspo.py                                              Bridge, mixed data, 5 seeds at once, 50 s:
@@ -30,20 +33,40 @@ Commands, and the return you should see (mean of all seeds; one CPU core of a sm
   python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10      45 s: 20 in 10 of 10 seeds, cloning 3.6
   ... with --beta 0                                                       5: caught in the data's local optimum
   ... on xor with --no-resampling                                         0: both play the action nobody combined
+  ... on xor with --no-sequential        still 1: turns matter only where an agent moves far in one (--inner 150)
   python algorithms/inspo.py --env smac          5m_vs_6m, medium-replay data, 3 seeds, 6 min with the data: 31 % of the
       battles won by sampling (return 12.8), cloning 2 %, the data 9 %; greedily 56 %, cloning 48 %
 
-The authors' code is not public, and public copies of the paper have lost some of its numbers. Choices made here:
+In your own loop (this file alone will do; `Data` says what the tensors are):
+  import torch, inspo
+  S, N, A, M = 2, 2, 3, 500                                        # seeds, agents, actions, steps of one long episode
+  args = inspo.Args(num_seeds=S, batch_size=64, clone_steps=50)
+  obs, state = torch.rand(M + 2, N, 4), torch.rand(M + 2, 6)       # the last row is padding, the one before it the end
+  last, action = torch.arange(M + 2) >= M, torch.randint(A, (M + 2, N))
+  reward = (action[:, 0] == action[:, 1]).float()
+  pairs = torch.stack([torch.arange(M), torch.arange(M) + 1], 1)   # without memory a sequence is a row and the next
+  data = inspo.Data(obs, state, torch.ones(M + 2, N, A).bool(), action, reward, 0 * reward, (~last).float(),
+                    torch.arange(M + 2) == 0, pairs)
+  generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
+  team = inspo.Team(N, A, 4, 6, args, generators)
+  adams, behaviour = inspo.optimizers(team, args), inspo.clone(team, data, generators, args)
+  for step in range(100):
+      noise, beta = inspo.draw_noise(generators, N, args), inspo.beta_at(step, args)
+      logs = inspo.update(team, adams, data, behaviour, noise, torch.tensor(beta), [0, 1], True, args)
+
+Choices made here (the authors have published no code):
   1. V_i in Eq. 20 is the exact normaliser of Eq. 12 over mu; it only rescales how much a state counts.
-  2. The conservative term of Eq. 24 has the logsumexp form. alpha, beta, cql, step sizes and lengths are ours.
+  2. alpha, beta, cql, step sizes and lengths are ours. One alpha serves all agents of a seed.
   3. One network models all teammates: mu(a_j | s, what is known of the joint action), see `teammate_log_prob`.
   4. Policies start as copies of the cloned mu_i. Two layers of 64 units do what the paper's three of 256 do, faster.
   5. In games such as M-NE, beta stays at its start until the policies have flattened, and the Q-functions get a head
      start; see `preset` for the weights in units of the payoffs.
-  6. On XOR, where not every joint action is recorded, Eq. 20 uses the resampled minibatch (--actor-data).
+  6. Steps are resampled within the minibatch that was drawn, not from the whole dataset. On XOR, where not every joint
+     action is recorded, Eq. 20 uses the resampled minibatch too (--actor-data).
   7. Bridge's cells enter the networks as one-hot values. A time limit is not the end: Q looks beyond it (the step that
      meets the limit pays 0 by Bridge's rules, in these data as in AlberDICE's, and is used as it stands).
-  8. Who goes first is drawn once for all seeds, from a stream that no flag changes; "semi-greedy" averages over seeds.
+  8. Who goes first is drawn once for all seeds, from a stream that no flag changes; "semi-greedy" averages over seeds,
+     and waits for the device to tell. An order that differs from seed to seed is not possible here.
   9. In battles there is no entropy bonus (beta = 0), alpha is 0.4 (a battle pays up to 20), and the Q-functions learn
      alone for the first 1,500 updates, as the weights of Eq. 20 are worth no more than they are.
 
@@ -59,25 +82,16 @@ A actions, O observation, I inputs, D state, R rows (observations).
 """
 
 import copy
-import functools
 import math
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `data` and `envs` stand beside this file's folder
-import data as datasets
-import envs
-from data import runs
-from envs.bridge import draw_strips
-from envs.matrix import draw_joints
+from torch.optim.adam import adam as adam_step
 
 ILLEGAL = -1e10  # the logit of an action that is not available
 
@@ -137,23 +151,51 @@ class Args:
     clone_batch: int = 128  # their minibatch
 
 
-def preset(env, task):
-    """What differs from Bridge's values, above, in the other environments; each value can be set by its flag."""
-    if env == "smac":
-        values = dict(dataset="medium-replay", num_seeds=3, steps=2500, warmup=1500, eval_every=500, recurrent=True)
-        values |= dict(one_hot=False, alpha=0.4, beta=0.0, batch_size=512, critic_lr=2e-3, tau=0.05)
-        values |= dict(clone_steps=2000, clone_lr=1e-3)
-        values |= dict(sequences=max(2, 560 // envs.make("smac", task).time_limit))  # so that they hold some 500 steps
-        return values
-    payoff = envs.make("matrix", task).payoff
-    values = dict(dataset=datasets.names("matrix", task)[-1], steps=1500, one_hot=False, tau=0.05, clone_lr=1e-3)
-    if task in ("xor", "coordination"):  # conventions that pay the same; a tie breaks where alpha + beta < cql / 2
-        values |= dict(beta=0.1, cql=0.5, actor_data="resampled", batch_size=64, policy_lr=5e-4, clone_steps=300)
-    else:  # unequal ones: beta starts at the largest difference between payoffs, the other weights in proportion
-        unit = (payoff.max() - payoff.min()).item() / 200 or 1.0
-        values |= dict(alpha=unit, beta=200 * unit, beta_end=0.1 * unit, cql=5 * unit, beta_hold=500, warmup=200)
-        values |= dict(batch_size=256, critic_lr=3e-3, weight_cap=1000.0, ratio_cap=1000.0, clone_batch=256)
-    return values | (dict(dataset="aa-ab-ba") if task == "xor" else {})
+# ---------------------------------------------------------------- data
+class Data(NamedTuple):
+    """The dataset as R rows, one for each observation: episodes end to end, and at last one row of padding.
+
+    In an episode's last row, and in the padding, no step begins: there `acted` is 0, and what belongs to a step too.
+    """
+
+    obs: torch.Tensor  # (R, N, I) what the policies see; with a memory their last action belongs to it
+    state: torch.Tensor  # (R, D) what the Q-functions see
+    avail: torch.Tensor  # (R, N, A) bool, the available actions
+    actions: torch.Tensor  # (R, N) int64, of the step that begins in a row
+    reward: torch.Tensor  # (R,)
+    done: torch.Tensor  # (R,) 1 where the game ended by its own rules with this step
+    acted: torch.Tensor  # (R,) 1 where there is a step
+    first: torch.Tensor  # (R,) bool: an episode begins
+    sequences: torch.Tensor  # (Q, L) row numbers: successive pairs (L = 2), or whole episodes end to end, padded
+
+
+class Behaviour(NamedTuple):
+    """What the cloned models say of every row. They never change again, so each agent i has two tables."""
+
+    log_mu: list  # of (S, R, A): log mu_i(.|s)
+    log_mu_others: list  # of (S, R): log mu(a_-i | s, a_i) of the recorded joint actions
+
+
+class Noise(NamedTuple):
+    """Uniform numbers in [0, 1) for a sweep of N x inner turns; given them, an update is a function without chance."""
+
+    rows: list  # of (S, B'): which sequences to draw, for each turn; with a memory once for the sweep
+    steps: list  # of (S, B): which of their steps to draw again, for each turn
+
+
+def uniform(generators, *shape):
+    """Uniform numbers in [0, 1), (S, *shape), each seed's from its own generator."""
+    return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
+
+
+def draw_noise(generators, num_agents, args):
+    """The `Noise` of one sweep."""
+    rows, steps = [], []
+    for turns in range(num_agents * args.inner):
+        if not (args.recurrent and rows):
+            rows.append(uniform(generators, args.sequences if args.recurrent else args.batch_size))
+        steps.append(uniform(generators, args.batch_size))
+    return Noise(rows, steps)
 
 
 # ---------------------------------------------------------------- networks
@@ -235,6 +277,8 @@ class Team(nn.Module):
         self.critics = nn.ModuleList(mlp(D, A, args, generators) for _ in range(N))  # Q_i(s, .), one output an action
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.policies = copy.deepcopy(self.mus)
+        if not args.sequential:  # what the teammates see: the policies as they were when the sweep began
+            self.before = copy.deepcopy(self.mus).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.full((len(generators), 1), math.log(args.alpha)))  # (S, 1)
 
 
@@ -280,7 +324,39 @@ def teammate_log_prob(network, state, avail, actions, i, prior=None):
     return chosen(log_mu, actions[:, :, j]).sum(-1)
 
 
-# ---------------------------------------------------------------- update
+# ---------------------------------------------------------------- looking at the data
+def draw(uniform, data):
+    """Sequences for each seed as row numbers (S, L, B'), chosen by uniform numbers (S, B')."""
+    return data.sequences[uniform.mul(len(data.sequences)).long()].mT
+
+
+def unroll(policies, agents, rows, data):
+    """log_pi of the agents' policies along the sequences rows (S, L, B): (len(agents), S, L, B, A)."""
+    n, (S, _, B) = len(agents), rows.shape
+    obs, avail = (torch.stack([table[rows, i] for i in agents]) for table in (data.obs, data.avail))
+    h = obs.new_zeros(n * S, B, policies[0].hidden)
+    first = data.first[rows].repeat(n, 1, 1)
+    policy = together(policies) if n > 1 else policies[0]
+    return log_probs(policy, obs.flatten(0, 1), avail.flatten(0, 1), first, h)[0].unflatten(0, (n, S))
+
+
+def recall(log_mu, rows):
+    """What `unroll` returns for a policy that is still the cloned mu_i, from its table log_mu (S, R, A)."""
+    seed = torch.arange(len(rows), device=rows.device)[:, None, None]
+    return log_mu[seed, rows]
+
+
+def look(agents, policies, data, behaviour, uniform, improve):
+    """Draw a minibatch and see how these agents play in it now: row numbers (S, L, B'), and {j: log_pi_j}, each
+    (S, L - 1, B', A). As long as no policy learns (improve is False), all still are their clones."""
+    rows = draw(uniform, data)
+    now = rows[:, :-1]
+    with torch.no_grad():
+        if not improve:
+            return rows, {j: recall(behaviour.log_mu[j], now) for j in agents}
+        return rows, dict(zip(agents, unroll([policies[j] for j in agents], agents, now, data)))
+
+
 class Batch(NamedTuple):
     """What agent i needs of B recorded steps, for each seed; log_pi and next_log_pi are its own policy's."""
 
@@ -297,7 +373,7 @@ class Batch(NamedTuple):
     next_log_pi: torch.Tensor
 
 
-def gather(i, pick, rows, log_pi, data):
+def gather(i, pick, rows, log_pi, data, log_mu):
     """The steps at the places `pick` (S, B) of the minibatch as a `Batch` for agent i.
 
     The minibatch is `rows` (S, L, B'), sequences of row numbers, with agent i's log_pi (S, L, B', A); its places are
@@ -306,35 +382,13 @@ def gather(i, pick, rows, log_pi, data):
     seed = torch.arange(len(rows), device=rows.device)[:, None]
     now, after = (r.flatten(1).gather(1, pick) for r in (rows[:, :-1], rows[:, 1:]))
     pi, next_pi = (p.flatten(1, 2)[seed, pick] for p in (log_pi[:, :-1], log_pi[:, 1:]))
-    state, log_mu = data["state"], data["log_mu"][i]
     return Batch(
-        state[now], data["avail_actions"][now, i], log_mu[seed, now], state[after], log_mu[seed, after],
-        data["actions"][now, i], data["reward"][now], data["done"][now], data["acted"][now], pi, next_pi,
+        data.state[now], data.avail[now, i], log_mu[seed, now], data.state[after], log_mu[seed, after],
+        data.actions[now, i], data.reward[now], data.done[now], data.acted[now], pi, next_pi,
     )  # fmt: skip
 
 
-def draw(data, generators, args):
-    """A minibatch for each seed: B' sequences as row numbers (S, L, B')."""
-    noise = runs.uniform(generators, args.sequences if args.recurrent else args.batch_size)
-    return data["sequences"][noise.mul(len(data["sequences"])).long()].mT
-
-
-def unroll(policies, agents, rows, data):
-    """log_pi of the agents' policies along the sequences rows (S, L, B): (len(agents), S, L, B, A)."""
-    n, (S, _, B) = len(agents), rows.shape
-    obs, avail = (torch.stack([data[name][rows, i] for i in agents]) for name in ("obs", "avail_actions"))
-    h = obs.new_zeros(n * S, B, policies[0].hidden)
-    first = data["first"][rows].repeat(n, 1, 1)
-    policy = together(policies) if n > 1 else policies[0]
-    return log_probs(policy, obs.flatten(0, 1), avail.flatten(0, 1), first, h)[0].unflatten(0, (n, S))
-
-
-def recall(i, rows, data):
-    """What `unroll` returns for a policy that is still the cloned mu_i, from its table: (S, L, B, A)."""
-    seed = torch.arange(len(rows), device=rows.device)[:, None, None]
-    return data["log_mu"][i][seed, rows]
-
-
+# ---------------------------------------------------------------- losses
 def importance_ratio(log_pi_others, log_mu_others, num_agents, cap):
     """Eq. 23: the geometric mean over teammates of pi_j / mu, (S, B); both inputs are sums of logs over teammates."""
     return ((log_pi_others - log_mu_others) / (num_agents - 1)).exp().clamp(1e-10, cap)
@@ -381,398 +435,356 @@ def policy_loss(target, batch, alpha, beta, cap):
     return -(share * weight * chosen(batch.log_pi, batch.action)).sum(1), (share * kl).sum(1).detach()
 
 
-def descend(optimizer, loss):
+# ---------------------------------------------------------------- update
+class Adam(nn.Module):
+    """Adam with all that it knows in tensors, so that a graph can hold a whole update: torch's own class breaks it.
+
+    The arithmetic is torch's: on a CPU fused, elsewhere and in a graph op by op, for the compiler to fuse.
+    """
+
+    def __init__(self, parameters, lr):
+        super().__init__()
+        self.moved = list(parameters)
+        self.means, self.squares = (nn.ParameterList(map(torch.zeros_like, self.moved)) for _ in range(2))
+        self.counts = nn.ParameterList(p.new_zeros((), dtype=torch.float64) for p in self.moved)
+        self.requires_grad_(False)
+        self.register_buffer("lr", self.moved[0].new_tensor(lr, dtype=torch.float64))  # may change between updates
+
+    @torch.no_grad()
+    def step(self, gradients):
+        fused = self.lr.device.type == "cpu" and not torch.compiler.is_compiling()
+        state = (list(each) for each in (self.means, self.squares, (), self.counts))
+        how = dict(fused=fused, foreach=not fused, capturable=not fused, amsgrad=False, maximize=False)
+        how |= dict(lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+        adam_step(self.moved, list(gradients), *state, **how)
+
+
+def optimizers(team, args):
+    """Adam for each agent's Q-function and policy, and for log alpha."""
+    return {
+        "critics": [Adam(critic.parameters(), args.critic_lr) for critic in team.critics],
+        "policies": [Adam(policy.parameters(), args.policy_lr) for policy in team.policies],
+        "alpha": Adam([team.log_alpha], args.alpha_lr),
+    }
+
+
+def descend(adam, loss):
     """One step down a loss (S,). Its sum over seeds leaves each seed the gradient that it would have alone."""
-    optimizer.zero_grad()
-    loss.sum().backward()
-    optimizer.step()
+    adam.step(torch.autograd.grad(loss.sum(), adam.moved))
 
 
-def turn(i, team, log_pi, rows, data, noise, beta, learn_policy, adams, losses, args):
-    """One update of agent i on the sequences rows (S, L, B'), in which its teammates j play by log_pi[j].
+def turn(i, team, seen, adams, data, behaviour, view, row_noise, step_noise, beta, improve, show, args):
+    """One update of agent i: its Q-function, and its policy if policies `improve` by now.
 
-    Each log_pi[j] is (S, L - 1, B', A); noise (S, B) in [0, 1) resamples the steps: given it, a turn is a function
-    without chance or host synchronisation. Returns diagnostics, a dictionary of (S,) tensors.
+    Args:
+        seen: the teammates' policies; they are `team.policies`, or these as they were when the sweep began.
+        view: the sweep's minibatch as `look` returns it, or None to draw one of its own by row_noise (S, B').
+        step_noise: (S, B) in [0, 1), which resamples its steps.
+        show: whether the others still have to see what agent i does from now on.
+    Returns:
+        Diagnostics, a dictionary of (S,) tensors, and agent i's new log_pi (S, L - 1, B', A), or None.
     """
     N = len(team.policies)
+    others = [j for j in range(N) if j != i]
+    rows, log_pi = view or look(others, seen, data, behaviour, row_noise, improve)
     now = rows[:, :-1].flatten(1)  # (S, K) the minibatch's places, every entry that has a successor
-    ratio = data["acted"][now]  # 0 for padding and for an episode's last observation
+    ratio = data.acted[now]  # 0 for padding and for an episode's last observation
     if args.resampling:
         # Eq. 23, with the teammates as they are now: this is what makes the method sequential
-        actions, others = data["actions"][now], [j for j in range(N) if j != i]
+        actions = data.actions[now]  # (S, K, N)
         log_pi_others = sum(chosen(log_pi[j].flatten(1, 2), actions[..., j]) for j in others)
-        log_mu_others = data["log_mu_others"][i].gather(1, now)
+        log_mu_others = behaviour.log_mu_others[i].gather(1, now)
         ratio = ratio * importance_ratio(log_pi_others, log_mu_others, N, args.ratio_cap)
     every = torch.arange(now.shape[1], device=now.device).expand_as(now)
-    again = resample(ratio, noise) if args.resampling or args.recurrent else every
-    critic_objective, policy_objective = losses
-    own = unroll([team.policies[i]], [i], rows, data)[0] if learn_policy else recall(i, rows, data)
+    again = resample(ratio, step_noise) if args.resampling or args.recurrent else every
+    log_mu = behaviour.log_mu[i]
+    own = unroll([team.policies[i]], [i], rows, data)[0] if improve else recall(log_mu, rows)  # (S, L, B', A)
     alpha = team.log_alpha.detach().exp()
 
     # Policy evaluation
-    batch = gather(i, again, rows, own.detach(), data)
-    q_loss = critic_objective(team.critics[i], team.targets[i], batch, alpha, beta, args.gamma, args.cql)
+    batch = gather(i, again, rows, own.detach(), data, log_mu)
+    q_loss = critic_loss(team.critics[i], team.targets[i], batch, alpha, beta, args.gamma, args.cql)
     descend(adams["critics"][i], q_loss)
     with torch.no_grad():
         torch._foreach_lerp_(list(team.targets[i].parameters()), list(team.critics[i].parameters()), args.tau)
     logs = {"q_loss": q_loss.detach(), "sample_size": ratio.sum(1) ** 2 / (ratio**2).sum(1)}
 
     # Policy improvement
-    if learn_policy:
-        batch = gather(i, again if args.actor_data == "resampled" else every, rows, own, data)
-        pi_loss, kl = policy_objective(team.targets[i], batch, alpha, beta, args.weight_cap)
+    if improve:
+        batch = gather(i, again if args.actor_data == "resampled" else every, rows, own, data, log_mu)
+        pi_loss, kl = policy_loss(team.targets[i], batch, alpha, beta, args.weight_cap)
         descend(adams["policies"][i], pi_loss)
         logs |= {"policy_loss": pi_loss.detach(), "kl": kl}
         if args.auto_alpha:
-            descend(adams["alpha"][0], team.log_alpha.exp()[:, 0] * (args.kl_target - kl))  # Eq. 25
-            team.log_alpha.data.clamp_(-12, 4)  # a target out of reach must not drive alpha to 0 or infinity
+            descend(adams["alpha"], team.log_alpha.exp()[:, 0] * (args.kl_target - kl))  # Eq. 25
+            with torch.no_grad():
+                team.log_alpha.clamp_(-12, 4)  # a target out of reach must not drive alpha to 0 or infinity
+    if not show:
+        return logs, None
+    with torch.no_grad():
+        return logs, unroll([team.policies[i]], [i], rows[:, :-1], data)[0]
+
+
+def update(team, adams, data, behaviour, noise, beta, order, improve, args, turn=turn, look=look):
+    """One sweep: every agent's turn, in this order, for all seeds; returns the diagnostics of the last turn.
+
+    beta is a () tensor. `turn` and `look` can be given in compiled form.
+    """
+    seen, view = team.policies, None
+    if not args.sequential:  # "simultaneous": all see the policies as they are now
+        seen = team.before
+        torch._foreach_copy_(list(seen.parameters()), [p.detach() for p in team.policies.parameters()])
+    if args.recurrent:  # one minibatch serves the sweep
+        view = look(range(len(order)), seen, data, behaviour, noise.rows[0], improve)
+    turns = [(i, k == args.inner - 1) for i in order for k in range(args.inner)]
+    for t, (i, last) in enumerate(turns):
+        show = args.recurrent and args.sequential and improve and last and i != order[-1]
+        mine = None if args.recurrent else noise.rows[t]
+        logs, log_pi = turn(
+            i, team, seen, adams, data, behaviour, view, mine, noise.steps[t], beta, improve, show, args
+        )
+        if show:
+            view[1][i] = log_pi  # only agent i has moved
     return logs
 
 
-def sweep(team, data, beta, learn_policy, generators, adams, losses, args):
-    """Every agent's turn, in some order; returns the diagnostics of the last."""
-    N = len(team.policies)
-    seen = team.policies if args.sequential else copy.deepcopy(team.policies)  # "simultaneous": a snapshot
-    rows = None
-    for turns, i in enumerate(agent_order(team, data, generators, args)):
-        for _ in range(args.inner):
-            if rows is None or not args.recurrent:
-                rows = draw(data, generators[1:], args)  # (S, L, B')
-                agents = [j for j in range(N) if j != i or args.recurrent]
-                with torch.no_grad():
-                    now = rows[:, :-1]
-                    if learn_policy:
-                        log_pi = dict(zip(agents, unroll([seen[j] for j in agents], agents, now, data)))
-                    else:
-                        log_pi = {j: recall(j, now, data) for j in agents}
-            noise = runs.uniform(generators[1:], args.batch_size)
-            logs = turn(i, team, log_pi, rows, data, noise, beta, learn_policy, adams, losses, args)
-        if args.recurrent and args.sequential and learn_policy and turns < N - 1:
-            with torch.no_grad():  # one minibatch serves the sweep, and only agent i has moved
-                log_pi[i] = unroll([team.policies[i]], [i], rows[:, :-1], data)[0]
-    return logs
+def beta_at(step, args):
+    """The weight of the entropy in update `step`: held at first, then falling exponentially."""
+    decay = max(0, step - args.beta_hold) / max(1, args.steps - args.beta_hold)
+    return args.beta * (args.beta_end / args.beta) ** decay if args.beta else 0.0
 
 
 @torch.no_grad()
-def agent_order(team, data, generators, args):
-    """Who learns when in one sweep, a list of agents, the same for all seeds.
+def semi_greedy(order, team, data, behaviour, uniform):
+    """A2PO's order of the agents (Wang et al., 2023), the same for all seeds.
 
-    "random" and "fixed" do not depend on which seeds train together. "semi-greedy" (A2PO, Wang et al., 2023) does: it
-    gives every other place to the remaining agent with the largest mean |Q'_i(s,a_i) - E_pi Q'_i(s,.)| over a
-    minibatch and all seeds, and the places between to random agents.
+    Every other place goes to the remaining agent with the largest mean |Q'_i(s,a_i) - E_pi Q'_i(s,.)| over a minibatch
+    and all seeds, those between to the agents as they come in `order`. It waits for the device, once.
     """
-    order = torch.randperm(len(team.policies), generator=generators[0]).tolist()
-    if args.order == "fixed":
-        return sorted(order)
-    if args.order == "semi-greedy":
-        left, order, size = order, [], []
-        rows = draw(data, generators[1:], args)
-        every = torch.arange(rows[0, 1:].numel(), device=rows.device).expand(len(rows), -1)
-        for i, log_pi in enumerate(unroll(team.policies, range(len(team.policies)), rows, data)):
-            batch = gather(i, every, rows, log_pi, data)
-            q = team.targets[i](batch.state)
-            size.append(((chosen(q, batch.action) - (batch.log_pi.exp() * q).sum(-1)).abs() * batch.valid).sum().item())
-        while left:
-            order.append(left[0] if len(order) % 2 else max(left, key=size.__getitem__))
-            left.remove(order[-1])
+    rows, size = draw(uniform, data), []
+    every = torch.arange(rows[0, 1:].numel(), device=rows.device).expand(len(rows), -1)
+    for i, log_pi in enumerate(unroll(team.policies, range(len(order)), rows, data)):
+        batch = gather(i, every, rows, log_pi, data, behaviour.log_mu[i])
+        q = team.targets[i](batch.state)
+        size.append(((chosen(q, batch.action) - (batch.log_pi.exp() * q).sum(-1)).abs() * batch.valid).sum())
+    left, order, size = list(order), [], torch.stack(size).tolist()
+    while left:
+        order.append(left[0] if len(order) % 2 else max(left, key=size.__getitem__))
+        left.remove(order[-1])
     return order
 
 
-def clone(team, data, args, generators):
-    """Fit the behaviour before anything else: mu_i of each agent (Eq. 21) and the teammate model (Eq. 22)."""
-    adam = torch.optim.Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr, fused=True)
-    args = replace(args, batch_size=args.clone_batch)
-    agents, seed = range(len(team.mus)), torch.arange(len(generators), device=data["acted"].device)[:, None]
+# ---------------------------------------------------------------- behaviour
+def clone_update(team, adam, data, row_noise, step_noise, args):
+    """One update of the behaviour: mu_i of each agent (Eq. 21) and the teammate model (Eq. 22), on sequences drawn by
+    row_noise (S, B'); with a memory step_noise (S, B) draws the steps that the teammate model learns from."""
+    agents, rows = range(len(team.mus)), draw(row_noise, data)[:, :-1]  # (S, L - 1, B')
+    log_mu = unroll(team.mus, agents, rows, data).flatten(2, 3)  # (N, S, K, A)
+    rows = rows.flatten(1)  # (S, K)
+    valid = data.acted[rows]
+    own = sum(chosen(log_mu[i], data.actions[rows, i]) for i in agents)
+    loss = -(own * valid).sum(1) / valid.sum(1)
+    prior = None
+    if args.recurrent:  # some of the steps are enough for the teammate model
+        seed, at = torch.arange(len(rows), device=rows.device)[:, None], resample(valid, step_noise)
+        rows, prior = rows.gather(1, at), log_mu.detach().movedim(0, 2)[seed, at]  # (S, B), (S, B, N, A)
+    known = data.state[rows], data.avail[rows], data.actions[rows]
+    for i in agents:
+        loss = loss - teammate_log_prob(team.teammates, *known, i, prior).mean(1)
+    descend(adam, loss)
+
+
+def clone(team, data, generators, args, clone_update=clone_update):
+    """Fit the behaviour before anything else, start the policies from it, and return it as a `Behaviour`."""
+    adam = Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr)
     for _ in range(args.clone_steps):
-        rows = draw(data, generators, args)[:, :-1]  # (S, L - 1, B')
-        log_mu = unroll(team.mus, agents, rows, data).flatten(2, 3)  # (N, S, K, A)
-        rows = rows.flatten(1)  # (S, K)
-        valid = data["acted"][rows]
-        own = sum(chosen(log_mu[i], data["actions"][rows, i]) for i in agents)
-        loss = -(own * valid).sum(1) / valid.sum(1)
-        prior = None
-        if args.recurrent:  # some of the steps are enough for the teammate model
-            at = resample(valid, runs.uniform(generators, args.batch_size))
-            rows, prior = rows.gather(1, at), log_mu.detach().movedim(0, 2)[seed, at]  # (S, B), (S, B, N, A)
-        known = data["state"][rows], data["avail_actions"][rows], data["actions"][rows]
-        for i in agents:
-            loss = loss - teammate_log_prob(team.teammates, *known, i, prior).mean(1)
-        descend(adam, loss)
+        row_noise, step_noise = uniform(generators, args.sequences if args.recurrent else args.clone_batch), None
+        if args.recurrent:
+            step_noise = uniform(generators, args.clone_batch)
+        clone_update(team, adam, data, row_noise, step_noise, args)
     team.policies.load_state_dict(team.mus.state_dict())  # a cloned team is a good place to start from
+    return tabulate(team, data, args)
 
 
 @torch.no_grad()
 def tabulate(team, data, args):
-    """The behaviour never changes again, so it becomes two tables, both lists over agents i: log mu_i of every row,
-    (S, R, A), and log mu(a_-i | s, a_i) of every step, (S, R)."""
-    S, (R, N, A) = args.num_seeds, data["avail_actions"].shape
-    log_mu, others = data["obs"].new_zeros(N, S, R, A), data["obs"].new_zeros(N, S, R)
-    for rows in data["sequences"].split(max(1, 10_000 // data["sequences"].shape[1])):
+    """The behaviour never changes again, so it becomes tables: a `Behaviour`."""
+    S, (R, N, A) = args.num_seeds, data.avail.shape
+    log_mu, others = data.obs.new_zeros(N, S, R, A), data.obs.new_zeros(N, S, R)
+    for rows in data.sequences.split(max(1, 10_000 // data.sequences.shape[1])):
         for i, table in enumerate(unroll(team.mus, range(N), rows.T.expand(S, -1, -1), data)):
             log_mu[i, :, rows.T] = table
     for r in torch.arange(R, device=log_mu.device).split(5_000):
-        known = (data[name][r].expand(S, *data[name][r].shape) for name in ("state", "avail_actions", "actions"))
-        state, avail, actions = known
+        state, avail, actions = (x[r].expand(S, *x[r].shape) for x in (data.state, data.avail, data.actions))
         prior = log_mu[:, :, r].movedim(0, 2) if args.recurrent else None
         for i in range(N):
             others[i, :, r] = teammate_log_prob(team.teammates, state, avail, actions, i, prior)
-    data["log_mu"] = list(log_mu.clamp_(min=-20))  # as good as never, and safe to multiply by beta
-    data["log_mu_others"] = list(others)
+    log_mu.clamp_(min=-20)  # as good as never, and safe to multiply by beta
+    return Behaviour(list(log_mu), list(others))
 
 
-# ---------------------------------------------------------------- evaluation
-@torch.no_grad()
-def evaluate(policies, encode, args, step, episodes, device):
+# ---------------------------------------------------------------- run
+HOME = Path(__file__).resolve().parents[1]
+if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists():  # not if this file was copied alone
+    sys.path.insert(0, str(HOME))
+    import data as datasets
+    import envs
+    from data import layout, runs
+    from envs.bridge import draw_strips
+    from envs.matrix import draw_joints
+    from envs.play import play
+elif __name__ == "__main__":
+    sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
+
+
+def preset(args):
+    """What differs from Bridge's values, above, in the other environments; each value can be set by its flag."""
+    env, task = args.env, args.task
+    if env == "smac":
+        task = task or "5m_vs_6m"
+        values = dict(dataset="medium-replay", num_seeds=3, steps=2500, warmup=1500, eval_every=500, recurrent=True)
+        values |= dict(one_hot=False, alpha=0.4, beta=0.0, batch_size=512, critic_lr=2e-3, tau=0.05)
+        values |= dict(clone_steps=2000, clone_lr=1e-3)
+        values |= dict(sequences=max(2, 560 // envs.make("smac", task).time_limit))  # so that they hold some 500 steps
+        return values | dict(env=env, task=task)
+    if env != "matrix":
+        return dict(env=env, task=task)
+    task = task or "xor"
+    payoff = envs.make("matrix", task).payoff
+    values = dict(dataset=datasets.names("matrix", task)[-1], steps=1500, one_hot=False, tau=0.05, clone_lr=1e-3)
+    if task in ("xor", "coordination"):  # conventions that pay the same; a tie breaks where alpha + beta < cql / 2
+        values |= dict(beta=0.1, cql=0.5, actor_data="resampled", batch_size=64, policy_lr=5e-4, clone_steps=300)
+    else:  # unequal ones: beta starts at the largest difference between payoffs, the other weights in proportion
+        unit = (payoff.max() - payoff.min()).item() / 200 or 1.0
+        values |= dict(alpha=unit, beta=200 * unit, beta_end=0.1 * unit, cql=5 * unit, beta_hold=500, warmup=200)
+        values |= dict(batch_size=256, critic_lr=3e-3, weight_cap=1000.0, ratio_cap=1000.0, clone_batch=256)
+    return values | (dict(dataset="aa-ab-ba") if task == "xor" else {}) | dict(env=env, task=task)
+
+
+def arrange(dataset, args):
+    """The dataset as `Data`, and the function that turns observations (..., N, O) and everybody's last actions
+    (..., N), -1 for none, into the policies' inputs."""
+    dtype, rows = torch.get_default_dtype(), layout.rows(dataset, blank=True)
+    A, R = rows["avail_actions"].shape[-1], len(rows["obs"])
+    cells = layout.one_hot(rows["obs"][:-1].flatten(0, 1)) if args.one_hot else lambda obs: obs.to(dtype)
+    state = layout.one_hot(rows["state"][:-1])(rows["state"]) if args.one_hot else rows["state"]
+
+    def encode(obs, last):
+        seen = cells(obs)
+        return torch.cat([seen, F.one_hot(last + 1, A + 1)[..., 1:].to(dtype)], -1) if args.recurrent else seen
+
+    obs = encode(rows["obs"], layout.last_actions(rows["actions"], rows["first"]))
+    whole = args.recurrent
+    sequences = layout.pack(dataset.lengths + 1, R - 1) if whole else layout.pairs(rows["start"])
+    rest = (rows[name] for name in ("avail_actions", "actions", "reward", "done", "acted", "first"))
+    return Data(obs, state, *rest, sequences), encode
+
+
+def evaluate(policies, encode, args, step, episodes, device, film=False):
     """Play the greedy and the sampled team of every seed, all in one batch of games.
 
-    Returns two dictionaries, of the greedy and the sampled games: "return" (S, E), undiscounted, and, where games can
-    be won, "win_rate" (S, E); and the states (T+1, 2, D) of the first seed's first greedy and first sampled game.
+    Returns {"return", "sampled_return"} and, where games can be won, {"win_rate", "sampled_win_rate"}, (S, E) each;
+    and, if asked for, the states (T+1, D) of the first seed's first greedy and first sampled game.
     """
     S, N = args.num_seeds, len(policies)
     E = episodes if args.backend == "torch" else max(1, args.games // (2 * S))  # in one round
     options = {"backend": args.backend} if args.env == "smac" else {}
     game = envs.make(args.env, args.task, S * 2 * E, device, **options)
     generators = [runs.stream(args.seed + s, 10 + step, device) for s in range(S)]
-    team, total, won = together(policies), [], []
-    for begin in range(0, episodes, E):
-        obs, info = game.reset(seed=step)
-        film, score = [info["state"][[0, E]]], torch.zeros(S, 2 * E, device=device, dtype=torch.float64)
-        last = torch.full((S * 2 * E, N), -1, device=device)
-        h = torch.zeros(N * S, 2 * E, policies[0].hidden, device=device, dtype=torch.get_default_dtype())
-        first = torch.zeros(N * S, 1, 2 * E, dtype=torch.bool, device=device)
-        for _ in range(game.time_limit):
-            x = encode(obs, last).view(S, 1, 2 * E, N, -1).movedim(3, 0).flatten(0, 1)  # (N S, 1, 2E, I)
-            avail = info["avail_actions"].view(S, 1, 2 * E, N, -1).movedim(3, 0).flatten(0, 1)
-            log_pi, h = log_probs(team, x, avail, first, h)
-            actions = []
-            for log_p in log_pi[:, 0].unflatten(0, (N, S)):  # (S, 2E, A)
-                clocks = torch.stack([torch.empty_like(log_p[0, E:]).exponential_(generator=g) for g in generators])
-                sampled = (log_p[:, E:] - clocks.log()).argmax(-1)  # which clock rings first is a draw from pi
-                actions.append(torch.cat([log_p[:, :E].argmax(-1), sampled], 1).flatten())
-            last = torch.stack(actions, 1)
-            obs, reward, terminated, truncated, info = game.step(last)
-            score += reward.view(S, 2 * E)
-            film.append(info["state"][[0, E]])
-            if (terminated | truncated).all():
-                break
-        total.append(score.view(S, 2, E))
-        won.append(info.get("won", reward).view(S, 2, E).double())
+    team, first = together(policies), torch.zeros(N * S, 1, 2 * E, dtype=torch.bool, device=device)
+
+    def act(obs, info, memory):
+        last, h = memory
+        x = encode(obs, last).view(S, 1, 2 * E, N, -1).movedim(3, 0).flatten(0, 1)  # (N S, 1, 2E, I)
+        avail = info["avail_actions"].view(S, 1, 2 * E, N, -1).movedim(3, 0).flatten(0, 1)
+        log_pi, h = log_probs(team, x, avail, first, h)
+        actions = []
+        for log_p in log_pi[:, 0].unflatten(0, (N, S)):  # (S, 2E, A)
+            clocks = torch.stack([torch.empty_like(log_p[0, E:]).exponential_(generator=g) for g in generators])
+            sampled = (log_p[:, E:] - clocks.log()).argmax(-1)  # which clock rings first is a draw from pi
+            actions.append(torch.cat([log_p[:, :E].argmax(-1), sampled], 1).flatten())
+        last = torch.stack(actions, 1)
+        return last, (last, h)
+
+    h = torch.zeros(N * S, 2 * E, policies[0].hidden, device=device, dtype=torch.get_default_dtype())
+    memory = torch.full((S * 2 * E, N), -1, device=device), h
+    rounds = [play(game, act, memory, step, film) for _ in range(0, episodes, E)]
     game.close()
-    scores = {"return": total} | ({"win_rate": won} if "won" in info else {})
-    scores = {name: torch.cat(x, 2)[..., :episodes].unbind(1) for name, x in scores.items()}
-    greedy, sampled = ({name: x[mode] for name, x in scores.items()} for mode in (0, 1))
-    return greedy, sampled, torch.stack(film).cpu()
+    scores = {"return": [x.returns for x in rounds], "win_rate": [x.won for x in rounds]}
+    scores = {name: torch.cat([x.view(S, 2, E).double() for x in parts], 2)[..., :episodes]
+              for name, parts in scores.items() if parts[0] is not None}  # fmt: skip
+    found = {name: x[:, 0] for name, x in scores.items()} | {f"sampled_{name}": x[:, 1] for name, x in scores.items()}
+    if not film:
+        return found, None
+    states, mask = rounds[0].film["state"], rounds[0].film["mask"]
+    return found, [states[b, : int(mask[b].sum()) + 1].cpu() for b in (0, E)]
 
 
-def report(folder, args, team, data, dataset, encode, rows, seconds, wall, device):
-    """Evaluate the last policies, and the cloned team that they started from, on ten times as many games; write
-    summary.json and the pictures, print the table."""
-    S, best = args.num_seeds, envs.make(args.env, args.task).best_return
-    summary = {"script": "inspo", "env": args.env, "task": args.task, "dataset": args.dataset, "steps": args.steps}
-    summary |= {"seeds": list(range(args.seed, args.seed + S)), "normalized_return": None, "win_rate": None}
-    films = {}
-    for name, key, policies in (("cloned team", "cloned_", team.mus), ("InSPO", "", team.policies)):
-        greedy, sampled, films[name] = evaluate(policies, encode, args, args.steps, 10 * args.eval_episodes, device)
-        for mode, scores in (("", greedy), ("sampled_", sampled)):
-            summary |= {f"{key}{mode}{score}": runs.over_seeds(value) for score, value in scores.items()}
-    summary |= {
-        "dataset_return": dataset.returns.mean().item(), "dataset_win_rate": dataset.win_rate, "best_return": best,
-        "updates_per_second": args.steps / seconds, "wall_seconds": time.perf_counter() - wall,
-        "device": runs.device_name(device),
-    }  # fmt: skip
-    title = f"InSPO on {runs.slug(args.env, args.task, args.dataset)}, {S} seeds"
-    figures = {}
-    for score in ("return", "win_rate") if summary["win_rate"] else ("return",):
-        columns = {score: "greedy", f"sampled_{score}": "sampled"}
-        levels = {"dataset": summary[f"dataset_{score}"]}
-        if score == "return" and best is not None:
-            levels["best possible"] = best
-        levels = {name: level for name, level in levels.items() if level is not None}
-        name = score.replace("_", " ")
-        figures["curve.png" if score == "return" else f"{score}.png"] = runs.draw_curves(
-            rows, columns, levels, title, "updates", name
-        )
-        print(f"\n{title}: {folder}" if score == "return" else "")
-        scores = {"InSPO": "", "behavioural cloning": "cloned_"}
-        cells = {name: [summary[f"{key}{mode}{score}"] for mode in ("", "sampled_")] for name, key in scores.items()}
-        runs.print_table(("greedy", "sampled"), cells, levels, name)
+def draw_pictures(args, team, data, dataset, films, seeds):
+    """What the teams came to: on Bridge film strips, in a game of two agents the tables of their joint actions."""
     if args.env == "bridge":
-        strips = {"cloned team": films["cloned team"][:, 1], "InSPO": films["InSPO"][:, 0]}
-        figures["policy.png"] = draw_strips(strips)
-    if args.env == "matrix" and len(team.policies) == 2:
-        with torch.no_grad():
-            one = torch.zeros(S, 1, 1, dtype=torch.int64, device=device)
-            pi = unroll(team.policies, range(2), one, data)[:, :, 0].exp()  # (2, S, 1, A)
-        joint = (pi[0].mT * pi[1]).cpu()  # (S, A, A)
-        summary["joint_policy"] = joint.tolist()
-        tables = {"dataset": dataset.joint_actions()} | {f"seed {s}": p for s, p in zip(summary["seeds"], joint[:5])}
-        figures["policy.png"] = draw_joints(tables)
-        for seed, table in zip(summary["seeds"], joint.tolist()):
-            print(f"joint policy, seed {seed}:  " + "   ".join(" ".join(f"{p:.2f}" for p in row) for row in table))
-    runs.save_json(folder / "summary.json", summary)
-    for name, figure in figures.items():
-        runs.save_figure(folder / name, figure)
-    return summary
-
-
-# ---------------------------------------------------------------- main
-def one_hot(x):
-    """A function (..., D) -> (..., W) with one column for each value that an entry of x (R, D) takes.
-
-    An entry that never changes gets none, and a value that x does not hold becomes zeros.
-    """
-    if (x != x.round()).any():
-        raise ValueError("--one-hot needs whole numbers as observations: add --no-one-hot")
-    values = [column.unique().tolist() for column in x.T]
-    pairs = torch.tensor([(d, v) for d, vs in enumerate(values) if len(vs) > 1 for v in vs], device=x.device)
-    if not 0 < len(pairs) <= 1000:
-        raise ValueError(f"--one-hot would make {len(pairs)} inputs; it is for small grids: add --no-one-hot")
-    return lambda raw: (raw[..., pairs[:, 0].long()] == pairs[:, 1]).to(torch.get_default_dtype())
-
-
-def arrange(dataset, args):
-    """The dataset as R rows, one for each observation, and as sequences of row numbers to draw minibatches from.
-
-    Returns the data and the function that turns observations (..., N, O) and everybody's last actions (..., N), -1
-    for none, into the policies' inputs. The data is a dictionary: obs (R, N, I), state (R, D), avail_actions
-    (R, N, A); of the step that begins in a row actions (R, N), reward, done and acted (R,), 0 where none does; first
-    (R,) bool where an episode begins; sequences (Q, L). These are the pairs of successive rows, or, for policies
-    with a memory, whole episodes laid end to end and padded with the last row, which is empty.
-    """
-    dtype = torch.get_default_dtype()
-    data = dataset.flatten(dtype)
-    row, A = data.pop("row"), data["avail_actions"].shape[-1]
-    R = len(data["obs"]) + 1
-    for name in ("obs", "state", "avail_actions"):
-        data[name] = torch.cat([data[name], torch.ones_like(data[name][:1])])
-    data["acted"] = torch.ones_like(data["reward"])
-    for name in ("actions", "reward", "done", "acted"):
-        step = data[name]
-        data[name] = step.new_zeros(R, *step.shape[1:]).index_copy_(0, row, step)
-    data["first"] = torch.cat([row.new_ones(1), 1 - data["acted"][:-1]]).bool()
-    cells = one_hot(data["obs"][:-1].flatten(0, 1)) if args.one_hot else lambda obs: obs.to(dtype)
-    if args.one_hot:
-        data["state"] = one_hot(data["state"][:-1])(data["state"])
-
-    def encode(obs, last):
-        seen = cells(obs)
-        return torch.cat([seen, F.one_hot(last + 1, A + 1)[..., 1:].to(dtype)], -1) if args.recurrent else seen
-
-    last = torch.where(data["first"][:, None], -1, data["actions"].roll(1, 0))
-    data["obs"] = encode(data["obs"], last)
-    data["sequences"] = pack(dataset.lengths + 1, R - 1) if args.recurrent else torch.stack([row, row + 1], 1)
-    return data, encode
-
-
-def pack(lengths, empty):
-    """Lay whole episodes of `lengths` (E,) rows end to end in sequences of the longest length: (Q, L) row numbers.
-
-    Each sequence takes the longest episode that is left, then the shortest ones as long as they fit, so that little
-    is padding (the row `empty`) and every update has the same shape.
-    """
-    begin = lengths.cumsum(0) - lengths
-    left = sorted(zip(lengths.tolist(), begin.tolist()))
-    longest, sequences = left[-1][0], []
-    while left:
-        length, start = left.pop()
-        sequence = [*range(start, start + length)]
-        while left and len(sequence) + left[0][0] <= longest:
-            length, start = left.pop(0)
-            sequence.extend(range(start, start + length))
-        sequences.append(sequence + [empty] * (longest - len(sequence)))
-    return torch.tensor(sequences, device=lengths.device)
+        strips = {"cloned team": films["behavioural cloning"][1], "InSPO": films["InSPO"][0]}
+        return {"policy.png": draw_strips(strips)}, {}
+    if args.env != "matrix" or len(team.policies) != 2:
+        return {}, {}
+    with torch.no_grad():
+        one = torch.zeros(len(seeds), 1, 1, dtype=torch.int64, device=data.obs.device)
+        pi = unroll(team.policies, range(2), one, data)[:, :, 0].exp()  # (2, S, 1, A)
+    joint = (pi[0].mT * pi[1]).cpu()  # (S, A, A)
+    tables = {"dataset": dataset.joint_actions()} | {f"seed {s}": p for s, p in zip(seeds, joint[:5])}
+    return {"policy.png": draw_joints(tables)}, {"joint_policy": joint.tolist()}
 
 
 def main(args):
     """Train, evaluate and fill the run folder; returns what summary.json holds."""
-    wall = time.perf_counter()
-    torch.set_num_threads(args.threads)
-    device = runs.choose_device(args.device)
+    run = runs.Run("inspo", args)
+    device = run.device
     if args.backend == "sc2":
         envs.make(args.env, args.task, device=device, backend="sc2").close()  # complain now if there is no such game
     dataset = datasets.load(args.env, args.task, args.dataset, device, episodes=args.episodes)
     data, encode = arrange(dataset, args)
-    S, seeds = args.num_seeds, range(args.seed, args.seed + args.num_seeds)
-    (_, N, A), O, D = data["avail_actions"].shape, data["obs"].shape[-1], data["state"].shape[-1]
-    team = Team(N, A, O, D, args, [runs.stream(seed, 0) for seed in seeds]).to(device)
-    adams = {
-        "critics": [torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True) for critic in team.critics],
-        "policies": [torch.optim.Adam(policy.parameters(), args.policy_lr, fused=True) for policy in team.policies],
-        "alpha": [torch.optim.Adam([team.log_alpha], args.alpha_lr, fused=True)],
-    }
-    losses = [*map(runs.compiler(args.compile, device), (critic_loss, policy_loss))]
-    generators = [torch.Generator().manual_seed(0), *(runs.stream(seed, 2, device) for seed in seeds)]
-    step, rows, seconds = 0, [], 0.0
-
-    tracker = runs.start_tracking("inspo", args) if args.track else None
-    folder = runs.open_folder("inspo", args, device)
-    saved = runs.load_checkpoint(folder, device) if args.resume else None
-    if saved:
-        try:
-            team.load_state_dict(saved["team"])
-            for adam, state in zip(sum(adams.values(), []), saved["adams"], strict=True):
-                adam.load_state_dict(state)
-            for generator, state in zip(generators, saved["generators"], strict=True):
-                generator.set_state(state.cpu())
-            step, rows, seconds, wall = saved["step"], saved["rows"], saved["seconds"], wall - saved["wall"]
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-            raise ValueError(f"{folder}/checkpoint.pt is of another run: delete it to start this one again") from None
+    (_, N, A), I, D = data.avail.shape, data.obs.shape[-1], data.state.shape[-1]
+    team = Team(N, A, I, D, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
+    adams = optimizers(team, args)
+    shared, own = torch.Generator().manual_seed(0), [runs.stream(seed, 2, device) for seed in run.seeds]
+    steps = {"turn": run.compile(turn), "look": run.compile(look)}
+    if run.begin(team=team, adams=list(adams.values()), generators=[shared, *own]):
+        behaviour = tabulate(team, data, args)
     else:
-        clone(team, data, args, [runs.stream(seed, 1, device) for seed in seeds])
-    tabulate(team, data, args)
+        generators = [runs.stream(seed, 1, device) for seed in run.seeds]
+        behaviour = clone(team, data, generators, args, run.compile(clone_update))
 
     beta = torch.zeros((), device=device)
-    logs = {name: torch.zeros(S, device=device) for name in ("q_loss", "policy_loss", "kl", "sample_size")}
-    while True:
-        if not rows or rows[-1]["step"] < step:  # a resumed run has this evaluation already
-            for name, value in logs.items():
-                if not value.isfinite().all():
-                    raise FloatingPointError(f"{name} is not finite after {step} updates: try smaller step sizes")
-            greedy, sampled, _ = evaluate(team.policies, encode, args, step, args.eval_episodes, device)
-            logs |= {name: value.mean(1) for name, value in greedy.items()}
-            logs |= {f"sampled_{name}": value.mean(1) for name, value in sampled.items()}
-            logs |= {"alpha": team.log_alpha.exp()[:, 0]}
-            columns = {name: value.tolist() for name, value in logs.items()}
-            for s, seed in enumerate(seeds):
-                rows.append({"step": step, "seed": seed} | {name: value[s] for name, value in columns.items()})
-            runs.save_csv(folder / "metrics.csv", rows)
-            runs.save_checkpoint(folder, {
-                "team": team.state_dict(), "adams": [adam.state_dict() for adam in sum(adams.values(), [])],
-                "generators": [generator.get_state() for generator in generators], "step": step, "rows": rows,
-                "seconds": seconds, "wall": time.perf_counter() - wall, "args": asdict(args),
-            })  # fmt: skip
-            speed = f"{step / seconds:7.1f} updates/s" if step else "(the cloned team)"
-            score = "   ".join(
-                f"{mode} {scores['return'].mean():9.4f}"
-                + (f" ({scores['win_rate'].mean():.0%} won)" if "win_rate" in scores else "")
-                for mode, scores in (("greedy", greedy), ("sampled", sampled))
-            )
-            print(f"step {step:6d}   {score}   {speed}", flush=True)
-            if tracker:
-                tracker.log({name: sum(value) / S for name, value in columns.items()}, step=step)
-        if step == args.steps:
-            break
-        begin = time.perf_counter()
-        for step in range(step, min(args.steps, step + args.eval_every - step % args.eval_every)):
-            decay = max(0, step - args.beta_hold) / max(1, args.steps - args.beta_hold)
-            beta.fill_(args.beta * (args.beta_end / args.beta) ** decay if args.beta else 0.0)
-            logs |= sweep(team, data, beta, step >= args.warmup, generators, adams, losses, args)
-        step += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - begin
-    return report(folder, args, team, data, dataset, encode, rows, seconds, wall, device)
+    logs = {name: torch.zeros(args.num_seeds, device=device) for name in ("q_loss", "policy_loss", "kl", "sample_size")}
+    for step in run.steps(args.steps, args.eval_every):
+        if run.due():
+            scores, _ = evaluate(team.policies, encode, args, step, args.eval_episodes, device)
+            alpha = team.log_alpha.detach().exp()[:, 0]
+            run.record(logs | {"alpha": alpha}, {name: x.mean(1) for name, x in scores.items()})
+        if step < args.steps:
+            beta.fill_(beta_at(step, args))
+            order = torch.randperm(N, generator=shared).tolist()
+            if args.order == "semi-greedy":
+                size = args.sequences if args.recurrent else args.batch_size
+                order = semi_greedy(order, team, data, behaviour, uniform(own, size))
+            order = sorted(order) if args.order == "fixed" else order
+            noise = draw_noise(own, N, args)
+            logs |= update(team, adams, data, behaviour, noise, beta, order, step >= args.warmup, args, **steps)
+
+    scores, films, E = {}, {}, 10 * args.eval_episodes
+    for name, policies in (("InSPO", team.policies), ("behavioural cloning", team.mus)):
+        scores[name], films[name] = evaluate(policies, encode, args, args.steps, E, device, args.env == "bridge")
+    figures, more = draw_pictures(args, team, data, dataset, films, run.seeds)
+    others = {"behavioural cloning": ("cloned_", scores["behavioural cloning"])}
+    best = envs.make(args.env, args.task).best_return
+    return run.finish("InSPO", scores["InSPO"], dataset, best, others, figures, **more)
 
 
 def parse(argv=None):
     """Read the command line; where no flag speaks, the task's own values or those of the resumed run hold."""
-    read = functools.partial(tyro.cli, Args, args=argv, description=__doc__.splitlines()[0])
-    args = read()
-    if args.resume:
-        args = read(default=replace(runs.saved_args(Args, args.out_dir), resume=True, out_dir=args.out_dir))
-    elif args.env in ("matrix", "smac"):
-        task = args.task or {"matrix": "xor", "smac": "5m_vs_6m"}[args.env]
-        args = read(default=Args(**preset(args.env, task), env=args.env, task=task))
+    args = runs.parse(Args, preset, argv, __doc__)
+    if args.env not in ("bridge", "matrix", "smac"):
+        raise ValueError(f"InSPO is for discrete actions: choose --env bridge, matrix or smac, not {args.env}")
     if args.backend == "sc2" and args.env != "smac":
         raise ValueError("--backend sc2 plays the maps of --env smac")
     zero = "seed episodes beta beta_hold warmup cql kl_target gamma layers clone_steps"
@@ -781,13 +793,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    args = None
-    try:
-        args = parse()
-        main(args)
-    except KeyboardInterrupt:
-        folder = args.out_dir if args else ""
-        print(f"interrupted; go on with: --resume --out-dir {folder}" if folder else "interrupted", file=sys.stderr)
-        sys.exit(130)  # the shell's code for Ctrl-C
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    runs.launch(main, parse)

@@ -12,6 +12,7 @@
 """
 
 from data.collect import collect_dataset, load, names
-from data.dataset import Dataset, read, write
+from data.dataset import Dataset, write
+from data.readers import read
 
 __all__ = ["Dataset", "collect_dataset", "load", "names", "read", "write"]

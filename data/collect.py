@@ -29,8 +29,10 @@ if __name__ == "__main__":  # let `python data/collect.py` find the packages bes
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
-from data.dataset import TENSORS, Dataset, read, write
+from data.dataset import TENSORS, Dataset, write
+from data.readers import read
 from envs.matrix import read_payoff
+from envs.play import play
 
 CACHE = Path(__file__).parent / "cache"
 BEHAVIOUR = Path(__file__).parent / "behaviour"  # weights of the teams that play our datasets, see its README
@@ -244,24 +246,8 @@ def record(game, act, seed=None):
     Returns:
         A `Dataset` of B episodes; its `info` holds "won", a list of 0 and 1, if these games can be won.
     """
-
-    def alive(x, running):  # zero behind the end
-        return x * running.view(-1, *[1] * (x.dim() - 1))
-
-    obs, info = game.reset(seed=seed)
-    running = torch.ones(game.num_envs, dtype=torch.bool, device=game.device)
-    seen = ["state"] + ["avail_actions"] * ("avail_actions" in info)
-    before, after = [(obs, *(info[name] for name in seen))], []
-    while running.any():
-        actions = act(len(after), obs, info)
-        obs, reward, terminated, truncated, info = game.step(actions)
-        before.append([alive(x, running) for x in (obs, *(info[name] for name in seen))])
-        after.append((alive(actions, running), reward, terminated & running, running))
-        running = running & ~(terminated | truncated)
-    obs, state, *avail = (torch.stack(x, 1) for x in zip(*before))
-    actions, reward, terminated, mask = (torch.stack(x, 1) for x in zip(*after))
-    won = {"won": info["won"].int().tolist()} if "won" in info else {}
-    return Dataset(obs, state, avail[0] if avail else None, actions, reward, terminated, mask, won)
+    played = play(game, lambda obs, info, t: (act(t, obs, info), t + 1), memory=0, seed=seed, film=True)
+    return Dataset(**played.film, info={} if played.won is None else {"won": played.won.int().tolist()})
 
 
 def _battles(task, name, episodes, seed):

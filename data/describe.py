@@ -15,7 +15,8 @@ if __name__ == "__main__":  # let `python data/describe.py` find the packages be
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data import runs
-from data.dataset import TENSORS, read
+from data.dataset import TENSORS
+from data.readers import read
 
 
 @dataclass

@@ -120,6 +120,10 @@ def test_damaged_and_foreign_files_are_refused(small, tmp_path):
         file.attrs["format"] = "99"
     with pytest.raises(ValueError, match="has format 99"):
         data.read(good)
+    with h5py.File(good, "a") as file:
+        file.attrs["env"] = "bridge"
+    with pytest.raises(ValueError, match="not one of our datasets: its attributes are not JSON"):
+        data.read(good)
     with pytest.raises(ValueError, match="lacks obs.npy"):
         data.read(tmp_path)
 

@@ -1,0 +1,131 @@
+"""Ways to lay out a `Dataset` as tensors that training scripts share; no gradient.
+
+Shapes: E episodes, R rows (observations, an episode's one more than its steps), M steps, W windows, Q sequences,
+N agents, A actions (or entries of an action), O observation, D state, I inputs.
+"""
+
+import torch
+
+
+def rows(dataset, dtype=None, blank=False):
+    """The dataset as R rows, one for each observation, episodes end to end.
+
+    Args:
+        dtype: of all numbers but whole ones; by default torch's own.
+        blank: add a row at the end that belongs to no episode, for padding: obs, state and avail_actions are 1, no
+            step begins there, and `first` holds, as no episode goes on.
+    Returns:
+        A dictionary: obs (R, N, O), state (R, D), avail_actions (R, N, A) or None; of the step that begins in a row
+        actions (R, N) or (R, N, A), reward, done and acted (R,), 0 where none does, which is in an episode's last row;
+        first (R,) bool where an episode begins; start (M,) the rows where a step begins.
+    """
+    data = dataset.flatten(dtype or torch.get_default_dtype())
+    start = data["start"] = data.pop("row")
+    if blank:
+        for name in ("obs", "state", "avail_actions"):
+            if data[name] is not None:
+                data[name] = torch.cat([data[name], torch.ones_like(data[name][:1])])
+    R = len(data["obs"])
+    if data["actions"].is_floating_point():
+        data["actions"] = data["actions"].to(data["reward"].dtype)
+    data["acted"] = torch.ones_like(data["reward"])
+    for name in ("actions", "reward", "done", "acted"):
+        step = data[name]  # (M, ...)
+        data[name] = step.new_zeros(R, *step.shape[1:]).index_copy_(0, start, step)
+    data["first"] = torch.cat([start.new_ones(1), 1 - data["acted"][:-1]]).bool()
+    return data
+
+
+def pairs(start):
+    """The rows that each step leads from and to: start (M,) -> (M, 2)."""
+    return torch.stack([start, start + 1], 1)
+
+
+def windows(lengths, length):
+    """The first rows of all windows of `length` successive rows of one episode: lengths (E,), in steps -> (W,)."""
+    _, left = age(lengths)
+    return (left >= length - 1).nonzero()[:, 0]
+
+
+def pack(lengths, empty):
+    """Lay whole episodes of `lengths` (E,) rows end to end in sequences of the longest length: (Q, L) row numbers.
+
+    Each sequence takes the longest episode that is left, then the shortest ones as long as they fit, so that little
+    is padding (the row `empty`) and every update has the same shape.
+    """
+    begin = lengths.cumsum(0) - lengths
+    left = sorted(zip(lengths.tolist(), begin.tolist()))
+    longest, sequences = left[-1][0], []
+    while left:
+        length, start = left.pop()
+        sequence = [*range(start, start + length)]
+        while left and len(sequence) + left[0][0] <= longest:
+            length, start = left.pop(0)
+            sequence.extend(range(start, start + length))
+        sequences.append(sequence + [empty] * (longest - len(sequence)))
+    return torch.tensor(sequences, device=lengths.device)
+
+
+def age(lengths):
+    """The steps since each row's episode began, and those still to come: lengths (E,), in steps -> (R,), (R,)."""
+    begin = (lengths + 1).cumsum(0) - lengths - 1  # (E,) each episode's first row
+    episode = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths + 1)  # (R,)
+    since = torch.arange(len(episode), device=lengths.device) - begin[episode]
+    return since, lengths[episode] - since
+
+
+def togo(dataset, gamma, dtype=None):
+    """What the rest of its episode was worth at each step, discounted by gamma: (M,)."""
+    dtype = dtype or torch.get_default_dtype()
+    found, later = [], torch.zeros_like(dataset.reward[:, 0], dtype=dtype)  # (E,)
+    for t in reversed(range(dataset.reward.shape[1])):
+        later = (dataset.reward[:, t].to(dtype) + gamma * later) * dataset.mask[:, t]
+        found.append(later)
+    return torch.stack(found[::-1], 1)[dataset.mask]
+
+
+def last_actions(actions, first):
+    """What everybody did before, -1 for none: actions (R, N), first (R,) bool -> (R, N)."""
+    return torch.where(first[:, None], -1, actions.roll(1, 0))
+
+
+def units(x):
+    """The mean and the spread of each entry of x (R, ...), to measure it in; a spread is at least 1e-3."""
+    std, mean = torch.std_mean(x, 0)
+    return mean, std.clamp(min=1e-3)
+
+
+def one_hot(x):
+    """A function (..., D) -> (..., I) with one column for each value that an entry of x (R, D) takes.
+
+    An entry that never changes gets none, and a value that x does not hold becomes zeros.
+    """
+    if (x != x.round()).any():
+        raise ValueError("--one-hot needs whole numbers as observations: add --no-one-hot")
+    values = [column.unique().tolist() for column in x.T]
+    cells = torch.tensor([(d, v) for d, vs in enumerate(values) if len(vs) > 1 for v in vs], device=x.device)
+    if not 0 < len(cells) <= 1000:
+        raise ValueError(f"--one-hot would make {len(cells)} inputs; it is for small grids: add --no-one-hot")
+    return lambda raw: (raw[..., cells[:, 0].long()] == cells[:, 1]).to(torch.get_default_dtype())
+
+
+def distinct_columns(state, obs):
+    """Keep each distinct column of states (R, D) and views (R, N, O) once; views are made by picking columns.
+
+    Returns:
+        state: (R, D') the distinct columns, in the order in which they first stand in (state, obs).
+        columns: (N, O) where each agent's view is found. Column D', which `state` lacks, is the 0 that fills up short
+            views.
+        whole: (D,) where the environment's own state is found.
+    """
+    _, N, O = obs.shape
+    everything = torch.cat([state, obs.flatten(1)], 1)  # (R, C)
+    _, group = torch.unique(everything, dim=1, return_inverse=True)
+    C, device = len(group), obs.device
+    first = torch.full((int(group.max()) + 1,), C, device=device)
+    first = first.scatter_reduce(0, group, torch.arange(C, device=device), "amin")
+    pad = (first >= C - N * O) & (everything == 0).all(0)[first]  # fills up short views: no part of the world
+    order = (first + C * pad).argsort()
+    place = order.argsort()[group]  # (C,) where each column went; the padding, if any, is column D'
+    state = everything[:, first[order[: len(order) - int(pad.sum())]]].contiguous()
+    return state, place[C - N * O :].view(N, O), place[: C - N * O]
