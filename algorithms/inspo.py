@@ -233,14 +233,14 @@ class GRU(nn.Module):
     def forward(self, x, first, h):
         """Run over sequences x (S, L, B, I) from h (S, B, H), forgetting where first (S, L, B): (S, L, B, H)."""
         S, L, B, _ = x.shape
-        gates = torch.baddbmm(self.input_bias, x.flatten(1, 2), self.input).view(S, L, B, -1).unbind(1)
-        keep, states, H = (~first)[..., None].to(x.dtype).unbind(1), [], h.shape[-1]
-        for gate, kept in zip(gates, keep):
+        sizes, states = [2 * h.shape[-1], h.shape[-1]], []  # reset and update; new
+        gates = torch.baddbmm(self.input_bias, x.flatten(1, 2), self.input).view(S, L, B, -1).split(sizes, -1)
+        keep = (~first)[..., None].to(x.dtype)
+        for gate, new, kept in zip(*(each.unbind(1) for each in (*gates, keep))):
             h = h * kept
-            recurrent = torch.baddbmm(self.state_bias, h, self.state)  # (S, B, 3H)
-            reset, update = (gate[..., : 2 * H] + recurrent[..., : 2 * H]).sigmoid().chunk(2, -1)
-            new = (gate[..., 2 * H :] + reset * recurrent[..., 2 * H :]).tanh()
-            h = torch.lerp(new, h, update)
+            past, past_new = torch.baddbmm(self.state_bias, h, self.state).split(sizes, -1)  # (S, B, 2H), (S, B, H)
+            reset, update = (gate + past).sigmoid().chunk(2, -1)
+            h = torch.lerp((new + reset * past_new).tanh(), h, update)
             states.append(h)
         return torch.stack(states, 1)
 
