@@ -143,6 +143,7 @@ class Args:
     policy_lr: float = 1e-3  # Adam's step size for the policies
     critic_lr: float = 1e-3  # Adam's step size for the Q-functions
     alpha_lr: float = 1e-3  # Adam's step size for log alpha
+    lr_decay: float = 0.2  # the share of the updates, the last ones, over which the first two fall to 0
     tau: float = 0.02  # how far a target network moves in an update
     weight_cap: float = 100.0  # largest weight in the policy loss
     ratio_cap: float = 100.0  # largest importance ratio
@@ -400,7 +401,8 @@ def resample(ratio, uniform):
     ratio (S, K), uniform (S, B) in [0, 1): the places (S, B); one whose ratio is 0 is never drawn.
     """
     cumulative = ratio.cumsum(1)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp(max=ratio.shape[1] - 1)
+    places = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # the first sum above it
+    return places.clamp(max=ratio.shape[1] - 1)  # if rounding led past the end
 
 
 def critic_loss(critic, target, batch, alpha, beta, gamma, cql):
@@ -414,7 +416,8 @@ def critic_loss(critic, target, batch, alpha, beta, gamma, cql):
     # Between conventions that pay the same, the squared error has no preference. This term has one: it lifts the
     # resampled actions, those that go with what the teammates do now, and so breaks the tie.
     gap = q.masked_fill(~batch.avail, ILLEGAL).logsumexp(-1) - q_taken
-    return ((q_taken - y) ** 2 + cql * gap).mean(1)
+    share = batch.valid / batch.valid.sum(1, keepdim=True)
+    return (share * ((q_taken - y) ** 2 + cql * gap)).sum(1)
 
 
 def policy_loss(target, batch, alpha, beta, cap):
@@ -549,9 +552,18 @@ def update(team, adams, data, behaviour, noise, beta, order, improve, args, turn
 
 
 def beta_at(step, args):
-    """The weight of the entropy in update `step`: held at first, then falling exponentially."""
-    decay = max(0, step - args.beta_hold) / max(1, args.steps - args.beta_hold)
+    """The weight of the entropy in update `step`: held at first, then falling exponentially to its end in the last."""
+    decay = max(0, step - args.beta_hold) / max(1, args.steps - 1 - args.beta_hold)
     return args.beta * (args.beta_end / args.beta) ** decay if args.beta else 0.0
+
+
+def anneal(adams, step, args):
+    """Let the step sizes of the policies and Q-functions fall linearly to 0 over the last updates, as what still moves
+    at the end would make the last team a matter of luck."""
+    left = min(1.0, (args.steps - step) / max(1.0, args.lr_decay * args.steps))
+    for name, lr in (("critics", args.critic_lr), ("policies", args.policy_lr)):
+        for each in adams[name]:
+            each.lr.fill_(left * lr)
 
 
 @torch.no_grad()
@@ -763,6 +775,7 @@ def main(args):
             run.record(logs | {"alpha": alpha}, {name: x.mean(1) for name, x in scores.items()})
         if step < args.steps:
             beta.fill_(beta_at(step, args))
+            anneal(adams, step, args)
             order = torch.randperm(N, generator=shared).tolist()
             if args.order == "semi-greedy":
                 size = args.sequences if args.recurrent else args.batch_size
@@ -787,8 +800,8 @@ def parse(argv=None):
         raise ValueError(f"InSPO is for discrete actions: choose --env bridge, matrix or smac, not {args.env}")
     if args.backend == "sc2" and args.env != "smac":
         raise ValueError("--backend sc2 plays the maps of --env smac")
-    zero = "seed episodes beta beta_hold warmup cql kl_target gamma layers clone_steps"
-    runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma tau")
+    zero = "seed episodes beta beta_hold warmup cql kl_target gamma layers clone_steps lr_decay"
+    runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma tau lr_decay")
     return args
 
 

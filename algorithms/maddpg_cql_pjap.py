@@ -9,73 +9,82 @@ The idea. Change nothing but which windows of the data are drawn. A window is dr
 are close to what the policies would do there, rarely otherwise. Then the recorded teammates are a good stand-in for the
 real ones, in the policies' loss above all. CQL keeps the Q-function low at joint actions that nobody recorded.
 
-Equations. mu is the policy that all agents share, o_i agent i's view and its number, s the state, a the joint action,
-Q_1 and Q_2 two critics; a dash marks slowly moving copies. A window is L successive rows of one episode.
+Equations (numbers of the paper; it gives none of those without). mu is the policy that all agents share, o_i agent i's
+view and its number, s the state, a the joint action, Q_1 and Q_2 two critics; a dash marks slowly moving copies. A
+window is L successive rows of one episode.
+  Eq. 3   L(mu)    = E_i [ -min_c Q_c(s, (mu(o_i), a_-i)) + reg |mu(o_i)|^2 / A ]          a_-i as recorded: BRUD
   Eq. 6   rho      = max( exp(-(k d)^2), floor );   P(window) ~ rho^exponent;   k grows to its full value
-          d        = mean over the window's steps, agents and entries of |a_recorded - mu'(o)|
+  Eq. 8   d        = mean over the window's steps, agents and entries of |a_recorded - mu'(o)|; see choice 1
           y        = r + gamma (1 - terminated) min_c Q'_c(s', mu'(o'))
           L(Q_c)   = 1/2 E (y - Q_c(s,a))^2 + cql E_i [ log sum_m exp( Q_c(s,a_m) - log p_i(a_m) ) - Q_c(s,a) ]
           a_m      a third each: uniform; mu(o_t) + noise; mu(o_t+1) + noise. p_i: density of agent i's part of a_m
-  Eq. 4   L(mu)    = E_i [ -min_c Q_c(s, (mu(o_i), a_-i)) + reg |mu(o_i)|^2 / A ]          a_-i as recorded: BRUD
 
-Commands (for what they give see the README):
-  python algorithms/maddpg_cql_pjap.py                               2-agent HalfCheetah, good data, PJAP
-  python algorithms/maddpg_cql_pjap.py --no-pjap                     the baseline: every window equally likely
-  python algorithms/maddpg_cql_pjap.py --dataset good-medium         two kinds of data, of which one should win
+Commands, and the return you should see (mean of three seeds; one CPU core of a small server, torch 2.13):
+  python algorithms/maddpg_cql_pjap.py      2-agent HalfCheetah, good data (4,959), PJAP, 6 min:
+      2,055 +- 243. It learns on: 4,182 +- 477 after --steps 20000 --batch-size 8
+  ... --no-pjap                             the baseline, every window equally likely: 4,090 +- 517 after
+      as many. At this size PJAP makes no difference; README.md beside this file says why
+  ... --dataset good-medium                 two kinds of data, of which one should win
   ... --steps 500000 --num-seeds 10 --batch-size 64 --ood-actions 10 --eval-every 5000 --no-normalize      the paper's
 
+In your own loop (this file alone will do; `Data` says what the tensors are):
+  import torch, maddpg_cql_pjap as maddpg
+  S, N, A, R = 2, 2, 3, 1000                                 # seeds, agents, entries of an action, rows of one episode
+  args = maddpg.Args(num_seeds=S, window=10, batch_size=4)
+  obs = torch.cat([torch.eye(N).expand(R, N, N), torch.randn(R, N, 5)], -1)        # each agent's number and its view
+  state, actions, acted = torch.randn(R, 4), 2 * torch.rand(R, N, A) - 1, (torch.arange(R) < R - 1).float()
+  reward = -(actions - state[:, None, :A]).abs().mean((1, 2))                     # to follow the state is what pays
+  data = maddpg.Data(obs, state, actions, reward, 0 * reward, acted)
+  windows = maddpg.Windows(torch.arange(R - args.window + 1), args.window, S)     # by their first rows: all there are
+  generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
+  team = maddpg.Team(N, A, N + 5, 4, args, generators)
+  rmsprops = maddpg.optimizers(team, args)
+  for step in range(20):
+      noise, k = maddpg.draw_noise(generators, N, A, args), torch.tensor(maddpg.steepness_at(step, args))
+      logs = maddpg.update(team, rmsprops, data, windows, noise, k, args)
+
 Where paper and code disagree, "code" is the authors' as submitted (June 2024). Choices made here:
-  1. d is a mean over an agent's entries (code), not a sum (paper): k = 4 here is 16 d^2, and 1.78 d^2 in the paper's
-     alpha. metrics.csv has both. It is taken to the target policy, as it was before the update (code).
+  1. d is a mean over an agent's A entries (code); Eq. 8 sums them. So k = 4 is 16 d^2 here and 16 / A^2 in the paper's
+     alpha, 1.78 for HalfCheetah's three entries; metrics.csv has both distances. d is taken to the target policy as it
+     was before the update (code). Another d is another function `distance`: nothing else knows what it measures.
   2. k grows linearly over the first 30 % of the updates (code: 150,000 of the paper's 500,000). The paper has no ramp.
   3. Refreshed are the priorities of the windows just trained on (code); --refresh N adds N uniformly drawn ones.
   4. Windows never straddle two episodes (in the code they may). The last of the L rows may be what was seen after an
      episode's last step, so that terminal steps are learned too; it counts in no mean over actions. An episode of
      fewer rows than L has no window.
-  5. A time limit is not the end: Q looks beyond it. In OG-MARL's data it is: --time-limit-terminates.
-  6. Target networks start as copies; in the code most likely from weights of their own. The critics start apart.
-  7. RMSProp as in Sonnet, which adds 1e-10 to the mean square under the root; here its root is added behind it, 1e-5.
-  8. Each distinct joint action is evaluated once: in CQL all agents' actions are replaced, so the agents' terms differ
+  5. A window begins with an empty memory wherever it lies in its episode (code), while play carries the memory on.
+  6. The critics see the prioritised windows too (code), and nothing corrects for how likely a window was, as in
+     prioritised experience replay (PER): all losses are plain means over what was drawn (paper, code).
+  7. A time limit is not the end: Q looks beyond it. In OG-MARL's data it is: --time-limit-terminates.
+  8. Target networks start as copies; in the code most likely from weights of their own. The critics start apart.
+  9. RMSProp as in Sonnet, which adds 1e-10 to the mean square under the root; here its root is added behind it, 1e-5.
+ 10. Each distinct joint action is evaluated once: in CQL all agents' actions are replaced, so the agents' terms differ
      in p_i only. The density of noise is that before clipping, and of uniform actions that of one agent's (code).
-  9. Both losses look at the networks as they were before the update (code).
- 10. By default a batch of 16 windows and 4 actions of each kind in CQL, in place of 64 and 10, and fewer steps: a
+ 11. Both losses look at the networks as they were before the update (code).
+ 12. By default a batch of 16 windows and 4 actions of each kind in CQL, in place of 64 and 10, and fewer steps: a
      laptop does that in minutes. For the same reason views and states enter in units of the dataset's mean and spread.
      The code feeds them raw (--no-normalize), with the position x, which grows to hundreds, among them: in as few
      updates the policy then comes less close to the data, and its return swings from one evaluation to the next.
-
-Speed (`python tests/bench.py maddpg`), CPU time of an update on one core of a shared server: 27 ms by default for one
-seed and 68 ms for three; 155 ms and 478 ms at the paper's size, where OG-MARL's PyTorch version takes 292 ms for one.
-Drawing from a million windows and refreshing 64 of them are 0.2 ms of it.
-
-Seeds differ in all that is random here, but are evaluated in one environment: how a seed's games begin depends on how
-many seeds run beside it.
+ 13. Seeds differ in all that is random here, but are evaluated in one environment: how a seed's games begin depends on
+     how many seeds run beside it.
 
 Shapes: S seeds, L rows of a window, B windows, M = (L - 1) B transitions, K joint actions, N agents, A entries of an
-agent's action, O observation, I inputs, D state, R rows (observations) of the dataset, W windows, E episodes.
+agent's action, I inputs, D state, R rows (observations) of the dataset, W windows, E games.
 """
 
 import copy
-import functools
 import math
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-import tyro
-from gymnasium.spaces import Box
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `data` and `envs` stand beside this file's folder
-import data as datasets
-import envs
-from data import runs
+from torch.optim.rmsprop import rmsprop as rmsprop_step
 
 BLOCK = 128  # windows whose priorities share a partial sum
 CACHE = 2**18  # numbers that one piece of the critics' work should hold on a CPU, so that it stays in the cache
-SAMPLE = 2000  # windows, evenly spaced, that stand for the whole dataset when its distance is measured
 
 
 # ---------------------------------------------------------------- arguments
@@ -94,7 +103,7 @@ class Args:
     eval_episodes: int = 4  # games per seed and evaluation
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # CPU threads
-    compile: bool = torch.cuda.is_available()  # compile the losses with torch.compile
+    compile: bool = torch.cuda.is_available()  # compile the update with torch.compile
     out_dir: str = ""  # the run's folder; by default a new one in runs/maddpg_cql_pjap
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
@@ -122,9 +131,39 @@ class Args:
     normalize: bool = True  # feed views and states in units of the dataset's mean and standard deviation
 
 
-def preset(env):
-    """What differs from HalfCheetah's values, above, in the other environments."""
-    return {"reacher": dict(dataset="expert-mix"), "ant": dict(dataset="medium")}.get(env, {})
+# ---------------------------------------------------------------- data
+class Data(NamedTuple):
+    """The dataset as R rows, one for each observation: episodes end to end. In an episode's last row no step begins:
+    there `acted` is 0, and what belongs to a step too. A minibatch is the same with (S, L, B) in place of R."""
+
+    obs: torch.Tensor  # (R, N, I) what the policy sees; as it is one for all agents, the agent's number belongs to it
+    state: torch.Tensor  # (R, D) what the critics see
+    actions: torch.Tensor  # (R, N, A) in [-1, 1], of the step that begins in a row
+    reward: torch.Tensor  # (R,)
+    done: torch.Tensor  # (R,) 1 where the game ended by its own rules with this step
+    acted: torch.Tensor  # (R,) 1 where there is a step; in a window that is everywhere but, maybe, in the last row
+
+
+class Noise(NamedTuple):
+    """What is random in an update; given it, an update is a function without chance."""
+
+    windows: torch.Tensor  # (S, B) in [0, 1), double precision whatever the networks have: which windows to draw
+    uniform: torch.Tensor  # (S, L-1, B, K, N, A) in [-1, 1): CQL's uniform actions
+    normal: torch.Tensor  # (S, 2, L-1, B, K, N, A): what CQL adds to the policies' actions, in units of its sigma
+    refresh: torch.Tensor | None  # (S, refresh) in [0, 1), double precision: which further priorities to refresh
+
+
+def draw_noise(generators, num_agents, num_actions, args):
+    """The `Noise` of one update, each seed's from its own generator."""
+
+    def draw(kind, *shape, dtype=None):
+        return torch.stack([kind(shape, generator=g, device=g.device, dtype=dtype) for g in generators])
+
+    shape = (args.window - 1, args.batch_size, args.ood_actions, num_agents, num_actions)
+    windows = draw(torch.rand, args.batch_size, dtype=torch.float64)
+    uniform, normal = draw(torch.rand, *shape) * 2 - 1, draw(torch.randn, 2, *shape)
+    refresh = draw(torch.rand, args.refresh, dtype=torch.float64) if args.pjap and args.refresh else None
+    return Noise(windows, uniform, normal, refresh)
 
 
 # ---------------------------------------------------------------- networks
@@ -155,13 +194,12 @@ class GRU(nn.Module):
     def forward(self, x, h):
         """Run over sequences x (S, L, B, I) from h (S, B, H): (S, L, B, H)."""
         S, L, B, _ = x.shape
-        gates = torch.baddbmm(self.input_bias, x.flatten(1, 2), self.input).view(S, L, B, -1).unbind(1)
-        states, H = [], h.shape[-1]
-        for gate in gates:
-            recurrent = torch.baddbmm(self.state_bias, h, self.state)  # (S, B, 3H)
-            reset, update = (gate[..., : 2 * H] + recurrent[..., : 2 * H]).sigmoid().chunk(2, -1)
-            new = (gate[..., 2 * H :] + reset * recurrent[..., 2 * H :]).tanh()
-            h = torch.lerp(new, h, update)
+        sizes, states = [2 * h.shape[-1], h.shape[-1]], []  # reset and update; new
+        gates = torch.baddbmm(self.input_bias, x.flatten(1, 2), self.input).view(S, L, B, -1).split(sizes, -1)
+        for gate, new in zip(*(each.unbind(1) for each in gates)):
+            past, past_new = torch.baddbmm(self.state_bias, h, self.state).split(sizes, -1)  # (S, B, 2H), (S, B, H)
+            reset, update = (gate + past).sigmoid().chunk(2, -1)
+            h = torch.lerp((new + reset * past_new).tanh(), h, update)
             states.append(h)
         return torch.stack(states, 1)
 
@@ -204,7 +242,8 @@ class Critics(nn.Module):
         for_state, for_action = self.first.weight.split([state.shape[-1], X], 1)
         seen = torch.baddbmm(self.first.bias, state.repeat(2, 1, 1), for_state)  # (2S, M, H)
         action, H = action.repeat(2, 1, 1, 1), seen.shape[-1]
-        piece = max(1, CACHE // (2 * S * K * H)) if action.device.type == "cpu" else M
+        eager = action.device.type == "cpu" and not torch.compiler.is_compiling()
+        piece = max(1, CACHE // (2 * S * K * H)) if eager else M
         q = []
         for s, a in zip(seen.split(piece, 1), action.split(piece, 1)):
             x = torch.bmm(a.flatten(1, 2), for_action).view(2 * S, -1, K, H) + s[:, :, None]
@@ -217,18 +256,17 @@ class Critics(nn.Module):
 class Team(nn.Module):
     """Everything that S teams learn, and the target networks."""
 
-    def __init__(self, game, args, generators):
+    def __init__(self, num_agents, num_actions, obs_dim, state_dim, args, generators):
         super().__init__()
-        N, A = game.num_agents, game.num_actions
-        self.policy = Policy(N + game.obs_dim, A, args.policy_hidden, generators)
-        self.critics = Critics(game.state_dim, N * A, args.critic_hidden, generators)
+        self.policy = Policy(obs_dim, num_actions, args.policy_hidden, generators)
+        self.critics = Critics(state_dim, num_agents * num_actions, args.critic_hidden, generators)
         self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
 
 
-# ---------------------------------------------------------------- priorities
+# ---------------------------------------------------------------- looking at the data
 class Windows(nn.Module):
-    """The priorities of W windows for each seed, all 1 at first, and draws in proportion to them.
+    """W windows of L rows of the data, their priorities for each seed, all 1 at first, and draws in proportion to them.
 
     Every BLOCK priorities keep their sum. A draw inverts the cumulative distribution in two steps, exactly: one uniform
     number, times the sum of all, falls into a block, and what is left of it falls on a window of that block. So a draw
@@ -237,14 +275,21 @@ class Windows(nn.Module):
     of a million nor missed by the grid of the random numbers.
     """
 
-    def __init__(self, count, seeds):
+    def __init__(self, start, length, seeds):
+        """start (W,) holds each window's first row."""
         super().__init__()
-        self.count = count
-        rho = torch.zeros(seeds, -(-count // BLOCK), BLOCK, dtype=torch.float32)
-        rho.flatten(1)[:, :count] = 1
+        self.count, self.length = len(start), length
+        rho = torch.zeros(seeds, -(-self.count // BLOCK), BLOCK, dtype=torch.float32, device=start.device)
+        rho.flatten(1)[:, : self.count] = 1
         self.register_buffer("rho", rho)
         self.register_buffer("sums", rho.sum(-1, dtype=torch.float64))  # (S, blocks)
-        self.register_buffer("seed", torch.arange(seeds)[:, None], persistent=False)
+        self.register_buffer("seed", torch.arange(seeds, device=start.device)[:, None], persistent=False)
+        self.register_buffer("start", start, persistent=False)
+
+    def gather(self, index, data):
+        """The windows `index` (S, B) as a minibatch, `Data` of (S, L, B) rows."""
+        rows = self.start[index][:, None] + torch.arange(self.length, device=index.device)[:, None]
+        return Data(*(table[rows] for table in data))
 
     def draw(self, uniform):
         """uniform (S, B) in [0, 1), double precision -> the numbers of the windows drawn (S, B)."""
@@ -267,47 +312,31 @@ class Windows(nn.Module):
         return self.sums.sum(1) ** 2 / (self.rho.double() ** 2).sum((1, 2)) / self.count
 
 
-def priority(distance, steepness, floor, exponent):
+def distance(mine, batch):
+    """Eq. 8 over A: how far the actions mine (S, L, B, N, A) are from those recorded in each window, (S, B).
+
+    This alone says what "close" means: the priorities, those refreshed and all that is measured follow. Only
+    `distance_l1` in metrics.csv, A times what is found here, then loses its sense.
+    """
+    gap = (batch.actions - mine).abs().mean((3, 4))  # (S, L, B)
+    return (gap * batch.acted).sum(1) / batch.acted.sum(1)
+
+
+def priority(d, steepness, floor, exponent):
     """Eq. 6, elementwise: rho^exponent, what a window's probability is in proportion to."""
-    return torch.exp(-((steepness * distance) ** 2)).clamp(min=floor) ** exponent
+    return torch.exp(-((steepness * d) ** 2)).clamp(min=floor) ** exponent
 
 
-def distance(mine, recorded, acted):
-    """Mean |a - mu(o)| along windows: (S, L, B, N, A) twice, acted (S, L, B) -> (S, B)."""
-    gap = (recorded - mine).abs().mean((3, 4))  # (S, L, B)
-    return (gap * acted).sum(1) / acted.sum(1)
+def steepness_at(step, args):
+    """k in update `step`."""
+    return args.steepness * min(1.0, step / (args.ramp * args.steps) if args.ramp else 1.0)
 
 
-# ---------------------------------------------------------------- update
-class Batch(NamedTuple):
-    """B windows of L rows for each seed."""
-
-    x: torch.Tensor  # (S, L, B, N, I) the policy's inputs
-    state: torch.Tensor  # (S, L, B, D)
-    action: torch.Tensor  # (S, L, B, N, A) as recorded
-    reward: torch.Tensor  # (S, L, B) of the step that begins in a row
-    done: torch.Tensor  # (S, L, B) 1 where the game ended with it
-    acted: torch.Tensor  # (S, L, B) 1 where there is such a step: everywhere but, maybe, in the last row
-
-
-def gather(index, data, encode):
-    """The windows `index` (S, B) as a `Batch`."""
-    rows = data["start"][index][:, None] + torch.arange(data["window"], device=index.device)[:, None]  # (S, L, B)
-    rest = (data[name][rows] for name in ("state", "actions", "reward", "done", "acted"))
-    return Batch(encode(data["obs"][rows]), *rest)
-
-
-def draw_noise(generators, B, N, A, args):
-    """The random part of the conservative term: uniform (S, L-1, B, K, N, A) and normal (S, 2, L-1, B, K, N, A)."""
-    shape = (args.window - 1, B, args.ood_actions, N, A)
-    uniform = runs.uniform(generators, *shape) * 2 - 1
-    return uniform, torch.stack([torch.randn(2, *shape, generator=g, device=g.device) for g in generators])
-
-
+# ---------------------------------------------------------------- losses
 def candidates(own, uniform, normal, sigma):
     """CQL's joint actions in each transition's state, (S, L-1, B, 3K, N, A), and log p_i, (S, L-1, B, 3K, N).
 
-    own (S, L, B, N, A) are the policies' actions along the windows, the rest comes from `draw_noise`.
+    own (S, L, B, N, A) are the policies' actions along the windows, the rest comes from `Noise`.
     """
     noise = sigma * normal
     near = torch.stack([own[:, :-1], own[:, 1:]], 1)[:, :, :, :, None] + noise  # (S, 2, L-1, B, K, N, A)
@@ -327,7 +356,7 @@ def td_target(target_critics, batch, theirs, gamma):
 
 def critic_loss(critics, batch, y, actions, log_p, cql):
     """L(Q_c), the mean of both critics: the loss, its squared error and its conservative part, each (S,)."""
-    state, recorded = batch.state[:, :-1].flatten(1, 2), batch.action[:, :-1].flatten(3).flatten(1, 2)
+    state, recorded = batch.state[:, :-1].flatten(1, 2), batch.actions[:, :-1].flatten(3).flatten(1, 2)
     actions = torch.cat([recorded[:, :, None], actions.flatten(4).flatten(1, 2)], 2)  # (S, M, 1 + 3K, N A)
     q = critics(state, actions)
     taken, other = q[..., 0], q[..., 1:]  # (2, S, M), (2, S, M, 3K)
@@ -338,261 +367,200 @@ def critic_loss(critics, batch, y, actions, log_p, cql):
 
 
 def policy_loss(critics, batch, own, action_reg):
-    """L(mu), (S,): each agent's own action (S, L, B, N, A) among the others' recorded ones, Eq. 4."""
+    """Eq. 3, (S,): each agent's own action (S, L, B, N, A) among the others' recorded ones."""
     N = own.shape[3]
     me = torch.eye(N, dtype=torch.bool, device=own.device)[..., None]  # (N, N, 1)
-    joint = torch.where(me, own[:, :, :, None], batch.action[:, :, :, None])  # (S, L, B, N, N, A)
+    joint = torch.where(me, own[:, :, :, None], batch.actions[:, :, :, None])  # (S, L, B, N, N, A)
     q = critics(batch.state.flatten(1, 2), joint.flatten(4).flatten(1, 2)).amin(0)  # (S, L B, N)
     cost = action_reg * (own**2).mean((3, 4)).flatten(1) - q.mean(-1)
     weight = batch.acted.flatten(1)
     return (weight * cost).sum(1) / weight.sum(1)
 
 
-def losses(team, batch, uniform, normal, args):
-    """The critics' and the policy's loss (S,), and what to log (S,) and to prioritise by (S, B).
+# ---------------------------------------------------------------- update
+class RMSProp(nn.Module):
+    """RMSProp with all that it knows in tensors, so that a graph can hold an update whole; torch's class breaks it."""
 
-    Given the noise a function without chance, of tensors whose shapes never change.
+    def __init__(self, parameters, lr):
+        super().__init__()
+        self.moved = list(parameters)
+        self.squares = nn.ParameterList(map(torch.zeros_like, self.moved))
+        self.counts = nn.ParameterList(p.new_zeros(()) for p in self.moved)
+        self.requires_grad_(False)
+        self.register_buffer("lr", self.moved[0].new_tensor(lr, dtype=torch.float64))  # may change between updates
+
+    @torch.no_grad()
+    def step(self, gradients):
+        plain = self.lr.device.type == "cpu" and not torch.compiler.is_compiling()  # there torch reads lr as a number
+        state = (list(each) for each in (self.squares, (), (), self.counts))
+        how = dict(foreach=True, capturable=not plain, maximize=False, centered=False, weight_decay=0.0, momentum=0.0)
+        rmsprop_step(self.moved, list(gradients), *state, lr=self.lr, alpha=0.9, eps=1e-5, **how)
+
+
+def optimizers(team, args):
+    """RMSProp for the critics and for the policy."""
+    return {
+        "critics": RMSProp(team.critics.parameters(), args.critic_lr),
+        "policy": RMSProp(team.policy.parameters(), args.policy_lr),
+    }
+
+
+def update(team, rmsprops, data, windows, noise, steepness, args):
+    """One update of all networks and of the priorities; steepness is a () tensor, k in Eq. 6.
+
+    Returns:
+        What to log, a dictionary of (S,) tensors.
     """
-    own, _ = team.policy(batch.x)
+    index = windows.draw(noise.windows)
+    batch = windows.gather(index, data)  # (S, L, B, ...)
+    own, _ = team.policy(batch.obs)  # (S, L, B, N, A)
     with torch.no_grad():
-        theirs, _ = team.target_policy(batch.x)
+        theirs, _ = team.target_policy(batch.obs)
         y = td_target(team.target_critics, batch, theirs, args.gamma)
-        gap = distance(theirs, batch.action, batch.acted)
-    actions, log_p = candidates(own.detach(), uniform, normal, args.ood_noise)
-    for_critics, q_loss, cql = critic_loss(team.critics, batch, y, actions, log_p, args.cql)
-    frozen = {name: parameter.detach() for name, parameter in team.critics.named_parameters()}
+        d = distance(theirs, batch)
 
-    def judge(*x):  # the critics, which the policy's loss leaves as they are
-        return torch.func.functional_call(team.critics, frozen, x)
+    # Both gradients before the first step. The sum over seeds leaves each seed the gradient that it would have alone.
+    actions, log_p = candidates(own.detach(), noise.uniform, noise.normal, args.ood_noise)
+    loss, q_loss, cql = critic_loss(team.critics, batch, y, actions, log_p, args.cql)
+    for_critics = torch.autograd.grad(loss.sum(), rmsprops["critics"].moved)
+    loss = policy_loss(team.critics, batch, own, args.action_reg)
+    for_policy = torch.autograd.grad(loss.sum(), rmsprops["policy"].moved)
+    rmsprops["critics"].step(for_critics)
+    rmsprops["policy"].step(for_policy)
 
-    for_policy = policy_loss(judge, batch, own, args.action_reg)
-    return for_critics, for_policy, q_loss.detach(), cql.detach(), gap
-
-
-def optimizer(team, args):
-    groups = [{"params": [*team.critics.parameters()], "lr": args.critic_lr},
-              {"params": [*team.policy.parameters()], "lr": args.policy_lr}]  # fmt: skip
-    return torch.optim.RMSprop(groups, alpha=0.9, eps=1e-5, foreach=True)
-
-
-def uniform64(generators, count):
-    """Uniform numbers (S, count) in double precision, whatever the networks have."""
-    return torch.stack([torch.rand(count, generator=g, device=g.device, dtype=torch.float64) for g in generators])
-
-
-def update(team, rmsprop, windows, data, encode, loss, steepness, generators, args):
-    """One update of all networks and of the priorities; returns what to log, a dictionary of (S,) tensors.
-
-    Nothing in it waits for the device.
-    """
-    _, N, A = data["actions"].shape
-    index = windows.draw(uniform64(generators, args.batch_size))
-    batch = gather(index, data, encode)
-    noise = draw_noise(generators, args.batch_size, N, A, args)
-    for_critics, for_policy, q_loss, cql, gap = loss(team, batch, *noise, args)
-    rmsprop.zero_grad()
-    # The sum over seeds leaves each seed the gradient that it would have alone.
-    (for_critics + for_policy).sum().backward()
-    rmsprop.step()
     with torch.no_grad():
         for network, target in ((team.critics, team.target_critics), (team.policy, team.target_policy)):
             torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), args.tau)
         if args.pjap:
-            windows.write(index, priority(gap, steepness, args.floor, args.exponent))
-            if args.refresh:
-                index = (uniform64(generators, args.refresh) * windows.count).long()
-                more = gather(index, data, encode)
-                far = distance(team.target_policy(more.x)[0], more.action, more.acted)
-                windows.write(index, priority(far, steepness, args.floor, args.exponent))
-    return {"q_loss": q_loss, "cql": cql, "policy_loss": for_policy.detach(), "distance": gap.mean(1)}
+            windows.write(index, priority(d, steepness, args.floor, args.exponent))
+        if args.pjap and args.refresh:
+            index = (noise.refresh * windows.count).long()
+            more = windows.gather(index, data)
+            again = distance(team.target_policy(more.obs)[0], more)
+            windows.write(index, priority(again, steepness, args.floor, args.exponent))
+    logs = {"q_loss": q_loss, "cql": cql, "policy_loss": loss, "distance": d.mean(1)}
+    return {name: value.detach() for name, value in logs.items()}
 
 
-# ---------------------------------------------------------------- evaluation
-@torch.no_grad()
-def evaluate(policy, encode, args, step, episodes, device):
-    """Play the teams of all seeds in one batch of games, without noise; the returns (S, E)."""
-    S, game = args.num_seeds, envs.make(args.env, args.task, args.num_seeds * episodes, device)
-    (obs, _), h, total = game.reset(seed=step), None, torch.zeros(S, episodes, device=device, dtype=torch.float64)
-    try:
-        for _ in range(game.time_limit):
-            x = encode(obs).view(S, 1, episodes, game.num_agents, -1)
-            action, h = policy(x, h)
-            obs, reward, terminated, truncated, _ = game.step(action.flatten(0, 2).float())
-            total += reward.view(S, episodes)
-            if (terminated | truncated).all():
-                break
-    except FloatingPointError as error:
-        raise FloatingPointError(f"in the evaluation after {step} updates, {error}") from None
-    finally:
-        game.close()
-    return total
+# ---------------------------------------------------------------- run
+HOME = Path(__file__).resolve().parents[1]
+if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists():  # not if this file was copied alone
+    sys.path.insert(0, str(HOME))
+    import data as datasets
+    import envs
+    from data import layout, runs
+    from envs.play import play
+elif __name__ == "__main__":
+    sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
+
+SAMPLE = 2000  # windows, evenly spaced, that stand for the whole dataset when its distance is measured
 
 
-@torch.no_grad()
-def measure(policy, windows, data, encode):
-    """Mean |a - mu(o)| over evenly spaced windows of the dataset, (S,)."""
-    S = len(windows.rho)
-    index = torch.linspace(0, windows.count - 1, min(SAMPLE, windows.count), device=data["start"].device).long()
-    total = 0
-    for part in index.split(200):
-        batch = gather(part.expand(S, -1), data, encode)
-        total = total + distance(policy(batch.x)[0], batch.action, batch.acted).sum(1)
-    return total / len(index)
+def preset(args):
+    """What differs from HalfCheetah's values, above, in the other environments; each value can be set by its flag."""
+    task = args.task or envs.TASKS.get(args.env, ("",))[0]
+    values = {"reacher": dict(dataset="expert-mix"), "ant": dict(dataset="medium")}.get(args.env, {})
+    return values | dict(env=args.env, task=task)
 
 
-def report(folder, args, team, windows, data, dataset, encode, rows, seconds, wall, device):
-    """Evaluate the last policies on ten times as many games; write summary.json and the pictures, print the table."""
-    S, E = args.num_seeds, 10 * args.eval_episodes
-    scores = evaluate(team.policy, encode, args, args.steps, E, device)
-    last = rows[-S:]
-    summary = {"script": "maddpg_cql_pjap", "env": args.env, "task": args.task, "dataset": args.dataset}
-    summary |= {"pjap": args.pjap, "steps": args.steps, "seeds": [row["seed"] for row in last]}
-    summary |= {"return": runs.over_seeds(scores), "normalized_return": None, "win_rate": None}
-    if dataset.references:
-        summary["normalized_return"] = runs.over_seeds(dataset.normalize(scores))  # 0 random, 1 expert
-    for name in ("distance", "data_distance"):
-        summary[name] = runs.over_seeds(torch.tensor([[row[name]] for row in last]))
-    summary |= {
-        "dataset_return": dataset.returns.mean().item(), "updates_per_second": args.steps / seconds,
-        "wall_seconds": time.perf_counter() - wall, "device": runs.device_name(device),
-    }  # fmt: skip
-    method = "MADDPG+CQL" + "+PJAP" * args.pjap
-    title = f"{method} on {runs.slug(args.env, args.task, args.dataset)}, {S} seed{'s' * (S > 1)}"
-    levels = {"dataset": summary["dataset_return"]}
-    figures = {"curve.png": runs.draw_curves(rows, {"return": method}, levels, title, "updates", "return")}
-    columns = {"distance": "windows drawn", "data_distance": "whole dataset"}
-    figures["distance.png"] = runs.draw_curves(rows, columns, {}, title, "updates", "mean |recorded - own action|")
-    runs.save_json(folder / "summary.json", summary)
-    for name, figure in figures.items():
-        runs.save_figure(folder / name, figure)
-    print(f"\n{title}: {folder}")
-    runs.print_table(("greedy",), {method: [summary["return"]]}, levels)
-    runs.print_table(("drawn", "dataset"), {method: [summary["distance"], summary["data_distance"]]}, {}, "distance")
-    return summary
-
-
-# ---------------------------------------------------------------- main
 def arrange(dataset, args):
-    """The dataset as R rows and as windows into them, and the function that makes the policy's inputs.
-
-    Returns the data and a function (..., N, O) -> (..., N, I). The data is a dictionary: obs (R, N, O), state (R, D);
-    of the step that begins in a row actions (R, N, A), reward, done and acted (R,), 0 where none does; start (W,), the
-    windows' first rows; window, their length L.
-    """
-    dtype, lengths, L = torch.get_default_dtype(), dataset.lengths, args.window
-    data = dataset.flatten(dtype)
-    row, R = data.pop("row"), len(data["obs"])
-    del data["avail_actions"]
-    data["acted"] = torch.ones_like(data["reward"])
-    for name in ("actions", "reward", "done", "acted"):
-        step = data[name].to(dtype)
-        data[name] = step.new_zeros(R, *step.shape[1:]).index_copy_(0, row, step)
-    end = (lengths + 1).cumsum(0) - 1  # (E,) each episode's last row
-    first = torch.arange(R, device=row.device)
-    data["start"] = (first + L - 1 <= end.repeat_interleave(lengths + 1)).nonzero()[:, 0]
-    data["window"] = L
-    if len(data["start"]) == 0:
+    """The dataset as `Data`, its windows' first rows (W,), and the function that turns observations (..., N, O) into
+    the policy's inputs."""
+    dtype, rows, start = torch.get_default_dtype(), layout.rows(dataset), layout.windows(dataset.lengths, args.window)
+    if len(start) == 0:
         raise ValueError(
-            f"no episode of {args.dataset} has the {L} rows of a window, the longest has {int(lengths.max()) + 1}: "
-            f"choose a smaller --window"
+            f"no episode of {args.dataset} has the {args.window} rows of a window, the longest has "
+            f"{int(dataset.lengths.max()) + 1}: choose a smaller --window"
         )
-    mean, std = torch.zeros((), dtype=dtype, device=row.device), torch.ones((), dtype=dtype, device=row.device)
+    state, middle, spread = rows["state"], 0.0, 1.0
     if args.normalize:
-        std, mean = torch.std_mean(data["state"], 0)
-        data["state"] = (data["state"] - mean) / std.clamp(min=1e-3)
-        std, mean = torch.std_mean(data["obs"], 0)  # (N, O), of each agent
-        std = std.clamp(min=1e-3)
+        middle, spread = layout.units(state)
+        state = (state - middle) / spread
+        middle, spread = layout.units(rows["obs"])  # (N, O), of each agent
 
     def encode(obs):
         N = obs.shape[-2]
         who = torch.eye(N, dtype=dtype, device=obs.device).expand(*obs.shape[:-1], N)
-        return torch.cat([who, (obs.to(dtype) - mean) / std], -1)
+        return torch.cat([who, (obs.to(dtype) - middle) / spread], -1)
 
-    return data, encode
+    rest = (rows[name] for name in ("actions", "reward", "done", "acted"))
+    return Data(encode(rows["obs"]), state, *rest), start, encode
+
+
+def evaluate(policy, encode, args, step, episodes, device):
+    """Play the teams of all seeds in one batch of games, without noise; returns {"return": (S, E)}."""
+    S, game = args.num_seeds, envs.make(args.env, args.task, args.num_seeds * episodes, device)
+
+    def act(obs, info, h):
+        actions, h = policy(encode(obs).view(S, 1, episodes, game.num_agents, -1), h)
+        return actions.flatten(0, 2).float(), h
+
+    try:
+        return {"return": play(game, act, seed=step).returns.view(S, episodes)}
+    except FloatingPointError as error:
+        raise FloatingPointError(f"in the evaluation after {step} updates, {error}") from None
+    finally:
+        game.close()
+
+
+@torch.no_grad()
+def measure(policy, windows, data):
+    """The mean distance of evenly spaced windows of the dataset to the policy, (S,)."""
+    index = torch.linspace(0, windows.count - 1, min(SAMPLE, windows.count), device=data.obs.device).long()
+    S, total = len(windows.rho), 0
+    for part in index.split(200):
+        batch = windows.gather(part.expand(S, -1), data)
+        total = total + distance(policy(batch.obs)[0], batch).sum(1)
+    return total / len(index)
 
 
 def main(args):
     """Train, evaluate and fill the run folder; returns what summary.json holds."""
-    wall = time.perf_counter()
-    torch.set_num_threads(args.threads)
-    device = runs.choose_device(args.device)
-    game = envs.make(args.env, args.task)
-    if not isinstance(game.single_action_space, Box):
-        raise ValueError(f"{args.env} has discrete actions: this method is for continuous ones, --env halfcheetah")
+    run = runs.Run("maddpg_cql_pjap", args)
+    device, S, method = run.device, args.num_seeds, "MADDPG+CQL" + "+PJAP" * args.pjap
     options = {"episodes": args.episodes, "limit_terminates": args.time_limit_terminates}
     dataset = datasets.load(args.env, args.task, args.dataset, device, **options)
-    data, encode = arrange(dataset, args)
-    S, seeds = args.num_seeds, range(args.seed, args.seed + args.num_seeds)
-    team = Team(game, args, [runs.stream(seed, 0) for seed in seeds]).to(device)
-    windows = Windows(len(data["start"]), S).to(device)
-    rmsprop = optimizer(team, args)
-    loss = runs.compiler(args.compile, device)(losses)
-    generators = [runs.stream(seed, 1, device) for seed in seeds]
-    step, rows, seconds = 0, [], 0.0
+    data, start, encode = arrange(dataset, args)
+    (_, N, A), I, D = data.actions.shape, data.obs.shape[-1], data.state.shape[-1]
+    team = Team(N, A, I, D, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
+    windows, rmsprops = Windows(start, args.window, S), optimizers(team, args)
+    generators, learn = [runs.stream(seed, 1, device) for seed in run.seeds], run.compile(update)
+    run.begin(team=team, windows=windows, rmsprops=rmsprops, generators=generators)
+    runs.say(f"{len(dataset.returns)} episodes, {windows.count} windows, mean return {dataset.returns.mean():.1f}")
 
-    tracker = runs.start_tracking("maddpg_cql_pjap", args) if args.track else None
-    folder = runs.open_folder("maddpg_cql_pjap", args, device)
-    saved = runs.load_checkpoint(folder, device) if args.resume else None
-    if saved:
-        try:
-            team.load_state_dict(saved["team"])
-            windows.load_state_dict(saved["windows"])
-            rmsprop.load_state_dict(saved["rmsprop"])
-            for generator, state in zip(generators, saved["generators"], strict=True):
-                generator.set_state(state.cpu())
-            step, rows, seconds, wall = saved["step"], saved["rows"], saved["seconds"], wall - saved["wall"]
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-            raise ValueError(f"{folder}/checkpoint.pt is of another run: delete it to start this one again") from None
-    print(f"{len(dataset.returns)} episodes, {windows.count} windows, mean return {dataset.returns.mean():.1f}")
+    k, zero = torch.zeros((), device=device), torch.zeros(S, device=device)
+    sums = nothing = dict.fromkeys(("q_loss", "cql", "policy_loss", "distance"), zero)  # since the last evaluation
+    for step in run.steps(args.steps, args.eval_every):
+        if run.due():
+            since = step - (run.rows[-1]["step"] if run.rows else 0)
+            logs = {name: value / since for name, value in sums.items()}  # NaN before the first update
+            logs["distance_l1"] = A * logs["distance"]  # Eq. 8, which sums an agent's entries
+            logs |= {"data_distance": measure(team.policy, windows, data), "effective_share": windows.effective()}
+            run.check(logs)
+            scores = evaluate(team.policy, encode, args, step, args.eval_episodes, device)
+            far = f"distance {logs['distance'].mean():.4f} drawn, {logs['data_distance'].mean():.4f} dataset"
+            run.record(logs, {name: x.mean(1) for name, x in scores.items()}, far)
+            sums = nothing
+        if step < args.steps:
+            k.fill_(steepness_at(step, args))
+            new = learn(team, rmsprops, data, windows, draw_noise(generators, N, A, args), k, args)
+            sums = {name: sums[name] + value for name, value in new.items()}
 
-    nothing = dict.fromkeys(("q_loss", "cql", "policy_loss", "distance"), torch.zeros(S, device=device))
-    logs, count = nothing, 0  # sums since the last evaluation
-    while True:
-        if not rows or rows[-1]["step"] < step:  # a resumed run has this evaluation already
-            logs = {name: value / count for name, value in logs.items()}  # NaN before the first update
-            logs["distance_l1"] = logs["distance"] * game.num_actions  # as in the paper
-            logs["data_distance"] = measure(team.policy, windows, data, encode)
-            for name, value in logs.items():
-                if step and not value.isfinite().all():
-                    raise FloatingPointError(f"{name} is not finite after {step} updates: try smaller step sizes")
-            logs["effective_share"] = windows.effective()
-            logs["return"] = evaluate(team.policy, encode, args, step, args.eval_episodes, device).mean(1)
-            columns = {name: value.tolist() for name, value in logs.items()}
-            for s, seed in enumerate(seeds):
-                rows.append({"step": step, "seed": seed} | {name: value[s] for name, value in columns.items()})
-            runs.save_csv(folder / "metrics.csv", rows)
-            runs.save_checkpoint(folder, {
-                "team": team.state_dict(), "windows": windows.state_dict(), "rmsprop": rmsprop.state_dict(),
-                "generators": [generator.get_state() for generator in generators], "step": step, "rows": rows,
-                "seconds": seconds, "wall": time.perf_counter() - wall, "args": asdict(args),
-            })  # fmt: skip
-            score = f"return {logs['return'].mean():9.2f}   distance {logs['distance'].mean():.4f} drawn"
-            speed = f"{step / seconds:7.1f} updates/s" if step else "(untrained)"
-            print(f"step {step:6d}   {score}, {logs['data_distance'].mean():.4f} dataset   {speed}", flush=True)
-            if tracker:
-                tracker.log({name: sum(value) / S for name, value in columns.items()}, step=step)
-        if step == args.steps:
-            break
-        begin, logs, count = time.perf_counter(), nothing, 0
-        for step in range(step, min(args.steps, step + args.eval_every - step % args.eval_every)):
-            steepness = args.steepness * min(1.0, step / (args.ramp * args.steps) if args.ramp else 1.0)
-            new = update(team, rmsprop, windows, data, encode, loss, steepness, generators, args)
-            logs, count = {name: logs[name] + value for name, value in new.items()}, count + 1
-        step += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - begin
-    return report(folder, args, team, windows, data, dataset, encode, rows, seconds, wall, device)
+    scores = evaluate(team.policy, encode, args, args.steps, 10 * args.eval_episodes, device)
+    columns = {"distance": "windows drawn", "data_distance": "whole dataset"}
+    last = {name: runs.over_seeds(torch.tensor([[row[name]] for row in run.rows[-S:]])) for name in columns}
+    title = f"{method} on {run.subject}"
+    curves = runs.draw_curves(run.rows, columns, {}, title, "updates", "distance to the policy")
+    summary = run.finish(method, scores, dataset, figures={"distance.png": curves}, pjap=args.pjap, **last)
+    runs.say(runs.table_text(("drawn", "dataset"), {method: list(last.values())}, {}, "distance"))
+    return summary
 
 
 def parse(argv=None):
     """Read the command line; where no flag speaks, the environment's own values or those of the resumed run hold."""
-    read = functools.partial(tyro.cli, Args, args=argv, description=__doc__.splitlines()[0])
-    args = read()
-    if args.resume:
-        args = read(default=replace(runs.saved_args(Args, args.out_dir), resume=True, out_dir=args.out_dir))
-    elif args.env in envs.TASKS:
-        args = read(default=Args(**preset(args.env), env=args.env, task=args.task or envs.TASKS[args.env][0]))
+    args = runs.parse(Args, preset, argv, __doc__)
+    if args.env not in ("halfcheetah", "reacher", "ant"):
+        raise ValueError(f"MADDPG is for continuous actions: choose --env halfcheetah, reacher or ant, not {args.env}")
     zero = "seed episodes ramp cql gamma action_reg refresh"
     runs.check_numbers(args, may_be_zero=zero, at_most_one="ramp floor gamma tau")
     if args.window < 2:
@@ -601,13 +569,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    args = None
-    try:
-        args = parse()
-        main(args)
-    except KeyboardInterrupt:
-        folder = args.out_dir if args else ""
-        print(f"interrupted; go on with: --resume --out-dir {folder}" if folder else "interrupted", file=sys.stderr)
-        sys.exit(130)  # the shell's code for Ctrl-C
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    runs.launch(main, parse)

@@ -33,6 +33,23 @@ Commands, and the return you should see (last policy; one CPU core of a small se
       20, the best, in 10 of 10 seeds; xor 1, the best; but climbing 7 of 11, and penalty 2 of 10: where a mistake of
       one agent is dear, both settle for what is safe
 
+In your own loop (this file alone will do; `Rollout` says what the tensors are):
+  import torch, mappo
+  S, L, B, N, A = 2, 8, 32, 2, 3                                   # seeds, steps, games, agents, actions
+  args, generators = mappo.Args(hidden=32, lr=5e-3), [torch.Generator().manual_seed(seed) for seed in range(S)]
+  team = mappo.Team(N, A, 4, 6, True, args, generators)            # views of 4 entries, states of 6
+  adam, last, avail = mappo.optimizer(team, args), torch.zeros(S, B, N, A), torch.ones(S, B, N, A).bool()
+  for iteration in range(20):
+      noise, steps = team.actor.noise(generators, L, B, N), []
+      for t in range(L):                                           # who agrees earns 1; a game ends by its clock
+          obs, state, after = torch.rand(S, B, N, 4), torch.rand(S, B, 6), torch.rand(S, B, 6)
+          x, action, log_prob = mappo.act(team.actor, obs, last, avail, noise[:, t])
+          reward, over = (action[..., 0] == action[..., 1]).float(), torch.rand(S, B) < 0.2
+          last = mappo.remember(team.actor, last, action, over)    # in your games, start those that are over anew
+          steps.append((x, avail, action, log_prob, state, after, reward, torch.zeros_like(over), over))
+      rollout = mappo.Rollout(*(torch.stack(each, 1) for each in zip(*steps)))
+      logs = mappo.update(team, adam, rollout, mappo.draw_orders(generators, L * B, args), args)
+
 Differences from the authors' code, and choices made here:
   1. The networks have no recurrence. An agent's input is its view, its own last action (--recall: its last few, from
      which it can tell when its weapon is ready) and its number.
@@ -55,25 +72,16 @@ Shapes: S seeds, B games of each, L steps of a rollout, M = L B, N agents, A act
 O observation, D state, I actor inputs, E episodes of an evaluation.
 """
 
-import functools
-import io
-import json
 import math
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `data` and `envs` stand beside this file's folder
-import envs
-from data import runs
+from torch.optim.adam import adam as adam_step
 
 ILLEGAL = -1e10  # the logit of an action that is not available
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -94,7 +102,7 @@ class Args:
     eval_episodes: int = 64  # games per seed and evaluation, each played greedily and by sampling
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # CPU threads; networks this small gain little from more, and lose much on a busy machine
-    compile: bool = torch.cuda.is_available()  # compile the loss with torch.compile
+    compile: bool = torch.cuda.is_available()  # compile play and update with torch.compile
     out_dir: str = ""  # the run's folder; by default a new one in runs/mappo
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
@@ -119,9 +127,39 @@ class Args:
     max_grad_norm: float = 10.0  # longest gradient of one seed's actor or critic
     huber: float = 10.0  # the critic's errors beyond this many standard deviations count linearly
 
-    @property
-    def dataset(self):  # this script has none; its folder is named after env and task
-        return ""
+
+# ---------------------------------------------------------------- data
+class Rollout(NamedTuple):
+    """L steps of B games of each seed, as they were played."""
+
+    x: torch.Tensor  # (S, L, B, N, I) what the actors saw
+    avail: torch.Tensor  # (S, L, B, N, A) bool, the available actions; (S, L, B, N, 0) where actions are continuous
+    action: torch.Tensor  # (S, L, B, N) int64, or (S, L, B, N, A)
+    log_prob: torch.Tensor  # (S, L, B, N) of the policy that played
+    state: torch.Tensor  # (S, L, B, D)
+    next_state: torch.Tensor  # (S, L, B, D) in which the step ended, before any restart
+    reward: torch.Tensor  # (S, L, B)
+    terminated: torch.Tensor  # (S, L, B) bool: the game ended by its own rules with this step
+    truncated: torch.Tensor  # (S, L, B) bool: it was cut off
+
+
+class Batch(NamedTuple):
+    """Steps to learn from, for each seed: the M = L B steps of a rollout, or the m of a minibatch."""
+
+    x: torch.Tensor  # (S, M, N, I)
+    avail: torch.Tensor  # (S, M, N, A) bool, or (S, M, N, 0)
+    action: torch.Tensor  # (S, M, N) int64, or (S, M, N, A)
+    log_prob: torch.Tensor  # (S, M, N)
+    alive: torch.Tensor  # (S, M, N) 1 for agents that had a choice
+    state: torch.Tensor  # (S, M, D)
+    advantage: torch.Tensor  # (S, M)
+    returns: torch.Tensor  # (S, M), in standard deviations from the mean
+
+
+def draw_orders(generators, steps, args):
+    """In which order an update goes over the M steps of a rollout, each time anew: (epochs, S, M)."""
+    draws = [[torch.randperm(steps, generator=g, device=g.device) for g in generators] for _ in range(args.epochs)]
+    return torch.stack([torch.stack(epoch) for epoch in draws])
 
 
 # ---------------------------------------------------------------- networks
@@ -141,21 +179,22 @@ class Linear(nn.Module):
 def mlp(inputs, outputs, gain, args, generators):
     """A ReLU network for each seed: (S, B, inputs) -> (S, B, outputs); `gain` scales the last layer's weights."""
     sizes = [inputs] + [args.hidden] * args.layers
-    body = [layer for i, o in zip(sizes, sizes[1:]) for layer in (Linear(i, o, 2**0.5, generators), nn.ReLU())]
+    body = [layer for i, o in zip(sizes, sizes[1:]) for layer in (Linear(i, o, 2**0.5, generators), nn.ReLU(True))]
     return nn.Sequential(*body, Linear(sizes[-1], outputs, gain, generators))
 
 
 class Scale(nn.Module):
-    """Inputs in units of the mean and the standard deviation of all that each seed has seen; at first unchanged."""
+    """With --normalize, inputs in units of the mean and the standard deviation of all that each seed has seen."""
 
-    def __init__(self, inputs, seeds):
+    def __init__(self, inputs, seeds, on=True):
         super().__init__()
+        self.on = on
         self.register_buffer("seen", torch.zeros(seeds, 1, 1))
         self.register_buffer("mean", torch.zeros(seeds, 1, inputs))
         self.register_buffer("var", torch.ones(seeds, 1, inputs))
 
     def forward(self, x):
-        return (x - self.mean) / self.var.clamp(min=1e-4).sqrt()  # (S, B, inputs)
+        return (x - self.mean) / self.var.clamp(min=1e-4).sqrt() if self.on else x  # (S, B, inputs)
 
     def watch(self, x):
         """Take x (S, B, inputs) into the mean and the variance."""
@@ -172,7 +211,7 @@ class Actor(nn.Module):
 
     def __init__(self, inputs, outputs, discrete, args, generators):
         super().__init__()
-        self.scale = Scale(inputs, len(generators))
+        self.scale = Scale(inputs, len(generators), args.normalize)
         self.body = mlp(inputs, outputs, 0.01, args, generators)
         self.discrete, self.outputs = discrete, outputs
         if not discrete:
@@ -185,7 +224,7 @@ class Actor(nn.Module):
         return self.free_log_std.clamp(min=self.least)
 
     def forward(self, x, avail):
-        """(S, B, N, I), (S, B, N, A) or None -> log-probabilities of all actions, or the mean action: (S, B, N, A)."""
+        """(S, B, N, I), (S, B, N, A or 0) -> log-probabilities of all actions, or the mean action: (S, B, N, A)."""
         out = self.body(self.scale(x.flatten(1, 2))).unflatten(1, x.shape[1:3])
         return F.log_softmax(out.masked_fill(~avail, ILLEGAL), -1) if self.discrete else out.tanh()
 
@@ -214,11 +253,11 @@ class Actor(nn.Module):
 class Team(nn.Module):
     """All that S teams learn, and the running mean and spread of the returns that each critic predicts."""
 
-    def __init__(self, game, discrete, args, generators):
+    def __init__(self, num_agents, num_actions, obs_dim, state_dim, discrete, args, generators):
         super().__init__()
-        N, A, S = game.num_agents, game.num_actions, len(generators)
-        self.actor = Actor(game.obs_dim + args.recall * A * discrete + N, A, discrete, args, generators)
-        self.critic = nn.Sequential(Scale(game.state_dim, S), *mlp(game.state_dim, 1, 1.0, args, generators))
+        N, A, S = num_agents, num_actions, len(generators)
+        self.actor = Actor(obs_dim + args.recall * A * discrete + N, A, discrete, args, generators)
+        self.critic = nn.Sequential(Scale(state_dim, S, args.normalize), *mlp(state_dim, 1, 1.0, args, generators))
         self.register_buffer("moments", torch.zeros(3, S, 1))  # decaying means of 1, R and R^2, which begin at 0
 
     def scale(self):
@@ -238,72 +277,30 @@ class Team(nn.Module):
 
 
 # ---------------------------------------------------------------- playing
-class Games:
-    """B games of each seed in one environment, and what the actors see of them."""
-
-    def __init__(self, args, num_envs, device):
-        options = json.loads(args.options or "{}")
-        try:
-            self.env = envs.make(args.env, args.task, num_envs=args.num_seeds * num_envs, device=device, **options)
-        except TypeError as error:
-            raise ValueError(f"{args.env} does not take --options {args.options}: {error}") from None
-        self.shape, self.dtype = (args.num_seeds, num_envs), torch.get_default_dtype()
-        self.agent = torch.eye(self.env.num_agents, device=device, dtype=self.dtype)
-        self.recall = args.recall * self.env.num_actions
-        self.restart(0)
-        self.discrete = "avail_actions" in self.info
-
-    def restart(self, seed):
-        """Start all games anew; `seed` fixes all that the environment draws until the next restart."""
-        self.obs, self.info = self.env.reset(seed=seed % 2**31)
-        # Everybody's last actions as one-hot vectors, the newest first: (S B, N, recall A).
-        self.last = torch.zeros(*self.obs.shape[:2], self.recall, device=self.obs.device, dtype=self.dtype)
-
-    def view(self):
-        """What the actor needs: its input (S, B, N, I) and the available actions (S, B, N, A), or None."""
-        parts, avail = [self.obs.to(self.dtype), self.agent.expand(len(self.obs), -1, -1)], None
-        if self.discrete:
-            avail = self.info["avail_actions"]
-            parts.insert(1, self.last)
-            avail = avail.unflatten(0, self.shape)
-        return torch.cat(parts, -1).unflatten(0, self.shape), avail
-
-    def state(self):
-        return self.info["state"].to(self.dtype).unflatten(0, self.shape)  # (S, B, D)
-
-    def step(self, action):
-        """Play actions (S, B, N) or (S, B, N, A); returns reward, terminated and truncated, each (S, B)."""
-        action = action.flatten(0, 1)
-        if self.discrete:
-            newest = F.one_hot(action, self.env.num_actions).to(self.dtype)
-            self.last = torch.cat([newest, self.last], -1)[..., : self.recall]
-        else:
-            action = action.clamp(-1, 1).float()
-        self.obs, reward, terminated, truncated, self.info = self.env.step(action)
-        return (x.unflatten(0, self.shape) for x in (reward.to(self.dtype), terminated, truncated))
-
-    def restart_finished(self, over):
-        """Start the games `over` (S, B) anew."""
-        if over.any():
-            over = over.flatten()
-            self.obs, self.info = self.env.reset(options={"reset_mask": over})
-            if self.discrete:
-                self.last = self.last * ~over[:, None, None]
+def look(obs, last):
+    """What an actor gets: its view (S, B, N, O), last actions (S, B, N, recall A) and number -> (S, B, N, I)."""
+    number = torch.eye(obs.shape[2], dtype=obs.dtype, device=obs.device).expand(*obs.shape[:2], -1, -1)
+    return torch.cat([obs, last, number], -1)
 
 
-class Batch(NamedTuple):
-    """Steps to learn from, for each seed: M of them, or those of a minibatch."""
-
-    x: torch.Tensor  # (S, M, N, I) the actor's input
-    avail: torch.Tensor  # (S, M, N, A) bool; without it (continuous actions) an empty tensor
-    action: torch.Tensor  # (S, M, N) int64 or (S, M, N, A)
-    log_prob: torch.Tensor  # (S, M, N) when it was played
-    alive: torch.Tensor  # (S, M, N) 1 for agents that had a choice
-    state: torch.Tensor  # (S, M, D)
-    advantage: torch.Tensor  # (S, M)
-    returns: torch.Tensor  # (S, M), in standard deviations from the mean
+@torch.no_grad()
+def act(actor, obs, last, avail, noise):
+    """A step of play: inputs x (S, B, N, I), actions drawn by `noise` (S, B, N, A), their log-probability (S, B, N)."""
+    x = look(obs, last)
+    out = actor(x, avail)
+    action = actor.sample(out, noise)
+    return x, action, actor.log_prob(out, action)[0]
 
 
+def remember(actor, last, action, over):
+    """Everybody's last actions as one-hot vectors (S, B, N, recall A), the newest first; none where `over` (S, B)."""
+    if not actor.discrete:
+        return last  # (S, B, N, 0)
+    newest = F.one_hot(action, actor.outputs).to(last.dtype)
+    return torch.cat([newest, last], -1)[..., : last.shape[-1]] * ~over[..., None, None]
+
+
+# ---------------------------------------------------------------- estimates
 def gae(reward, terminated, truncated, value, next_value, gamma, lam):
     """The advantages A_t of generalised advantage estimation; all are (S, L, B).
 
@@ -318,29 +315,15 @@ def gae(reward, terminated, truncated, value, next_value, gamma, lam):
 
 
 @torch.no_grad()
-def play(games, team, generators, args):
-    """Go on with all games for L steps, and return what to learn from them, a `Batch` of M = L B steps."""
-    noise = team.actor.noise(generators, args.rollout, games.shape[1], games.env.num_agents)
-    steps = []
-    for t in range(args.rollout):
-        x, avail = games.view()
-        state, out = games.state(), team.actor(x, avail)
-        action = team.actor.sample(out, noise[:, t])
-        log_prob, _ = team.actor.log_prob(out, action)
-        reward, terminated, truncated = games.step(action)
-        kept = (x.new_empty(*games.shape, 0) if avail is None else avail, action, log_prob, state, games.state())
-        steps.append((x, *kept, reward, terminated, truncated))
-        games.restart_finished(terminated | truncated)
-    x, avail, action, log_prob, state, next_state, reward, terminated, truncated = (
-        torch.stack(each, 1) for each in zip(*steps)
-    )  # (S, L, B, ...)
-    shape = reward.shape
-    value, next_value = (team.value(s.flatten(1, 2)).view(shape) for s in (state, next_state))
+def estimate(team, rollout, args):
+    """What a rollout teaches, a `Batch`; the returns move the running mean and spread in which they are measured."""
+    x, avail, action, log_prob, state, next_state, reward, terminated, truncated = rollout
+    value, next_value = (team.value(s.flatten(1, 2)).view_as(reward) for s in (state, next_state))  # (S, L, B)
     advantage = gae(reward, terminated, truncated, value, next_value, args.gamma, args.gae_lambda)
     team.watch((advantage + value).flatten(1))
     mean, std = team.scale()
     returns = ((advantage + value).flatten(1) - mean) / std
-    alive = avail[..., 1:].any(-1).to(x.dtype) if games.discrete else torch.ones_like(log_prob)
+    alive = avail[..., 1:].any(-1).to(x.dtype) if team.actor.discrete else torch.ones_like(log_prob)
 
     # Every living agent counts once in the mean and the spread of the advantages.
     weight = alive.sum(-1) / alive.sum((1, 2, 3), keepdim=True)[..., 0].clamp(min=1)  # (S, L, B)
@@ -350,7 +333,7 @@ def play(games, team, generators, args):
     return Batch(*rest, returns)
 
 
-# ---------------------------------------------------------------- update
+# ---------------------------------------------------------------- losses
 def ppo_loss(actor, critic, batch, clip, huber):
     """For each seed, all (S,): L(pi) without its entropy, L(V), the entropy, and KL(pi_played || pi), an estimate."""
     out = actor(batch.x, batch.avail)
@@ -365,72 +348,187 @@ def ppo_loss(actor, critic, batch, clip, huber):
     return -(weight * gain).sum((1, 2)), value_loss, (weight * entropy).sum((1, 2)), kl
 
 
-def limit_norm(network, longest):
-    """Scale the gradient of each seed's network down to the length `longest`, if it is longer."""
-    grads = [parameter.grad for parameter in network.parameters()]
-    length = sum((grad**2).sum((1, 2)) for grad in grads).sqrt()  # (S,)
+# ---------------------------------------------------------------- update
+class Adam(nn.Module):
+    """Adam with all that it knows in tensors, so that a graph can hold a whole update: torch's own class breaks it.
+
+    The arithmetic is torch's: on a CPU fused, elsewhere and in a graph op by op, for the compiler to fuse.
+    """
+
+    def __init__(self, parameters, lr, eps=1e-8):
+        super().__init__()
+        self.moved, self.eps = list(parameters), eps
+        self.means, self.squares = (nn.ParameterList(map(torch.zeros_like, self.moved)) for _ in range(2))
+        self.counts = nn.ParameterList(p.new_zeros((), dtype=torch.float64) for p in self.moved)
+        self.requires_grad_(False)
+        self.register_buffer("lr", self.moved[0].new_tensor(lr, dtype=torch.float64))  # may change between updates
+
+    @torch.no_grad()
+    def step(self, gradients):
+        fused = self.lr.device.type == "cpu" and not torch.compiler.is_compiling()
+        state = (list(each) for each in (self.means, self.squares, (), self.counts))
+        how = dict(fused=fused, foreach=not fused, capturable=not fused, amsgrad=False, maximize=False)
+        how |= dict(lr=self.lr, beta1=0.9, beta2=0.999, eps=self.eps, weight_decay=0.0)
+        adam_step(self.moved, list(gradients), *state, **how)
+
+
+def optimizer(team, args):
+    return Adam(team.parameters(), args.lr, eps=1e-5)
+
+
+def limit_norm(gradients, longest):
+    """The gradients of one network, those of each seed scaled down to the length `longest` if they are longer."""
+    length = sum((grad**2).sum((1, 2)) for grad in gradients).sqrt()  # (S,)
     factor = (longest / length.clamp(min=longest))[:, None, None]
-    for grad in grads:
-        grad.mul_(factor)
+    return [grad * factor for grad in gradients]
 
 
-def update(team, adam, loss, batch, generators, args):
-    """Go over the rollout `epochs` times; returns diagnostics of the last minibatch, a dictionary of (S,) tensors."""
-    S, M = batch.returns.shape
-    seed = torch.arange(S, device=batch.returns.device)[:, None]
-    for _ in range(args.epochs):
-        order = torch.stack([torch.randperm(M, generator=g, device=g.device) for g in generators])  # (S, M)
-        for pick in order.chunk(args.minibatches, 1):
-            part = Batch(*(each[seed, pick] for each in batch))
-            policy_loss, value_loss, entropy, kl = loss(team.actor, team.critic, part, args.clip, args.huber)
-            adam.zero_grad()
-            # The sum over seeds leaves each seed the gradient that it would have alone.
-            (policy_loss - args.entropy * entropy + value_loss).sum().backward()
-            limit_norm(team.actor, args.max_grad_norm)
-            limit_norm(team.critic, args.max_grad_norm)
-            adam.step()
-    if args.normalize:  # only now, so that the first rho of an update was 1
-        team.actor.scale.watch(batch.x.flatten(1, 2))
-        team.critic[0].watch(batch.state)
+def minibatch(team, adam, batch, pick, args):
+    """One gradient step of all seeds on the steps `pick` (S, m) of the batch; returns diagnostics, a dictionary of
+    (S,) tensors."""
+    seed = torch.arange(len(pick), device=pick.device)[:, None]
+    part = Batch(*(each[seed, pick] for each in batch))
+    policy_loss, value_loss, entropy, kl = ppo_loss(team.actor, team.critic, part, args.clip, args.huber)
+    # The sum over seeds leaves each seed the gradient that it would have alone.
+    loss = (policy_loss - args.entropy * entropy + value_loss).sum()
+    gradients, n = torch.autograd.grad(loss, adam.moved), len(list(team.actor.parameters()))
+    adam.step(limit_norm(gradients[:n], args.max_grad_norm) + limit_norm(gradients[n:], args.max_grad_norm))
     logs = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "kl": kl}
     return {name: value.detach() for name, value in logs.items()}
 
 
-# ---------------------------------------------------------------- evaluation
+def update(team, adam, rollout, orders, args, estimate=estimate, minibatch=minibatch):
+    """Learn from a rollout, in minibatches, in these orders (epochs, S, M); returns the diagnostics of the last one.
+
+    `estimate` and `minibatch` can be given in compiled form.
+    """
+    batch = estimate(team, rollout, args)
+    for order in orders:
+        for pick in order.chunk(args.minibatches, 1):
+            logs = minibatch(team, adam, batch, pick, args)
+    if args.normalize:  # only now, so that the first rho of an update was 1
+        team.actor.scale.watch(batch.x.flatten(1, 2))
+        team.critic[0].watch(batch.state)
+    return logs
+
+
+# ---------------------------------------------------------------- run
+HOME = Path(__file__).resolve().parents[1]
+if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists():  # not if this file was copied alone
+    sys.path.insert(0, str(HOME))
+    import io
+    import json
+
+    import numpy as np
+
+    import envs
+    from data import runs
+    from envs.play import play
+elif __name__ == "__main__":
+    sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
+
+
+def preset(args):
+    """The first task of the environment, where no flag names one."""
+    return dict(env=args.env, task=args.task or envs.TASKS.get(args.env, ("",))[0])
+
+
+class Games:
+    """B games of each seed in one environment, and what the actors see of them."""
+
+    def __init__(self, args, num_envs, device):
+        options = json.loads(args.options or "{}")
+        try:
+            self.env = envs.make(args.env, args.task, num_envs=args.num_seeds * num_envs, device=device, **options)
+        except TypeError as error:
+            raise ValueError(f"{args.env} does not take --options {args.options}: {error}") from None
+        self.shape, self.recall = (args.num_seeds, num_envs), args.recall
+        self.restart(0)
+        self.discrete = self.avail.shape[-1] > 0
+
+    def restart(self, seed):
+        """Start all games anew; `seed` fixes all that the environment draws until the next restart."""
+        self.obs, self.state, self.avail = self.apart(*self.env.reset(seed=seed % 2**31))
+        # Everybody's last actions as one-hot vectors, the newest first: (S, B, N, recall A).
+        self.last = self.obs.new_zeros(*self.obs.shape[:3], self.recall * self.avail.shape[-1])
+
+    def restart_finished(self, over):
+        """Start the games `over` (S, B) anew."""
+        if over.device.type == "cpu" and not over.any():  # on a GPU to ask would be to wait
+            return
+        self.obs, self.state, self.avail = self.apart(*self.env.reset(options={"reset_mask": over.flatten()}))
+
+    def step(self, action):
+        """Play actions (S, B, N) or (S, B, N, A); returns reward, terminated and truncated, each (S, B)."""
+        obs, reward, terminated, truncated, info = self.env.step(together(action))
+        self.obs, self.state, self.avail = self.apart(obs, info)
+        return (x.unflatten(0, self.shape) for x in (reward.to(self.obs.dtype), terminated, truncated))
+
+    def apart(self, obs, info):
+        """What an environment gives, with an axis for the seeds: obs (S, B, N, O), state (S, B, D), avail (S, B, N, A),
+        or (S, B, N, 0) where actions are continuous."""
+        dtype, avail = torch.get_default_dtype(), info.get("avail_actions", obs[..., :0].bool())
+        return (x.unflatten(0, self.shape) for x in (obs.to(dtype), info["state"].to(dtype), avail))
+
+
+def together(action):
+    """Actions of all seeds as an environment takes them: (S, B, N) -> (S B, N), or continuous ones, clipped."""
+    action = action.flatten(0, 1)
+    return action.clamp(-1, 1).float() if action.is_floating_point() else action
+
+
+def make_team(games, args, generators):
+    env = games.env
+    return Team(env.num_agents, env.num_actions, env.obs_dim, env.state_dim, games.discrete, args, generators)
+
+
 @torch.no_grad()
-def evaluate(team, args, seed, episodes, device):
+def roll_out(games, team, generators, args, act=act, remember=remember):
+    """Go on with all games for L steps: a `Rollout`. `act` and `remember` can be given in compiled form."""
+    noise, steps = team.actor.noise(generators, args.rollout, games.shape[1], games.env.num_agents), []
+    for t in range(args.rollout):
+        avail, state = games.avail, games.state
+        x, action, log_prob = act(team.actor, games.obs, games.last, avail, noise[:, t])
+        reward, terminated, truncated = games.step(action)
+        steps.append((x, avail, action, log_prob, state, games.state, reward, terminated, truncated))
+        over = terminated | truncated
+        games.restart_finished(over)
+        games.last = remember(team.actor, games.last, action, over)
+    return Rollout(*(torch.stack(each, 1) for each in zip(*steps)))
+
+
+@torch.no_grad()
+def evaluate(team, args, step, episodes, device):
     """Play the greedy and the sampled team of every seed, all in one batch of games.
 
     Returns {"return", "sampled_return"} and, where games can be won, {"win_rate", "sampled_win_rate"}: (S, E) each.
     """
-    E = episodes
-    games = Games(args, 2 * E, device)
-    games.restart(seed)
-    generators = [runs.stream(args.seed + s, 10 + seed, device) for s in range(args.num_seeds)]
-    total = torch.zeros(games.shape, device=device, dtype=torch.float64)
-    for _ in range(games.env.time_limit):
-        out = team.actor(*games.view())
-        noise = team.actor.noise(generators, E, games.env.num_agents)
-        greedy, sampled = team.actor.sample(out[:, :E], None), team.actor.sample(out[:, E:], noise)
-        reward, terminated, truncated = games.step(torch.cat([greedy, sampled], 1))
-        total += reward
-        if (terminated | truncated).all():
-            break
-    scores = {"return": total[:, :E], "sampled_return": total[:, E:]}
-    if "won" in games.info:
-        won = games.info["won"].unflatten(0, games.shape).double()
-        scores |= {"win_rate": won[:, :E], "sampled_win_rate": won[:, E:]}
-    return scores
+    S, E, games = args.num_seeds, episodes, Games(args, 2 * episodes, device)
+    generators = [runs.stream(args.seed + s, 10 + step, device) for s in range(S)]
+    nobody = torch.zeros(games.shape, dtype=torch.bool, device=device)
+
+    def act(obs, info, last):
+        obs, _, avail = games.apart(obs, info)
+        out, noise = team.actor(look(obs, last), avail), team.actor.noise(generators, E, games.env.num_agents)
+        action = torch.cat([team.actor.sample(out[:, :E], None), team.actor.sample(out[:, E:], noise)], 1)
+        return together(action), remember(team.actor, last, action, nobody)
+
+    played = play(games.env, act, games.last, step % 2**31)
+    games.env.close()
+    scores = {"return": played.returns, "win_rate": played.won}
+    scores = {name: x.view(S, 2, E).double() for name, x in scores.items() if x is not None}
+    return {name: x[:, 0] for name, x in scores.items()} | {f"sampled_{name}": x[:, 1] for name, x in scores.items()}
 
 
-def save_snapshots(folder, team, rows, args, commit):
-    """Write each seed's actor as OUT/snapshots/STEP-seedSEED.npz, with what this evaluation measured (`rows`).
+def save_snapshots(run, team, scores, args):
+    """Write each seed's actor as OUT/snapshots/STEP-seedSEED.npz, with what this evaluation measured.
 
     float16, as `x @ weight0 + bias0`, ReLU, and so on; for continuous actions tanh at the end, and `log_std`.
     """
-    (folder / "snapshots").mkdir(exist_ok=True)
+    step, commit = run.step * run.stride, runs.provenance(run.device)["git_commit"]
+    (run.folder / "snapshots").mkdir(exist_ok=True)
     layers = [layer for layer in team.actor.body if isinstance(layer, Linear)]
-    for s, row in enumerate(rows):
+    for s, seed in enumerate(run.seeds):
         arrays = {f"weight{k}": layer.weight[s] for k, layer in enumerate(layers)}
         arrays |= {f"bias{k}": layer.bias[s, 0] for k, layer in enumerate(layers)}
         spread = team.actor.scale.var[s].clamp(min=1e-4).sqrt()  # the first layer takes the inputs as they are
@@ -439,16 +537,17 @@ def save_snapshots(folder, team, rows, args, commit):
         if not team.actor.discrete:
             arrays["log_std"] = team.actor.log_std[s, 0]
         info = {
-            "env": args.env, "task": args.task, "seed": row["seed"], "steps": row["step"],
+            "env": args.env, "task": args.task, "seed": seed, "steps": step,
             "inputs": ["obs", "last_action", "agent_id"] if team.actor.discrete else ["obs", "agent_id"],
             "recall": args.recall, "activation": "relu", "output": "logits" if team.actor.discrete else "tanh",
         }  # fmt: skip
-        info |= {name: row.get(name) for name in ("return", "sampled_return", "win_rate", "sampled_win_rate")}
+        measured = {name: value[s].item() for name, value in scores.items()}
+        info |= {name: measured.get(name) for name in ("return", "sampled_return", "win_rate", "sampled_win_rate")}
         info |= {"eval_episodes": args.eval_episodes, "script": "mappo", "git_commit": commit}
         content = io.BytesIO()
         arrays = {name: value.detach().half().cpu().numpy() for name, value in arrays.items()}
         np.savez_compressed(content, info=np.array(json.dumps(info)), **arrays)
-        runs.save(folder / "snapshots" / f"{row['step']}-seed{row['seed']}.npz", content.getvalue())
+        runs.save(run.folder / "snapshots" / f"{step}-seed{seed}.npz", content.getvalue())
 
 
 def choose_behaviours(rows):
@@ -469,121 +568,56 @@ def choose_behaviours(rows):
     return {f"{name}.npz": rows[place]["step"] for name, place in teams.items()}
 
 
-def report(folder, args, team, best, rows, updates, seconds, wall, device):
-    """Evaluate the last policies on ten times as many games; write summary.json and the pictures, print the table."""
-    S = args.num_seeds
-    scores = evaluate(team, args, rows[-1]["step"], 10 * args.eval_episodes, device)
-    summary = {"script": "mappo", "env": args.env, "task": args.task, "dataset": None, "steps": rows[-1]["step"]}
-    summary |= {"seeds": list(range(args.seed, args.seed + S)), "normalized_return": None}
-    summary |= {"win_rate": None, "sampled_win_rate": None} | {k: runs.over_seeds(v) for k, v in scores.items()}
-    summary |= {
-        "best_return": best, "updates_per_second": updates / seconds, "wall_seconds": time.perf_counter() - wall,
-        "env_steps_per_second": S * summary["steps"] / seconds, "device": runs.device_name(device),
-    }  # fmt: skip
-    runs.save_json(folder / "summary.json", summary)
-    title = f"MAPPO on {runs.slug(args.env, args.task)}, {S} seed{'s' * (S > 1)}"
-    print(f"\n{title}: {folder}")
-    for score in ("return", "win_rate") if "win_rate" in scores else ("return",):
-        columns, name = {score: "greedy", f"sampled_{score}": "sampled"}, score.replace("_", " ")
-        levels = {"best possible": best} if score == "return" and best is not None else {}
-        figure = runs.draw_curves(rows, columns, levels, title, "environment steps", name)
-        runs.save_figure(folder / ("curve.png" if score == "return" else f"{score}.png"), figure)
-        runs.print_table(("greedy", "sampled"), {"MAPPO": [summary[column] for column in columns]}, levels, name)
-    if args.save_snapshots:
-        (folder / "behaviour").mkdir(exist_ok=True)
-        for name, step in choose_behaviours([row for row in rows if row["seed"] == args.seed]).items():
-            source = folder / "snapshots" / f"{step}-seed{args.seed}.npz"
-            runs.save(folder / "behaviour" / name, source.read_bytes())
-            print(f"behaviour/{name}: the policy of seed {args.seed} after {step} steps")
-    return summary
-
-
-# ---------------------------------------------------------------- main
 def main(args):
     """Train, evaluate and fill the run folder; returns what summary.json holds."""
-    wall = time.perf_counter()
-    torch.set_num_threads(args.threads)
-    device = runs.choose_device(args.device)
+    run = runs.Run("mappo", args)
+    S, device = args.num_seeds, run.device
     games = Games(args, args.num_envs, device)
     least = args.num_envs * games.env.time_limit
     if args.eval_every < least:  # or no game would ever reach its end
         raise ValueError(f"--eval-every restarts the games: it must be {least} or more, or --num-envs smaller")
-    S, seeds = args.num_seeds, range(args.seed, args.seed + args.num_seeds)
-    team = Team(games.env, games.discrete, args, [runs.stream(seed, 0) for seed in seeds]).to(device)
-    adam = torch.optim.Adam([*team.parameters()], args.lr, eps=1e-5, fused=True)
-    loss = runs.compiler(args.compile, device)(ppo_loss)
-    generators = [runs.stream(seed, 1, device) for seed in seeds]
+    team = make_team(games, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
+    adam, generators = optimizer(team, args), [runs.stream(seed, 1, device) for seed in run.seeds]
+    playing, learning = ([run.compile(f) for f in each] for each in ((act, remember), (estimate, minibatch)))
+    if args.compile and hasattr(games.env, "compile"):
+        games.env.compile(run.compile)
+    run.begin(team=team, adam=adam, generators=generators)
+
     size = args.rollout * args.num_envs  # environment steps of a seed in one iteration
-    iterations, iteration, rows, seconds = -(-args.steps // size), 0, [], 0.0
-
-    tracker = runs.start_tracking("mappo", args) if args.track else None
-    folder, commit = runs.open_folder("mappo", args, device), runs.provenance(device)["git_commit"]
-    saved = runs.load_checkpoint(folder, device) if args.resume else None
-    if saved:
-        try:
-            team.load_state_dict(saved["team"])
-            adam.load_state_dict(saved["adam"])
-            for generator, state in zip(generators, saved["generators"], strict=True):
-                generator.set_state(state.cpu())
-            iteration, rows, seconds = saved["iteration"], saved["rows"], saved["seconds"]
-            wall -= saved["wall"]
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-            raise ValueError(f"{folder}/checkpoint.pt is of another run: delete it to start this one again") from None
-
+    iterations = -(-args.steps // size)
     logs = {name: torch.zeros(S, device=device) for name in ("policy_loss", "value_loss", "entropy", "kl")}
-    while True:
-        step = iteration * size
-        due = iteration in (0, iterations) or step // args.eval_every > (step - size) // args.eval_every
-        if due and (not rows or rows[-1]["step"] < step):  # a resumed run has this evaluation already
-            for name, value in logs.items():
-                if not value.isfinite().all():
-                    raise FloatingPointError(f"{name} is not finite after {step} steps: try a smaller --lr")
-            scores = {
-                name: value.mean(1) for name, value in evaluate(team, args, step, args.eval_episodes, device).items()
-            }
-            columns = {name: value.tolist() for name, value in (logs | scores).items()}
-            new = [
-                {"step": step, "seed": seed} | {name: value[s] for name, value in columns.items()}
-                for s, seed in enumerate(seeds)
-            ]
-            rows.extend(new)
+    for iteration in run.steps(iterations, args.eval_every, size):
+        if run.due():
+            run.check(logs)
+            scores = evaluate(team, args, iteration * size, args.eval_episodes, device)
+            scores = {name: value.mean(1) for name, value in scores.items()}
             if args.save_snapshots:
-                save_snapshots(folder, team, new, args, commit)
-            runs.save_csv(folder / "metrics.csv", rows)
-            runs.save_checkpoint(folder, {
-                "team": team.state_dict(), "adam": adam.state_dict(), "iteration": iteration, "rows": rows,
-                "generators": [generator.get_state() for generator in generators], "seconds": seconds,
-                "wall": time.perf_counter() - wall, "args": asdict(args),
-            })  # fmt: skip
-            line = "   ".join(f"{name.replace('_', ' ')} {value.mean():8.4f}" for name, value in scores.items())
-            print(f"step {step:8d}   {line}   {S * step / max(seconds, 1e-9):7.0f} steps/s", flush=True)
-            if tracker:
-                tracker.log({name: sum(value) / S for name, value in columns.items()}, step=step)
-        if iteration == iterations:
-            break
-        begin = time.perf_counter()
-        if due:  # the next games depend on the iteration's number only, so a resumed run plays the same ones
-            games.restart(1_000_003 * args.seed + iteration + 1)
-        if args.lr_decay:
-            adam.param_groups[0]["lr"] = args.lr * (1 - iteration / iterations)
-        batch = play(games, team, generators, args)
-        logs = update(team, adam, loss, batch, generators, args)
-        iteration += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - begin
-    updates = iterations * args.epochs * args.minibatches
-    return report(folder, args, team, games.env.best_return, rows, updates, seconds, wall, device)
+                save_snapshots(run, team, scores, args)
+            run.record(logs, scores, f"{S * size * run.speed:7.0f} steps/s")
+        if iteration < iterations:
+            if run.scheduled():  # the next games depend on the iteration only, so a resumed run plays the same ones
+                games.restart(1_000_003 * args.seed + iteration + 1)
+            if args.lr_decay:
+                adam.lr.fill_(args.lr * (1 - iteration / iterations))
+            rollout = roll_out(games, team, generators, args, *playing)
+            orders = draw_orders(generators, size, args)
+            logs = update(team, adam, rollout, orders, args, *learning)
+
+    scores = evaluate(team, args, iterations * size, 10 * args.eval_episodes, device)
+    more = {"env_steps_per_second": S * size * run.speed}
+    summary = run.finish("MAPPO", scores, best=games.env.best_return, xlabel="environment steps", **more)
+    if args.save_snapshots:
+        (run.folder / "behaviour").mkdir(exist_ok=True)
+        for name, step in choose_behaviours([row for row in run.rows if row["seed"] == args.seed]).items():
+            source = run.folder / "snapshots" / f"{step}-seed{args.seed}.npz"
+            runs.save(run.folder / "behaviour" / name, source.read_bytes())
+            runs.say(f"behaviour/{name}: the policy of seed {args.seed} after {step} steps")
+    return summary
 
 
 def parse(argv=None):
     """Read the command line; where no flag speaks, the values of the resumed run hold."""
-    read = functools.partial(tyro.cli, Args, args=argv, description=__doc__.splitlines()[0])
-    args = read()
-    if args.resume:
-        args = read(default=replace(runs.saved_args(Args, args.out_dir), resume=True, out_dir=args.out_dir))
-    elif args.env in envs.TASKS:
-        args.task = args.task or envs.TASKS[args.env][0]
+    args = runs.parse(Args, preset, argv, __doc__)
     runs.check_numbers(args, may_be_zero="seed gamma gae_lambda entropy layers min_std", at_most_one="gamma gae_lambda")
     try:
         usable = isinstance(json.loads(args.options or "{}"), dict)
@@ -597,13 +631,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    args = None
-    try:
-        args = parse()
-        main(args)
-    except KeyboardInterrupt:
-        folder = args.out_dir if args else ""
-        print(f"interrupted; go on with: --resume --out-dir {folder}" if folder else "interrupted", file=sys.stderr)
-        sys.exit(130)  # the shell's code for Ctrl-C
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    runs.launch(main, parse)

@@ -20,6 +20,13 @@ Equations (numbers from the paper; m, s^2 = mean and variance of the *other* age
   Eq. 6   rho = max(exp(-alpha d^2), epsilon); data are drawn in proportion to rho
   Eq. 7   d = |a_x - theta_x| + |a_y - theta_y|, the L1 distance of a data point to the policy
 
+Where PJAP ends (ours), and why not at the peak's .5625. It draws data near the policy, and BRUD feels their spread. In
+equally dense data d has density 2 alpha d exp(-alpha d^2), so E d^2 = 1/alpha; given d, |a_x - theta_x| is uniform on
+[0, d]: per coordinate the draws have mean theta and variance v = 1/(3 alpha). The expression below Eq. 5, with theta
+for m and v for s^2, then gives theta*^2 = (C - 2A) / (2B) - v and R(theta*) = R(peak) - B v^2, .5502 for alpha = 6. The
+data of Figure 5 are dense around the peak, which trims the kernel and pulls it there: .5601, .5543, .5511 at sigma 0.2,
+0.5, 1.0 (100 epochs, endless data, epsilon = 0). At sigma = 1 the many far points on the floor widen it again: .5425.
+
 Commands:
   python algorithms/polygames.py                             every figure and the table
   python algorithms/polygames.py --figures 5 --alpha 10      one figure, other settings
@@ -37,8 +44,24 @@ short). Files: config.json, metrics.csv, summary.json, one PNG per figure; they 
           MADDPG           0.562  0.555  0.427  0.157   paper  .5625  .555   .43    .15
           MADDPG + PJAP    0.562  0.560  0.554  0.544   paper  .5625  .56    .55    .54
 
+In your own loop (this file alone will do; a game is any function of two tensors):
+  import torch, polygames
+  def reward(x, y):                                                # best where x y = 1/2
+      return -((x * y - 0.5) ** 2)
+  S, M, B = 10, 1000, 32                                           # seeds, data points, batch size
+  data = 2 * torch.rand(S, M, 2, dtype=torch.float64) - 1          # uniform joint actions
+  theta = torch.tensor([-0.5, 0.5], dtype=torch.float64).expand(S, 2)
+  pjap = torch.tensor(True), 6.0, 1e-3                             # alpha and epsilon
+  for step in range(300):
+      uniforms = torch.rand(S, B, dtype=torch.float64)
+      theta, distance = polygames.update(reward, theta, data, 0.05, uniforms, *pjap)
+  print(reward(*theta.T).mean(), distance.mean())                  # -0.0002 and 0.16; with False -0.25 and 0.50
+
 Differences from the paper, and choices that it leaves open:
-  1. Not printed for Figure 5: alpha, epsilon, size of dataset and batch. Ours: alpha = 6 (on the summed distance,
+  1. Figure 5's settings are not printed but A, B, C. The project page's plots, measured by pixel, show the start
+     (-0.5, 0.5), 100 epochs, and ends, rewards and distances that fit sigma = 0, 0.2, 0.5, 1.0 to two or three digits.
+     At sigma = 0 an epoch leaves 0.900 of the distance to the peak and a step 1 - eta (2A + 2B m^2): eta is 0.02.
+  2. Not to be seen there either: alpha, epsilon, size of dataset and batch. Ours: alpha = 6 (on the summed distance,
      Eq. 7), epsilon = 1e-3, 1000 points, batches of 32. Measured PJAP rewards at sigma 0.5 / 1.0, mean of 10 seeds:
           alpha            2             4             6             8            10
           eps 1e-2    .524 / .425   .545 / .431   .552 / .405   .553 / .365   .554 / .352
@@ -46,16 +69,16 @@ Differences from the paper, and choices that it leaves open:
           eps 1e-4    .525 / .485   .547 / .538   .554 / .550   .558 / .554   .559 / .557
      We took the pair closest to the paper's plots. A floor of 1e-2 is too high at sigma = 1: the many far points on it
      are drawn too often. 500 points, batches of 64 or other seeds change no reward by more than 0.01.
-  2. Every priority is refreshed at every step, which is cheap here; the paper refreshes a subset, which may be why its
+  3. Every priority is refreshed at every step, which is cheap here; the paper refreshes a subset, which may be why its
      PJAP distance starts falling two or three epochs later than ours.
-  3. Not printed for Figure 2: start, noise, step, batch and buffer sizes. Ours: start (-0.75, 0.8), noise 0.2,
+  4. Not printed for Figure 2: start, noise, step, batch and buffer sizes. Ours: start (-0.75, 0.8), noise 0.2,
      eta = 0.02; each step adds 32 joint actions and uses a batch of 32, one from each 32nd of the buffer, so the
      smallest buffer is exactly on-policy. The policy is kept inside [-1, 1]^2, because R = xy has no maximum. Start and
      sizes were chosen to show the effect, which ends there: the path is 3.04 long for a buffer of 6400 and 2.83 from
      12800 on, where nothing is ever replaced; from starts nearer the anti-diagonal some seeds end in -- or late.
-  4. Figures 3 and 4 use the whole dataset in every update, and samples shifted to the exact mean that the text speaks
+  5. Figures 3 and 4 use the whole dataset in every update, and samples shifted to the exact mean that the text speaks
      of, so end points are exact; Figure 5 uses raw samples and minibatches. Starts and spreads of 3 and 4 are ours.
-  5. Double precision throughout: exact comparisons, and no slower at this size.
+  6. Double precision throughout: exact comparisons, and no slower at this size.
 
 Legend: S seeds, M data points, B batch size, K steps; the last dimension 2 is (x, y). "..." stands for the runs that
 train at once: any leading dimensions (spreads, starts, methods, seeds), which broadcast as usual.
@@ -65,19 +88,12 @@ import itertools
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
-import tyro
-from matplotlib.figure import Figure
-from matplotlib.widgets import CheckButtons, RadioButtons, Slider
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `data` stands beside this file's folder
-from data import runs
-
-COLUMNS = "figure game method sigma capacity start seed theta_x theta_y reward path_length".split()  # of metrics.csv
 
 
 # ---------------------------------------------------------------- arguments
@@ -111,30 +127,28 @@ class Args:
     c: float = 5.0  # constant C of the twin peaks game, above 2A
 
 
-def check(args):
-    """Raise ValueError on an argument that cannot be used, saying which values can."""
-    if unknown := set(args.figures) - set(FIGURES):
-        raise ValueError(f"unknown figure {min(unknown)}; the figures are {', '.join(FIGURES)}")
-    if not (args.figures and args.sigmas and args.capacities):
-        raise ValueError("--figures, --sigmas and --capacities need at least one value each")
-    runs.check_numbers(args, may_be_zero="seed sigmas noise", at_most_one="epsilon")
-    if min(args.capacities) < args.batch_size:
-        raise ValueError(f"--capacities must all be at least --batch-size, which is {args.batch_size}")
-    if args.c <= 2 * args.a:
-        raise ValueError(f"twin peaks needs C > 2A, got A={args.a:g}, C={args.c:g}: raise --c or lower --a")
-    runs.choose_device(args.device)
-
-
 # ---------------------------------------------------------------- games
+class Game(NamedTuple):
+    reward: Callable  # R(a_x, a_y), elementwise on tensors
+    end: Callable | None = None  # where BRUD ends, if known: (theta, t, m, s2) of the start, eta times steps, the data
+
+    def __call__(self, x, y):
+        return self.reward(x, y)
+
+
 def games(args):
-    """The paper's four games by name: R(a_x, a_y), elementwise on tensors. A new game is one line here."""
+    """The paper's four games by name. A new game is one line here: the table, the window and the tests see it."""
     a, b, c = args.a, args.b, args.c
     return {
-        "decoupled": lambda x, y: x + y,
-        "sign agreement": lambda x, y: x * y,
-        "action agreement": lambda x, y: -((x - y) ** 2),
-        "twin peaks": lambda x, y: -a * (x**2 + y**2) - b * (x * y) ** 2 + c * x * y,
-    }
+        # no fixed point in these two: the field is constant, so the end depends on the time
+        "decoupled": Game(lambda x, y: x + y, lambda theta, t, m, s2: theta + t),
+        "sign agreement": Game(lambda x, y: x * y, lambda theta, t, m, s2: theta + t * m),
+        # the two means, swapped
+        "action agreement": Game(lambda x, y: -((x - y) ** 2), lambda theta, t, m, s2: m),
+        # the expression below Eq. 5
+        "twin peaks": Game(lambda x, y: -a * (x**2 + y**2) - b * (x * y) ** 2 + c * x * y,
+                           lambda theta, t, m, s2: c * m / (2 * a + 2 * b * (m**2 + s2))),
+    }  # fmt: skip
 
 
 def peak(args):
@@ -142,6 +156,18 @@ def peak(args):
     return math.sqrt((args.c - 2 * args.a) / (2 * args.b))
 
 
+def pjap_end(args):
+    """Both coordinates of the point near the ++ peak where PJAP ends in equally dense data; 0 if alpha is too small."""
+    return math.sqrt(max(peak(args) ** 2 - 1 / (3 * args.alpha), 0.0))
+
+
+def eq5_sigma(m, args):
+    """Eq. 5: the spread at which BRUD ends on the ++ peak for data of mean m; NaN if there is none."""
+    variance = -(m**2) + args.c / math.sqrt(2 * args.b * (args.c - 2 * args.a)) * m - args.a / args.b
+    return math.sqrt(max(variance, 0.0)) if variance > -1e-12 else math.nan
+
+
+# ---------------------------------------------------------------- data
 def draw(args, *wanted):
     """Random numbers for each (kind, *shape), kind torch.rand or torch.randn: (S, *shape), alike on every device."""
     # Every seed has a random stream of its own, so that S seeds at once equal S runs of one seed.
@@ -153,18 +179,6 @@ def draw(args, *wanted):
 def recentre(data, mean):
     """Shift (..., M, 2) so that the sample mean is exactly `mean`."""
     return data - data.mean(-2, keepdim=True) + data.new_tensor(mean)
-
-
-# ---------------------------------------------------------------- update
-def brud_gradient(reward, theta, batch):
-    """Eq. 4, the update of MADDPG: theta (..., 2), batch (..., B, 2) -> (..., 2)."""
-    # With the joint policy itself as the only data point, theta[..., None, :], this is the true gradient of R.
-    theta = theta.detach().requires_grad_()
-    own_x, own_y = theta[..., :1], theta[..., 1:]  # (..., 1)
-    # Eq. 4: each agent's own action comes from its policy, the other agent's from the data.
-    objective = reward(own_x, batch[..., 1]) + reward(batch[..., 0], own_y)  # (..., B)
-    # Mean over the data, sum over the runs: no run feels another one's gradient.
-    return torch.autograd.grad(objective.mean(-1).sum(), theta)[0]
 
 
 def priorities(theta, data, alpha, epsilon):
@@ -182,24 +196,47 @@ def sample(data, rho, uniforms):
     return data.expand(*rho.shape, 2).take_along_dim(index[..., None], -2)
 
 
-def train_offline(reward, theta, data, steps, eta, uniforms=None, use_pjap=None, alpha=None, epsilon=None):
-    """Offline MADDPG (Eq. 4), with PJAP (Eq. 6, 7) in the runs where `use_pjap` says so.
+# ---------------------------------------------------------------- update
+def brud_gradient(reward, theta, batch):
+    """Eq. 4, the update of MADDPG: theta (..., 2), batch (..., B, 2) -> (..., 2)."""
+    # With the joint policy itself as the only data point, theta[..., None, :], this is the true gradient of R.
+    theta = theta.detach().requires_grad_()
+    own_x, own_y = theta[..., :1], theta[..., 1:]  # (..., 1)
+    # Eq. 4: each agent's own action comes from its policy, the other agent's from the data.
+    objective = reward(own_x, batch[..., 1]) + reward(batch[..., 0], own_y)  # (..., B)
+    # Mean over the data, sum over the runs: no run feels another one's gradient.
+    return torch.autograd.grad(objective.mean(-1).sum(), theta)[0]
 
-    theta (..., 2), which has all the runs; data (..., M, 2); uniforms (..., K, B), or None for full-batch updates;
-    use_pjap (...,) bool. Returns the policies (..., K+1, 2) and the mean |a - theta| per coordinate from each batch to
-    the policy that it updates (..., K). Raises FloatingPointError if a policy diverges.
+
+def update(reward, theta, data, eta, uniforms=None, use_pjap=None, alpha=None, epsilon=None):
+    """One update of offline MADDPG (Eq. 4), with PJAP (Eq. 6, 7) in the runs where `use_pjap` (...,) bool says so.
+
+    theta (..., 2), which has all the runs; data (..., M, 2); eta, alpha, epsilon () tensors or numbers; uniforms
+    (..., B) in [0, 1), or None to use all data. Returns the new theta, and the mean |a - theta| per coordinate from the
+    batch to the policy that it updates (...,).
     """
-    path, distance, batch = [theta], [], data
+    batch = data
+    if uniforms is not None:  # every priority is refreshed at every step; plain MADDPG draws all data alike
+        rho = torch.where(use_pjap[..., None], priorities(theta, data, alpha, epsilon), 1.0)  # (..., M)
+        batch = sample(data, rho, uniforms)  # (..., B, 2)
+    distance = (batch - theta[..., None, :]).abs().mean((-2, -1))
+    return theta + eta * brud_gradient(reward, theta, batch), distance
+
+
+def train_offline(reward, theta, data, steps, eta, uniforms=None, use_pjap=None, alpha=None, epsilon=None, step=update):
+    """K = steps times `update`, as it is or compiled; uniforms (..., K, B) or None.
+
+    Returns the policies (..., K+1, 2) and the distances (..., K). Raises FloatingPointError if a policy diverges.
+    """
+    path, distances = [theta], []
     for k in range(steps):
-        if uniforms is not None:  # every priority is refreshed at every step; plain MADDPG draws all data alike
-            rho = torch.where(use_pjap[..., None], priorities(theta, data, alpha, epsilon), 1.0)  # (..., M)
-            batch = sample(data, rho, uniforms[..., k, :])  # (..., B, 2)
-        distance.append((batch - theta[..., None, :]).abs().mean((-2, -1)))
-        theta = theta + eta * brud_gradient(reward, theta, batch)
+        now = None if uniforms is None else uniforms[..., k, :]
+        theta, distance = step(reward, theta, data, eta, now, use_pjap, alpha, epsilon)
         path.append(theta)
+        distances.append(distance)
     if not (theta.abs() < 1e3).all():
         raise FloatingPointError("the policy diverged: lower --learning-rate or --sigmas")
-    return torch.stack(path, -2), torch.stack(distance, -1)
+    return torch.stack(path, -2), torch.stack(distances, -1)
 
 
 def train_online(reward, theta, capacity, noise, uniforms, eta):
@@ -220,65 +257,56 @@ def train_online(reward, theta, capacity, noise, uniforms, eta):
         held = capacity[..., None].clamp(max=(k + 1) * batch_size)  # (..., 1)
         index = ((place + uniforms[..., k, :]) * (held / batch_size)).long()  # (..., B)
         batch = buffer.take_along_dim(torch.minimum(index, held - 1)[..., None], -2)  # (..., B, 2)
-        theta = (theta + eta * brud_gradient(reward, theta, batch)).clamp(-1, 1)
+        theta = update(reward, theta, batch, eta)[0].clamp(-1, 1)
         path.append(theta)
     return torch.stack(path, -2), buffer
 
 
-# ---------------------------------------------------------------- evaluation
-def eq5_sigma(m, args):
-    """Eq. 5: the spread at which BRUD ends on the ++ peak for data of mean m; NaN if there is none."""
-    variance = -(m**2) + args.c / math.sqrt(2 * args.b * (args.c - 2 * args.a)) * m - args.a / args.b
-    return math.sqrt(max(variance, 0.0)) if variance > -1e-12 else math.nan
+# ---------------------------------------------------------------- run
+HOME = Path(__file__).resolve().parents[1]
+if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists():  # not if this file was copied alone
+    sys.path.insert(0, str(HOME))
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.widgets import CheckButtons, RadioButtons, Slider
+
+    from data import runs
+elif __name__ == "__main__":
+    sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
+
+COLUMNS = "figure game method sigma capacity start seed theta_x theta_y reward path_length".split()  # of metrics.csv
+MADDPG, PJAP, DATA, TRUE = "#d1510c", "#0b6fb8", "#4d4d4d", "#111111"
+WIDTH = {MADDPG: 3.0, PJAP: 1.6}  # both stay visible where they coincide (sigma = 0)
+STARTS = ((-0.9, 0.5), (-0.3, 0.4), (-0.6, -0.2))  # Figures 3 and 4
+PLOTTED = {0: (0.5625, 0.5625), 0.2: (0.555, 0.56), 0.5: (0.43, 0.55), 1: (0.15, 0.54)}  # Figure 5 of the paper
 
 
+# ---------------------------------------------------------------- results
 def table(args):
-    """Run BRUD to its end on samples of known mean, beside the closed form; print it and return one dict per row."""
+    """Run BRUD to its end on samples of known mean, beside the closed form; returns one dict per row."""
     top, elapsed = peak(args), args.full_batch_steps * args.learning_rate
     # Eq. 5 has a solution for means in middle -+ half; the spread is largest, namely half, in the middle.
     middle = args.c / math.sqrt(8 * args.b * (args.c - 2 * args.a))
     half = math.sqrt(max(middle**2 - args.a / args.b, 0.0))
-    cases = [(game, "", (-0.02, 0.04), 0.5) for game in ("decoupled", "sign agreement", "action agreement")]
+    cases = [(game, "", (-0.02, 0.04), 0.5) for game in games(args) if game != "twin peaks"]
     cases += [("twin peaks", "Fig. 4a", (0.0, 0.0), sigma) for sigma in args.sigmas]
     cases += [("twin peaks", "Fig. 4b", (top, top), sigma) for sigma in args.sigmas]
     cases += [("twin peaks", "Eq. 5", (m, m), eq5_sigma(m, args)) for m in np.linspace(middle - half, middle + half, 5)]
     cases += [("twin peaks", "2 x Eq. 5", (middle, middle), 2 * half)]
     rows, (unit,) = [], draw(args, (torch.randn, args.num_samples, 2))  # (S, M, 2)
     theta = unit.new_tensor((-0.5, 0.5)).expand(args.num_seeds, 2)
-    pair, line = "({0[0]:+.4f}, {0[1]:+.4f})".format, "{:17}{:10}{:>18}{:>8}{:>20}{:>20}{:>10}  {}".format
-    print(line("game", "", "data mean", "sigma", "BRUD end", "closed form", "max diff", "at the peak"))
-    for game, note, mean, sigma in cases:
-        data = recentre(sigma * unit, mean)
-        path, _ = train_offline(games(args)[game], theta, data, args.full_batch_steps, args.learning_rate)
+    for name, note, mean, sigma in cases:
+        game, data = games(args)[name], recentre(sigma * unit, mean)
+        path, _ = train_offline(game, theta, data, args.full_batch_steps, args.learning_rate)
         # The closed form uses the sample's own moments; each agent sees those of the other one's data, (S, 2).
         m, s2, end = data.mean(1).flip(1), data.var(1, unbiased=False).flip(1), path[:, -1]
-        formula = {
-            "decoupled": theta + elapsed,  # no fixed point here and in the next game: the field is constant,
-            "sign agreement": theta + elapsed * m,  # so the end depends on the time
-            "action agreement": m,  # the two means, swapped
-            "twin peaks": args.c * m / (2 * args.a + 2 * args.b * (m**2 + s2)),  # the expression below Eq. 5
-        }[game]
-        row = {"game": game, "note": note, "mean": mean, "sigma": sigma, "end": end.mean(0).tolist()}
-        row |= {"closed_form": formula.mean(0).tolist(), "difference": float((end - formula).abs().max())}
-        row["at_peak"] = bool(((end - top).abs() < 0.005).all()) if game == "twin peaks" else None
-        cells = pair(mean), f"{sigma:.4f}", pair(row["end"]), pair(row["closed_form"]), f"{row['difference']:.0e}"
-        print(line(game, note, *cells, {True: "yes", False: "no", None: "-"}[row["at_peak"]]))
-        rows.append(row)
+        row = {"game": name, "note": note, "mean": mean, "sigma": sigma, "end": end.mean(0).tolist()}
+        row |= {"closed_form": None, "difference": None}
+        if game.end:
+            formula = game.end(theta, elapsed, m, s2)
+            row |= {"closed_form": formula.mean(0).tolist(), "difference": float((end - formula).abs().max())}
+        rows.append(row | {"at_peak": bool(((end - top).abs() < 0.005).all()) if name == "twin peaks" else None})
     return rows
-
-
-def mean_rewards(args, rows):
-    """Each setting's reward over seeds, from the rows of metrics.csv; prints those of Figure 5 beside the paper's."""
-    plots, rewards = {0: (0.5625, 0.5625), 0.2: (0.555, 0.56), 0.5: (0.43, 0.55), 1: (0.15, 0.54)}, []
-    for key, group in itertools.groupby(rows, key=lambda row: {name: row[name] for name in COLUMNS[:6]}):
-        values = np.array([row["reward"] for row in group])
-        mean, stderr = values.mean(), values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-        rewards.append(key | {"mean": mean, "stderr": stderr})
-        if key["figure"] == "5":
-            known = plots.get(key["sigma"]) if (args.a, args.b, args.c) == (1, 4, 5) else None
-            paper = f", paper {known[key['method'] == 'PJAP']:.3f}" if known else ""
-            print(f"Figure 5, sigma {key['sigma']:<3g} {key['method']:6} reward {mean:.3f} +- {stderr or 0:.3f}{paper}")
-    return rewards
 
 
 def result_rows(args, figure, game, paths, **axes):
@@ -291,12 +319,33 @@ def result_rows(args, figure, game, paths, **axes):
     return [blank | label | dict(zip(COLUMNS[-4:], row)) for label, row in zip(labels, numbers)]
 
 
+def mean_rewards(rows):
+    """Each setting's reward over seeds, from the rows of metrics.csv."""
+    rewards = []
+    for key, group in itertools.groupby(rows, key=lambda row: {name: row[name] for name in COLUMNS[:6]}):
+        values = np.array([row["reward"] for row in group])
+        stderr = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+        rewards.append(key | {"mean": values.mean(), "stderr": stderr})
+    return rewards
+
+
+def report(args, table, rewards):
+    """The table as text, and the rewards of Figure 5 beside the paper's."""
+    pair, line = "({0[0]:+.4f}, {0[1]:+.4f})".format, "{:17}{:10}{:>18}{:>8}{:>20}{:>20}{:>10}  {}".format
+    lines = [line("game", "", "data mean", "sigma", "BRUD end", "closed form", "max diff", "at the peak")]
+    for row in table:
+        known = (pair(row["closed_form"]), f"{row['difference']:.0e}") if row["closed_form"] else ("-", "-")
+        cells = pair(row["mean"]), f"{row['sigma']:.4f}", pair(row["end"]), *known
+        lines.append(line(row["game"], row["note"], *cells, {True: "yes", False: "no", None: "-"}[row["at_peak"]]))
+    for row in (row for row in rewards if row["figure"] == "5"):
+        known = PLOTTED.get(row["sigma"]) if (args.a, args.b, args.c) == (1, 4, 5) else None
+        paper = f", paper {known[row['method'] == 'PJAP']:.3f}" if known else ""
+        words = f"Figure 5, sigma {row['sigma']:<3g} {row['method']:6} reward {row['mean']:.3f}"
+        lines.append(f"{words} +- {row['stderr'] or 0:.3f}{paper}")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------- figures
-MADDPG, PJAP, DATA, TRUE = "#d1510c", "#0b6fb8", "#4d4d4d", "#111111"
-WIDTH = {MADDPG: 3.0, PJAP: 1.6}  # both stay visible where they coincide (sigma = 0)
-STARTS = ((-0.9, 0.5), (-0.3, 0.4), (-0.6, -0.2))  # Figures 3 and 4
-
-
 def surface(axis, reward, title, points=torch.empty(0, 2), name=r"\theta", size=1.08):
     """The reward over [-size, size]^2 as a light background, greener is better; joint actions (M, 2) as small dots."""
     line = np.linspace(-size, size, 81)
@@ -360,7 +409,7 @@ def figure_2(args):
     for (top, middle, bottom), capacity, path, buffer in zip(axes, args.capacities, paths, buffers):
         surface(top, reward, f"buffer of {capacity}" + (" (on-policy)" if capacity == args.batch_size else ""))
         draw_paths(top, path, MADDPG)
-        band(middle, reward(path[..., 0], path[..., 1]), MADDPG)
+        band(middle, reward(*path.unbind(-1)), MADDPG)
         middle.set(xlabel="update", ylabel="reward of the policy", ylim=(-1.05, 1.05))
         surface(bottom, reward, "buffer at the last update", buffer[0], "a", size=1.5)
         draw_paths(bottom, path[:1, -1:], MADDPG)
@@ -427,7 +476,7 @@ def figure_5(args):
         for colour, name, path, distance in zip((MADDPG, PJAP), ("MADDPG", "MADDPG + PJAP"), *both):
             draw_paths(middle, path, colour)
             band(gaps, distance, colour)
-            band(rewards, reward(path[..., 0], path[..., 1]), colour, name)
+            band(rewards, reward(*path.unbind(-1)), colour, name)
         gaps.set(xlabel="epoch", ylabel=r"mean $|a - \theta|$ of sampled data", ylim=(0, None))
         rewards.set(xlabel="epoch", ylabel="reward of the policy", ylim=(-1, None))
         rewards.axhline(reward(top, top), color=TRUE, lw=1, ls=":", label="peak")
@@ -445,10 +494,11 @@ def build_interactive(args, figure):
     args = replace(args, num_seeds=1)  # always the same random numbers: only the changed setting makes a difference
     unit, draws = draw(args, (torch.randn, args.num_samples, 2), (torch.rand, args.steps, args.batch_size))
     theta = unit.new_tensor(((-0.5, 0.5), (0.2, -0.8), (-0.8, -0.3)))[:, None]  # (starts, 1, 2)
+    names = list(games(args))
     sliders = {"A": (0.1, 3, args.a), "B": (0.5, 10, args.b), "C": (0.5, 10, args.c), "mean": (-1, 1, peak(args)),
                "spread": (0, 1.5, 0.5), "alpha": (0, 20, args.alpha),
                "log10 epsilon": (-6, 0, math.log10(args.epsilon))}  # fmt: skip
-    widgets = {"game": RadioButtons(figure.add_axes((0.68, 0.17, 0.2, 0.2)), list(games(args)), active=3),
+    widgets = {"game": RadioButtons(figure.add_axes((0.68, 0.17, 0.2, 0.2)), names, active=names.index("twin peaks")),
                "PJAP": CheckButtons(figure.add_axes((0.68, 0.08, 0.2, 0.07)), ["PJAP"], [True])}  # fmt: skip
     for row, (name, (low, high, value)) in enumerate(sliders.items()):
         widgets[name] = Slider(figure.add_axes((0.14, 0.34 - 0.045 * row, 0.4, 0.03)), name, low, high, valinit=value)
@@ -466,7 +516,7 @@ def build_interactive(args, figure):
             paths, _ = train_offline(reward, theta, data, args.steps, args.learning_rate, draws, pjap, alpha, 10**power)
             for path in paths:
                 draw_paths(left, path, colour)
-                band(right, reward(path[..., 0], path[..., 1]), colour)
+                band(right, reward(*path.unbind(-1)), colour)
         except FloatingPointError as error:
             right.set_title(str(error))
         figure.canvas.draw_idle()
@@ -477,23 +527,41 @@ def build_interactive(args, figure):
     return widgets
 
 
+def open_window(args):
+    """Show the interactive window until it is closed."""
+    import matplotlib.pyplot as plt  # looks for a window system, which the saved figures do not need
+
+    try:
+        figure = plt.figure(figsize=(12, 8))
+        if figure.canvas.required_interactive_framework is None:  # the fallback that only saves files
+            raise ImportError
+    except ImportError:  # or a window system was asked for by name and is not there
+        raise ValueError("--interactive needs a display and found none: leave it out to write files") from None
+    widgets = build_interactive(args, figure)  # noqa: F841  held until the window closes
+    plt.show()
+
+
 # ---------------------------------------------------------------- main
+def check(args):
+    """Raise ValueError on an argument that cannot be used, saying which values can."""
+    if unknown := set(args.figures) - set(FIGURES):
+        raise ValueError(f"unknown figure {min(unknown)}; the figures are {', '.join(FIGURES)}")
+    if not (args.figures and args.sigmas and args.capacities):
+        raise ValueError("--figures, --sigmas and --capacities need at least one value each")
+    runs.check_numbers(args, may_be_zero="seed sigmas noise", at_most_one="epsilon")
+    if min(args.capacities) < args.batch_size:
+        raise ValueError(f"--capacities must all be at least --batch-size, which is {args.batch_size}")
+    if args.c <= 2 * args.a:
+        raise ValueError(f"twin peaks needs C > 2A, got A={args.a:g}, C={args.c:g}: raise --c or lower --a")
+    runs.choose_device(args.device)
+
+
 def main(args):
-    """Compute and write everything, or open the window; raises what `check` and the training raise."""
-    began = time.time()
-    check(args)
+    """Compute everything, write it, and print it; or open the window."""
+    began = time.perf_counter()
     torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it brings
     if args.interactive:
-        import matplotlib.pyplot as plt  # looks for a window system, which the saved figures do not need
-
-        try:
-            figure = plt.figure(figsize=(12, 8))
-            if figure.canvas.required_interactive_framework is None:  # the fallback that only saves files
-                raise ImportError
-        except ImportError:  # or a window system was asked for by name and is not there
-            raise ValueError("--interactive needs a display and found none: leave it out to write files") from None
-        widgets = build_interactive(replace(args, device="cpu"), figure)  # noqa: F841  held until the window closes
-        return plt.show()
+        return open_window(replace(args, device="cpu"))
     device, folder = runs.choose_device(args.device), Path(args.out_dir)
     args = replace(args, device=device.type)
     folder.mkdir(parents=True, exist_ok=True)
@@ -503,7 +571,7 @@ def main(args):
         figures[f"figure{name}.png"], new_rows = FIGURES[name](args)
         rows += new_rows
     summary = {"script": "polygames", "device": args.device, "seeds": [*range(args.seed, args.seed + args.num_seeds)]}
-    summary |= {"table": table(args), "rewards": mean_rewards(args, rows)}
+    summary |= {"table": table(args), "rewards": mean_rewards(rows)}
     runs.save_json(folder / "config.json", runs.provenance(device) | asdict(args))
     for name, figure in figures.items():
         runs.save_figure(folder / name, figure)
@@ -511,16 +579,21 @@ def main(args):
         runs.save_csv(folder / "metrics.csv", rows)
     else:  # Figure 1 alone trains nothing
         runs.save(folder / "metrics.csv", (",".join(COLUMNS) + "\n").encode())
-    summary["wall_seconds"] = time.time() - began
+    summary["wall_seconds"] = time.perf_counter() - began
     runs.save_json(folder / "summary.json", summary)
-    print(f"{', '.join(figures)}, metrics.csv, summary.json are in {folder} ({summary['wall_seconds']:.0f} s)")
+    runs.say(report(args, summary["table"], summary["rewards"]))
+    files = ", ".join([*figures, "metrics.csv", "summary.json"])
+    runs.say(f"{files} are in {folder} ({summary['wall_seconds']:.0f} s)")
+
+
+def parse(argv=None):
+    """Read the command line."""
+    import tyro
+
+    args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
+    check(args)
+    return args
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__.splitlines()[0]))
-    except KeyboardInterrupt:
-        print("interrupted: the files already written are whole", file=sys.stderr)
-        sys.exit(130)  # the shell's code for Ctrl-C
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    runs.launch(main, parse)

@@ -16,10 +16,10 @@ A script's `main` holds the loop and learns; a `Run` keeps what must not get los
         runs.launch(main, parse)                           # one line and an exit code for whatever goes wrong
 """
 
-import csv
 import functools
-import io
+import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -27,16 +27,20 @@ import shutil
 import subprocess
 import sys
 import time
-import uuid
+import typing
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
+from data.results import draw_curves, over_seeds, save, save_csv, save_figure, save_json, save_tensors, table_text
+
+FILES = ("config.json", "checkpoint.pt", "metrics.csv", "summary.json")  # a folder with one of these is not empty
 MAY_CHANGE = {"resume", "out_dir", "device", "threads", "compile", "track"}  # what `--resume` lets a user change
-NO_MEMORY = re.compile("allocate memory|out of memory|overflow|Storage size|numel", re.I)  # of torch's RuntimeErrors
+NO_MEMORY = re.compile("allocate memory|out of memory|bad_alloc|overflow|Storage size|numel", re.I)  # RuntimeErrors
+MOST_SEEDS = 100_000  # all train at once, and a seed's random streams alone take 20 kB
+MISFITS = LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError  # of a foreign file
 owned = None  # the folder of the run in this process, once it has taken one
 
 
@@ -55,18 +59,17 @@ class Run:
     """
 
     def __init__(self, script, args):
-        torch.set_num_threads(args.threads)
-        self.script, self.args, self.device = script, args, choose_device(args.device)
-        self.seeds = list(range(args.seed, args.seed + args.num_seeds))
-        self.folder, self.saved, self.tracker, self.began = None, None, None, time.perf_counter()
-        self.step, self.rows, self.seconds, self.timed, self.stopped = 0, [], 0.0, 0, None
+        torch.set_num_threads(min(args.threads, os.cpu_count() or 1))
+        self.script, self.args, self.device, self.folder = script, args, choose_device(args.device), None
+        self.seeds, self.began = list(range(args.seed, args.seed + args.num_seeds)), time.perf_counter()
+        self.subject, self.saved, self.tracker = slug(args.env, args.task, getattr(args, "dataset", "")), None, None
         if args.resume:
             folder = Path(args.out_dir)
             for key, value in asdict(saved_args(type(args), folder)).items():
                 if key not in MAY_CHANGE and getattr(args, key) != value:
                     flag, now = "--" + key.replace("_", "-"), getattr(args, key)
                     raise ValueError(f"{folder} was begun with {flag} {value}: it cannot go on with {now}")
-            self.saved = read_checkpoint(folder, self.device)
+            self.saved = read_checkpoint(folder, script, self.device)
         elif args.out_dir:
             refuse_taken(Path(args.out_dir))
         if args.compile and self.device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
@@ -90,8 +93,11 @@ class Run:
     def begin(self, act=None, table="metrics.csv", **parts):
         """Take the folder, or set everything to where the checkpoint of `--resume` stood; returns whether it did.
 
+        A run of successive loops begins each in turn. When it is resumed, it asks for the last one first, since the
+        checkpoint is of one loop: `if not run.begin("team", ...): run.begin("model", ...)`.
+
         Args:
-            act: a name that tells the checkpoints of successive loops apart.
+            act: the loop's name, where there are several; on the screen its steps are called so.
             table: the file for what `record` gets.
             parts: what checkpoints keep: modules, optimisers, generators, and lists of these.
         Raises:
@@ -101,20 +107,15 @@ class Run:
         self.act, self.table, self.parts = act, table, parts
         self.step, self.rows, self.seconds, self.timed = 0, [], 0.0, 0
         if self.folder is None:
-            self.folder = take_folder(self.script, self.args, self.device)
-            if self.saved:
-                self.began -= self.saved["wall"]
+            self.folder = take_folder(self.script, self.args, self.device, self.subject)
+            self.began -= self.saved["wall"] if self.saved else 0
         if not self.saved or self.saved["act"] != act:
             return False
         saved, self.saved = self.saved, None
         try:
-            if saved["parts"].keys() != parts.keys():
-                raise KeyError
-            for name, part in parts.items():
-                restore(part, saved["parts"][name])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-            where = f"{self.folder}/checkpoint.pt"
-            raise ValueError(f"{where} is of another run: delete it to start this one again") from None
+            restore(parts, saved["parts"])
+        except MISFITS:
+            raise of_another_run(self.folder) from None
         self.step, self.rows, self.seconds, self.timed = (saved[key] for key in ("step", "rows", "seconds", "timed"))
         return True
 
@@ -124,8 +125,10 @@ class Run:
         Evaluations are due before the first, after the last, and each time that `every` is passed; both counts are in
         units of a step, and an update makes `stride` of them.
         """
+        if self.saved or self.step > last:  # the checkpoint is of no loop that was begun, or of a longer one
+            raise of_another_run(self.folder)
         self.last, self.every, self.stride, self.name = last, every, stride, self.act or "step"
-        self._start()
+        self._clock(counts=False)
         while self.step < last:
             yield self.step
             self.step, self.timed = self.step + 1, self.timed + 1
@@ -137,11 +140,18 @@ class Run:
         return self.step in (0, self.last) or now // self.every > before // self.every
 
     def due(self):
-        """Whether to evaluate now; if so, the clock that tells updates per second stands still until `record`."""
+        """Whether to evaluate now; if so, what passes until `record` does not count in updates per second."""
         if not self.scheduled() or self.rows and self.rows[-1]["step"] >= self.step * self.stride:
             return False  # a resumed run has this evaluation already
-        self._stop()
+        self._clock(counts=True)
         return True
+
+    def check(self, logs):
+        """Raise FloatingPointError if a log is not finite; before an evaluation, where games would fail of it first."""
+        for name, value in logs.items():
+            if self.step and not value.isfinite().all():
+                after = f"{self.step * self.stride} {self.name}s"
+                raise FloatingPointError(f"{name} is not finite after {after}: try smaller step sizes")
 
     def record(self, logs, scores, line=""):
         """Write an evaluation: rows of the table, the checkpoint, and a line on the screen, in this order.
@@ -149,36 +159,30 @@ class Run:
         Args:
             logs, scores: {column: (S,) tensor}, or (S, members) for a row a member; the scores are printed too.
             line: more to print.
+        Returns:
+            The new rows, as dictionaries.
         Raises:
             FloatingPointError: a log is not finite.
         """
-        step = self.step * self.stride
-        for name, value in logs.items():
-            if self.step and not value.isfinite().all():
-                raise FloatingPointError(f"{name} is not finite after {step} {self.name}s: try smaller step sizes")
-        columns = {name: value.tolist() for name, value in (logs | scores).items()}
+        self.check(logs)
+        step, values = self.step * self.stride, logs | scores
+        columns = {name: value.flatten().tolist() for name, value in values.items()}
         new = []
-        for s, seed in enumerate(self.seeds):
-            row, mine = {"step": step, "seed": seed}, {name: column[s] for name, column in columns.items()}
-            members = next((range(len(x)) for x in mine.values() if isinstance(x, list)), None)
-            each = [row | mine] if members is None else [
-                row | {"member": e} | {name: x[e] for name, x in mine.items()} for e in members]  # fmt: skip
-            new += each
+        for k, (s, *member) in enumerate(itertools.product(*map(range, next(iter(values.values())).shape))):
+            row = {"step": step, "seed": self.seeds[s]} | dict(zip(["member"], member))
+            new.append(row | {name: column[k] for name, column in columns.items()})
         self.rows += new
         save_csv(self.folder / self.table, self.rows)
-        state = {name: snapshot(part) for name, part in self.parts.items()}
-        wall = time.perf_counter() - self.began
         save_checkpoint(self.folder, {
-            "script": self.script, "act": self.act, "parts": state, "step": self.step, "rows": self.rows,
-            "seconds": self.seconds, "timed": self.timed, "wall": wall,
+            "script": self.script, "act": self.act, "parts": snapshot(self.parts), "step": self.step,
+            "rows": self.rows, "seconds": self.seconds, "timed": self.timed, "wall": time.perf_counter() - self.began,
         })  # fmt: skip
         shown = [f"{name.replace('_', ' ')} {value.double().mean():9.4f}" for name, value in scores.items()]
         speed = f"{self.speed:7.1f} updates/s" if self.timed else ""
         say("   ".join(filter(None, (f"{self.name} {step:6d}", *shown, line, speed))))
         if self.tracker and self.table == "metrics.csv":
-            numbers = {name: sum(row[name] for row in new) / len(new) for name in new[0] if name not in ("step", "seed")}
-            self.tracker.log(numbers, step=step)
-        self._start()
+            self.tracker.log({name: value.double().mean().item() for name, value in values.items()}, step=step)
+        self._clock(counts=False)
         return new
 
     @property
@@ -186,15 +190,14 @@ class Run:
         """Updates per second, without evaluations and without the compiler's time."""
         return self.timed / max(self.seconds, 1e-9)
 
-    def _start(self):
-        self.stopped, self.begun, self.compiling = False, time.perf_counter(), compile_seconds()
-
-    def _stop(self):
+    def _clock(self, counts):
+        """Begin to take the time; whether what has passed since the last beginning counts as training."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        if not self.stopped:
-            self.seconds += time.perf_counter() - self.begun - (compile_seconds() - self.compiling)
-        self.stopped = True
+        now, compiled = time.perf_counter(), compile_seconds()
+        if counts:
+            self.seconds += now - self.since - (compiled - self.compiled)
+        self.since, self.compiled = now, compiled
 
     def finish(self, method, scores, dataset=None, best=None, others=None, figures=None, xlabel="updates", **more):
         """Write summary.json and the pictures, then print the table; returns the summary.
@@ -209,11 +212,10 @@ class Run:
             more: what else the summary holds.
         """
         args, S = self.args, len(self.seeds)
-        title = f"{method} on {slug(args.env, args.task, args.dataset)}, {S} seed{'s' * (S > 1)}"
-        step = self.step * self.stride
-        summary = {"script": self.script, "env": args.env, "task": args.task, "dataset": args.dataset or None,
-                   "steps": step, "seeds": self.seeds}  # fmt: skip
-        summary |= {"return": None, "normalized_return": None, "win_rate": None}
+        title = f"{method} on {self.subject}, {S} seed{'s' * (S > 1)}"
+        summary = {"script": self.script, "env": args.env, "task": args.task,
+                   "dataset": getattr(args, "dataset", "") or None, "steps": self.step * self.stride,
+                   "seeds": self.seeds, "return": None, "normalized_return": None, "win_rate": None}  # fmt: skip
         teams = {method: ("", scores)} | (others or {})
         for prefix, found in teams.values():
             summary |= {f"{prefix}{name}": over_seeds(value) for name, value in found.items()}
@@ -225,27 +227,24 @@ class Run:
             "updates_per_second": self.speed, "wall_seconds": time.perf_counter() - self.began,
             "device": device_name(self.device),
         }  # fmt: skip
-        figures, tables = dict(figures or {}), []
-        for score in ("return", "win_rate"):
+        save_json(self.folder / "summary.json", summary)
+
+        text = [f"\n{title}: {self.folder}"]
+        for score, file, top in (("return", "curve.png", best), ("win_rate", "win_rate.png", None)):
             columns = {score: "greedy", f"sampled_{score}": "sampled"}
             columns = {column: label for column, label in columns.items() if column in scores}
-            if not columns:
-                continue
-            levels = {"dataset": summary.get(f"dataset_{score}"), "best possible": best if score == "return" else None}
+            levels = {"dataset": summary.get(f"dataset_{score}"), "best possible": top}
             levels = {name: level for name, level in levels.items() if level is not None}
-            name = score.replace("_", " ")
-            curve = draw_curves(self.rows, columns, levels, title, xlabel, name)
-            figures["curve.png" if score == "return" else f"{score}.png"] = curve
-            cells = {name: [summary[f"{prefix}{column}"] for column in columns] for name, (prefix, _) in teams.items()}
-            tables.append((list(columns.values()), cells, levels, name))
-        if summary["normalized_return"]:
-            tables.append((["greedy"], {method: [summary["normalized_return"]]}, {}, "normalised"))
-        save_json(self.folder / "summary.json", summary)
-        for name, figure in figures.items():
+            if columns:
+                figure = draw_curves(self.rows, columns, levels, title, xlabel, score.replace("_", " "))
+                save_figure(self.folder / file, figure)
+                cells = {name: [summary[f"{prefix}{c}"] for c in columns] for name, (prefix, _) in teams.items()}
+                text.append(table_text(columns.values(), cells, levels, score.replace("_", " ")))
+        for name, figure in (figures or {}).items():
             save_figure(self.folder / name, figure)
-        say(f"\n{title}: {self.folder}")
-        for table in tables:
-            say(table_text(*table))
+        if summary["normalized_return"]:
+            text.append(table_text(["greedy"], {method: [summary["normalized_return"]]}, {}, "normalised"))
+        say("\n".join(text))
         return summary
 
 
@@ -257,8 +256,9 @@ def compile_seconds():
 
 def launch(main, parse):
     """Run `main(parse())`: the one place where a script's errors and Ctrl-C become a line and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # a terminal without "±" must not end a run
+    limit_memory()
     try:
         main(parse())
     except KeyboardInterrupt:
@@ -267,18 +267,34 @@ def launch(main, parse):
         sys.exit(130)  # the shell's code for Ctrl-C
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except OverflowError as error:
+        sys.exit(f"error: a number is too large: choose smaller ones ({error})")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
-            sys.exit(f"error: not enough memory: choose smaller sizes ({str(error).splitlines()[0][:200]})")
-        raise
+        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+            raise
+        said = str(error).partition("\n")[0][:200] or type(error).__name__
+        sys.exit(f"error: not enough memory: choose smaller sizes ({said})")
+
+
+def limit_memory():
+    """Let what exceeds this machine's memory fail at once; else the system would kill the run without a word."""
+    try:
+        import resource
+
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if not torch.cuda.is_available() and (soft == resource.RLIM_INFINITY or soft > memory):
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, hard))
+    except (ImportError, ValueError, OSError):  # not on Windows
+        pass
 
 
 def say(text):
     """Print a line; a terminal that is gone does not end the run."""
     try:
         print(text, flush=True)
-    except OSError:
-        pass
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")  # or Python would try again as it leaves, and fail then
 
 
 # ---------------------------------------------------------------- arguments
@@ -308,7 +324,8 @@ def check_numbers(args, may_be_zero="", at_most_one=""):
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) not in (int, float):
                 continue
-            most = 1 if one else sys.maxsize if type(number) is int else sys.float_info.max
+            whole = MOST_SEEDS if name == "num_seeds" else sys.maxsize
+            most = 1 if one else whole if type(number) is int else sys.float_info.max
             if not (number > 0 or (zero and number == 0)) or not number <= most:
                 words = "at most 1" if one else "finite" if type(number) is float else f"at most {most}"
                 least = "at least 0" if zero else "above 0"
@@ -319,26 +336,26 @@ def saved_args(kind, folder):
     """The arguments, a dataclass `kind`, with which the run in `folder` was begun; ValueError if there are none."""
     path = Path(folder) / "config.json"
     try:
-        saved = json.loads(path.read_text())["args"]
-        kinds = {field.name: type(getattr(kind(), field.name)) for field in fields(kind)}
-        if saved.keys() != kinds.keys():
+        saved, found = json.loads(path.read_text())["args"], kind()
+        if saved.keys() != asdict(found).keys():
             raise KeyError
-        saved = {name: tuple(x) if kinds[name] is tuple else x for name, x in saved.items()}
-        if any(type(x) is not kinds[name] and {type(x), kinds[name]} != {int, float} for name, x in saved.items()):
-            raise TypeError
-        return kind(**saved)
+        for field in fields(kind):
+            like, choices = type(getattr(found, field.name)), typing.get_args(field.type)
+            value = tuple(saved[field.name]) if like is tuple else saved[field.name]
+            if type(value) is not like and {type(value), like} != {int, float}:
+                raise TypeError
+            if typing.get_origin(field.type) is typing.Literal and value not in choices:
+                raise ValueError
+            setattr(found, field.name, value)
+        return found
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no run to resume in {folder or '--out-dir'}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except MISFITS:
         raise ValueError(f"{path} is damaged, or of another version: the run cannot be resumed") from None
 
 
 def choose_device(name):
-    """The torch device for auto, cpu or cuda.
-
-    Raises:
-        ValueError: another name, or cuda where there is none.
-    """
+    """The torch device for auto, cpu or cuda; ValueError for another name, or for cuda where there is none."""
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"unknown device {name!r}: choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -348,32 +365,38 @@ def choose_device(name):
 
 # ---------------------------------------------------------------- the folder
 def refuse_taken(folder):
-    for file in ("config.json", "checkpoint.pt"):
+    """Raise ValueError if the folder holds a run, or what a run would overwrite, or cannot be made."""
+    home = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (home.is_dir() and os.access(home, os.W_OK)):
+        raise ValueError(f"{folder} cannot be made or written to: change --out-dir")
+    for file in FILES:
         if (folder / file).exists():
-            go_on = "--resume goes on with it; else delete it or change --out-dir"
-            raise ValueError(f"{folder} holds a run already: {go_on}")
+            found = "run already: --resume goes on with it" if file == "config.json" else f"{file} of another kind"
+            raise ValueError(f"{folder} holds a {found}; else delete it or change --out-dir")
 
 
-def take_folder(script, args, device):
+def take_folder(script, args, device, subject):
     """Make the run's folder with its `config.json`, or the one to resume ours; returns its path.
 
-    Without `--out-dir` it is a new one, `runs/SCRIPT/TASK-TIME`. Of two runs that want one folder, one gets it.
+    Without `--out-dir` it is a new one, `runs/SCRIPT/SUBJECT-TIME`. Of two runs that want one folder, one gets it.
     """
     global owned
     if not args.resume:
-        name = f"runs/{script}/{slug(args.env, args.task, args.dataset)}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder, again = Path(args.out_dir or name), 1
+        name, again = f"runs/{script}/{subject}-{time.strftime('%Y%m%d-%H%M%S')}", itertools.count(1)
+        folder = Path(args.out_dir or name)
         while not args.out_dir:  # a folder that no run beside this one has taken
             try:
                 folder.mkdir(parents=True)
                 args.out_dir = str(folder)
             except FileExistsError:
-                folder, again = Path(f"{name}-{again}"), again + 1
+                folder = Path(f"{name}-{next(again)}")
         refuse_taken(folder)
         folder.mkdir(parents=True, exist_ok=True)
         content = {"script": script, "args": asdict(args)} | provenance(device)
-        save(folder / "config.json", (json.dumps(content, indent=2) + "\n").encode(), new=True)
+        save_json(folder / "config.json", content, new=True)
     owned = Path(args.out_dir)
+    for part in owned.glob("*.part") if args.resume else ():  # left by a kill in the middle of writing
+        part.unlink(missing_ok=True)
     return owned
 
 
@@ -407,86 +430,60 @@ def start_tracking(script, args):
     return wandb.init(project="offline-coordination", group=script, config=asdict(args))
 
 
-# ---------------------------------------------------------------- files
-def save(path, content, new=False):
-    """Write a file whole or not at all, so that a kill leaves the old one or the new one.
-
-    Raises:
-        ValueError: it must be `new`, and is there already.
-    """
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
-    try:
-        part.write_bytes(content)
-        if new:
-            os.link(part, path)  # unlike a renaming, it never replaces
-        else:
-            os.replace(part, path)
-    except FileExistsError:
-        raise ValueError(f"{path.parent} has just been taken by another run: change --out-dir") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def save_json(path, content):
-    save(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def save_csv(path, rows):
-    """Write a list of dictionaries with the same keys."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    save(path, text.getvalue().encode())
-
-
-def save_figure(path, figure):
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    save(path, content.getvalue())
-
-
-def save_tensors(path, content):
-    """Write nested dictionaries and lists of tensors, numbers and strings."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    save(path, buffer.getvalue())
-
-
+# ---------------------------------------------------------------- checkpoints
 def save_checkpoint(folder, content):
     save_tensors(Path(folder) / "checkpoint.pt", content)
 
 
-def read_checkpoint(folder, device):
+def read_checkpoint(folder, script, device):
     """The content of `checkpoint.pt`, or None if the run was stopped before it wrote one.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or no checkpoint of this script.
     """
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
         return None
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        kinds = {"script": str, "act": (str, type(None)), "parts": dict, "step": int, "rows": list}
-        kinds |= {"seconds": (int, float), "timed": int, "wall": (int, float)}
-        if not all(isinstance(saved[name], kind) for name, kind in kinds.items()) or saved["step"] < 0:
-            raise TypeError
-        return saved
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it to start the run again") from None
+    try:
+        rows = dict(saved)["rows"]
+        good = (
+            saved["script"] == script and isinstance(saved["act"], str | None) and isinstance(saved["parts"], dict)
+            and all(isinstance(saved[name], int) and saved[name] >= 0 for name in ("step", "timed"))
+            and all(math.isfinite(saved[name]) and saved[name] >= 0 for name in ("seconds", "wall"))
+            and all(isinstance(row["step"], int) and row.keys() == rows[0].keys() for row in rows)
+            and all(isinstance(number, int | float) for row in rows for number in row.values())
+        )  # fmt: skip
+    except MISFITS:
+        good = False
+    if not good:
+        raise of_another_run(folder)
+    return saved
+
+
+def of_another_run(folder):
+    return ValueError(f"{folder}/checkpoint.pt is of another run: delete it to start this one again")
 
 
 def snapshot(part):
-    """The state of a module, an optimiser or a generator, or of a list of these."""
-    if isinstance(part, (list, tuple)):
+    """The state of a module, an optimiser or a generator, or of a list or dictionary of these."""
+    if isinstance(part, dict):
+        return {name: snapshot(each) for name, each in part.items()}
+    if isinstance(part, list | tuple):
         return [snapshot(each) for each in part]
     return part.get_state() if hasattr(part, "get_state") else part.state_dict()
 
 
 def restore(part, state):
-    """Put what `snapshot` returned back; raises half a dozen kinds of errors if it does not fit."""
-    if isinstance(part, (list, tuple)):
+    """Put what `snapshot` returned back; raises one of `MISFITS` if it does not fit."""
+    if isinstance(part, dict):
+        if part.keys() != state.keys():
+            raise KeyError
+        part, state = list(part.values()), [state[name] for name in part]
+    if isinstance(part, list | tuple):
         for each, its in zip(part, state, strict=True):
             restore(each, its)
     elif hasattr(part, "set_state"):
@@ -495,51 +492,7 @@ def restore(part, state):
         part.load_state_dict(state)
 
 
-# ---------------------------------------------------------------- chance and results
+# ---------------------------------------------------------------- chance
 def stream(seed, purpose, device="cpu"):
     """A generator of its own for each seed and purpose, so that a seed's numbers do not depend on its neighbours."""
     return torch.Generator(device).manual_seed((1_000_003 * seed + purpose) % 2**63)
-
-
-def over_seeds(values):
-    """Mean and standard error over seeds of (S, episodes) values, and each seed's mean."""
-    means = values.double().mean(1).cpu().numpy()
-    stderr = means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else 0.0
-    return {"mean": float(means.mean()), "stderr": float(stderr), "per_seed": means.tolist()}
-
-
-def draw_curves(rows, columns, levels, title, xlabel, ylabel="return"):
-    """Mean (line) and range (band) over seeds of some columns of metrics.csv against steps.
-
-    Args:
-        rows: dictionaries with "step", "seed" and the columns.
-        columns: {column: label}.
-        levels: {label: height} of horizontal lines.
-    """
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    steps = sorted({row["step"] for row in rows})
-    for colour, (column, label) in enumerate(columns.items()):
-        value = np.array([[row[column] for row in rows if row["step"] == step] for step in steps])  # (evaluations, S)
-        axes.plot(steps, value.mean(1), color=f"C{colour}", label=label)
-        axes.fill_between(steps, value.min(1), value.max(1), color=f"C{colour}", alpha=0.2, linewidth=0)
-    for (label, level), style in zip(levels.items(), ("--", ":", "-.")):
-        axes.axhline(level, color="black", linestyle=style, linewidth=1, label=label)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axes.legend(frameon=False)
-    return figure
-
-
-def table_text(columns, scores, levels, score="return"):
-    """A table: mean ± standard error over seeds of each score, then the plain numbers in `levels`.
-
-    Args:
-        columns: the heads of the columns.
-        scores: {name: one result of `over_seeds` for each column}.
-        levels: {name: number}.
-    """
-    lines = [f"{score:22s}" + "".join(f"{head:>20s}" for head in columns)]
-    for name, cells in scores.items():
-        lines.append(f"{name:22s}" + "".join(f"{cell['mean']:11.4f} ± {cell['stderr']:.4f}" for cell in cells))
-    lines += [f"{name:22s}{level:11.4f}" for name, level in levels.items()]
-    return "\n".join(lines)

@@ -61,17 +61,29 @@ class Bridge(VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         mask = games_to_reset(self, options)
-        self.cells = torch.where(mask[:, None], self.start_cell, self.cells)
-        self.elapsed = self.elapsed * ~mask
-        return self._observe()
+        return self._begin(mask)
 
     def step(self, actions):
         check_actions(self, actions)
+        return self._play(actions)
+
+    def compile(self, compiler):
+        """Let `compiler`, a function of functions, make one graph of what a step computes and one of a reset."""
+        for memory in (self.cells, self.elapsed):
+            torch._dynamo.mark_static_address(memory)  # a CUDA graph may write there
+        self._play, self._begin = compiler(self._play), compiler(self._begin)
+
+    def _begin(self, mask):
+        self.cells.copy_(torch.where(mask[:, None], self.start_cell, self.cells))
+        self.elapsed.mul_(~mask)
+        return self._observe()
+
+    def _play(self, actions):
         arrived = self.cells == self.goal_cell  # (B, 2), before the move
         over = arrived.all(-1) | (self.elapsed >= self.time_limit)
         moved = self.table[self.cells[:, 0], self.cells[:, 1], actions[:, 0], actions[:, 1]]  # (B, 2)
-        self.cells = torch.where(over[:, None], self.cells, moved)
-        self.elapsed = self.elapsed + ~over
+        self.cells.copy_(torch.where(over[:, None], self.cells, moved))
+        self.elapsed.add_(~over)
 
         terminated = (self.cells == self.goal_cell).all(-1)
         truncated = (self.elapsed >= self.time_limit) & ~terminated

@@ -50,13 +50,24 @@ class MatrixGame(VectorEnv):
         self.over = torch.ones(num_envs, dtype=torch.bool, device=device)
 
     def reset(self, *, seed=None, options=None):
-        self.over = self.over & ~games_to_reset(self, options)
-        return self._observe()
+        return self._begin(games_to_reset(self, options))
 
     def step(self, actions):
         check_actions(self, actions)
+        return self._play(actions)
+
+    def compile(self, compiler):
+        """Let `compiler`, a function of functions, make one graph of what a step computes and one of a reset."""
+        torch._dynamo.mark_static_address(self.over)  # a CUDA graph may write there
+        self._play, self._begin = compiler(self._play), compiler(self._begin)
+
+    def _begin(self, mask):
+        self.over.logical_and_(~mask)
+        return self._observe()
+
+    def _play(self, actions):
         reward = self.payoff[tuple(actions.T)] * ~self.over  # (B,)
-        self.over = torch.ones_like(self.over)
+        self.over.fill_(True)
         obs, info = self._observe()
         return obs, reward, self.over.clone(), torch.zeros_like(self.over), info
 

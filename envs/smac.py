@@ -54,6 +54,7 @@ SHIELD_DELAY, SHIELD_RATE = 10.0, 2.0  # a shield returns after 10 s without a h
 JITTER, COOLDOWN_NOISE = 0.1, (-1 / 16, 2 / 16)  # of the starting places; of each weapon's period, in seconds
 KILL, WIN, SCALE = 10, 200, 20  # the reward of a kill and of a win; a clean win sums to 20
 MAP_SIZE = 32
+MEMORY = ("x", "y", "health", "shield", "cooldown", "pause", "quiet", "target", "last_action", "elapsed")
 STEP_X = (0, 0, 0, 0, 1, -1, 0)  # actions 0 to 5, and attack
 STEP_Y = (0, 0, 1, -1, 0, 0, 0)
 
@@ -126,6 +127,9 @@ class Smac(VectorEnv):
         mirror: the agents follow the enemies' rule in place of their actions (marching to the enemies' start).
     Raises:
         ValueError: an unknown map.
+
+    On a GPU nothing here waits for the host. What a battle remembers, `MEMORY`, stays in the same tensors all along,
+    and `_play` and `_begin` draw nothing, so that both can be graphs: see `compile`.
     """
 
     metadata = METADATA
@@ -159,7 +163,7 @@ class Smac(VectorEnv):
         self.keep_apart = (u.separation + u.separation.T)[..., None]  # (U, U, 1)
         self.scan = (u.range.clamp(min=SCAN) + u.radius + u.radius.T)[..., None]  # (U, U, 1)
         self.reach = u.range + u.radius  # (U, 1) from the centre, to the target's edge
-        self.far = 1e6 * torch.eye(N + M, device=self.device)[..., None]  # nobody is near itself
+        self.far = 1e6 * torch.eye(N + M, device=self.device).float()[..., None]  # nobody is near itself
         self.grave = 1e3 * torch.arange(1, N + M + 1, device=self.device).float()[:, None]
         self.row = (N + M) * torch.arange(N + M, device=self.device)[:, None]  # offsets into `damage`
         self.spread = 0.0, 1.0
@@ -170,20 +174,19 @@ class Smac(VectorEnv):
             walk[x0 + 1 : x1 + 1, y0 + 1 : y1 + 1] = True
         self.walk = walk.flatten().to(self.device)
         place = torch.cat([_formation(units[:N], battle.start, 1), _formation(units[N:], battle.enemy_start, -1)])
-        self.start_x, self.start_y = place.to(self.device).T[..., None]  # (U, 1)
+        self.start_x, self.start_y = place.float().to(self.device).T[..., None]  # (U, 1)
         goals = [battle.enemy_start] * N + [battle.start] * M
-        self.goal_x, self.goal_y = torch.tensor(goals, device=self.device).T[..., None]  # (U, 1)
+        self.goal_x, self.goal_y = torch.tensor(goals, device=self.device).float().T[..., None]  # (U, 1)
         self.step_x, self.step_y = (torch.tensor(s, device=self.device).float() for s in (STEP_X, STEP_Y))
-        bits = torch.eye(len(types), device=self.device)[[types.index(name) for name in names]]  # (U, K)
+        bits = torch.eye(len(types), device=self.device).float()[[types.index(name) for name in names]]  # (U, K)
         bits[N:] = bits[N:].flip(1)  # SMAC writes the enemies' types the other way round
         self.bits = bits[..., None] if K else bits[:, :0, None]  # (U, K, 1)
         others = [[j for j in range(N) if j != i] for i in range(N)]
         self.others = torch.tensor(others, dtype=torch.int64, device=self.device).view(N, N - 1)
         self.unit_reward = SCALE / (KILL * M + WIN + sum(e.health + e.shield for e in units[N:]))
         shape = (N + M, num_envs)
-        self.x, self.y, self.health, self.shield, self.cooldown, self.pause, self.quiet = (
-            torch.zeros(shape, device=self.device) for _ in range(7)
-        )
+        for name in MEMORY[:7]:
+            setattr(self, name, torch.zeros(shape, dtype=torch.float32, device=self.device))
         self.target = torch.full(shape, -1, device=self.device)  # (U, B) a unit's number, or -1
         self.last_action = torch.full((N, num_envs), -1, device=self.device)
         self.elapsed = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
@@ -192,38 +195,56 @@ class Smac(VectorEnv):
         fresh = games_to_reset(self, options)
         if seed is not None:
             self.generator.manual_seed(seed)
-        shift = torch.zeros(2, *self.x.shape, device=self.device)
+        shift = torch.zeros(2, *self.x.shape, dtype=torch.float32, device=self.device)
         if self.noise:
-            shift = JITTER * (2 * torch.rand(shift.shape, device=self.device, generator=self.generator) - 1)
+            shift = JITTER * (2 * torch.empty_like(shift).uniform_(generator=self.generator) - 1)
+        return self._begin(fresh, shift)
+
+    def step(self, actions):
+        check_actions(self, actions)
+        if self.check:
+            self._complain(actions)
+        chance = torch.empty_like(self.x).uniform_(generator=self.generator)
+        return self._play(actions, chance)
+
+    def compile(self, compiler):
+        """Let `compiler`, a function of functions, make one graph of what a step computes and one of a reset.
+
+        From then on actions are not checked. On a CPU the compiler's sums are rounded in another order: a battle
+        follows the one that it would have been to some 1e-7, until that decides who is nearest or in range.
+        """
+        self.check = False
+        for name in MEMORY:
+            torch._dynamo.mark_static_address(getattr(self, name))  # a CUDA graph may write there
+        self._play, self._begin = compiler(self._play), compiler(self._begin)
+
+    def _begin(self, fresh, shift):
+        """Start the battles fresh (B,) anew, the units' places moved by shift (2, U, B)."""
         start = {
             "x": self.start_x + shift[0], "y": self.start_y + shift[1], "health": self.unit.health,
             "shield": self.unit.shield, "cooldown": 0.0, "pause": 0.0, "quiet": SHIELD_DELAY + 1, "target": -1,
             "last_action": -1, "elapsed": 0,
         }  # fmt: skip
         for name, value in start.items():
-            setattr(self, name, torch.where(fresh, value, getattr(self, name)))
+            kept = getattr(self, name)
+            kept.copy_(torch.where(fresh, value, kept))
         return self._observe()
 
-    def step(self, actions):
-        check_actions(self, actions)
-        N, over = self.num_agents, self._over()
-        if self.check:
-            self._complain(actions, over)
+    def _play(self, actions, chance):
+        """One step of all battles. chance (U, B) in [0, 1) varies the weapons' periods: none fires twice in a step."""
+        N, over, kept = self.num_agents, self._over(), {name: getattr(self, name) for name in MEMORY}
         order = actions.T.clamp(0, self.num_actions - 1)  # (N, B)
         life, enemies = self._life(), (self.health[N:] > 0).sum(0)
-        names = ("x", "y", "health", "shield", "cooldown", "pause", "quiet", "target")
-        before = [getattr(self, name).clone() for name in names]  # `_acquire` writes into the tensors themselves
+        self.cooldown, self.target = self.cooldown.clone(), self.target.clone()  # `_acquire` writes into them
         if not self.mirror:
             self.target = torch.cat([torch.where(order >= 6, order - 6 + N, -1), self.target[N:]])
         heading = self.step_x[order.clamp(max=6)], self.step_y[order.clamp(max=6)]  # (N, B)
-        chance = torch.rand(self.x.shape, device=self.device, generator=self.generator)  # nobody fires twice in a step
         period = self.unit.period + self.spread[0] * self.noise + self.spread[1] * chance * self.noise
         for _ in range(SUBSTEPS):
             self._substep(heading, period)
-        for name, old in zip(names, before):  # a finished battle stays put
-            setattr(self, name, torch.where(over, old, getattr(self, name)))
-        self.last_action = torch.where(over, self.last_action, order)
-        self.elapsed = self.elapsed + ~over
+        self.last_action, self.elapsed = order, self.elapsed + 1
+        for name, old in kept.items():  # a finished battle stays put
+            setattr(self, name, old.copy_(torch.where(over, old, getattr(self, name))))
 
         # SMAC takes the absolute value, so a step in which shields only come back pays a little as well.
         killed = enemies - (self.health[N:] > 0).sum(0)
@@ -243,8 +264,9 @@ class Smac(VectorEnv):
     def _over(self):
         return self._fallen() | (self.elapsed >= self.time_limit)
 
-    def _complain(self, actions, over):
-        A = self.num_actions
+    def _complain(self, actions):
+        """Raise ValueError if a running battle gets an action that is not available."""
+        A, over = self.num_actions, self._over()
         legal = (
             self._available(self._distance()[2]).permute(2, 0, 1).gather(2, actions.clamp(0, A - 1)[..., None])[..., 0]
         )

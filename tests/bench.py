@@ -1,7 +1,8 @@
-"""Measure speed; nothing here is asserted.  python tests/bench.py [games] [smac] [inspo] [maddpg] [moma] [--cuda]
+"""Measure speed; nothing here is asserted.  python tests/bench.py [games] [smac] [updates] [windows] [peers] [--cuda]
 
-Without a word it measures all five. CPU figures are for one thread and count CPU seconds, so that other work on the
-machine disturbs them little. An InSPO update is a sweep: every agent's Q-function and policy once, for all seeds.
+Without a word it measures all. CPU figures are for one thread and count CPU seconds, so that other work on the machine
+disturbs them little. `updates` takes one update of each script, for all of its seeds, eager and compiled. InSPO's is a
+sweep: every agent's Q-function and policy once.
 
 `smac` also measures two other simulators of the same game, where they can be imported:
 
@@ -12,13 +13,12 @@ All three play available actions at random, restart finished battles, and make o
 step. Their rules differ: a step of SMAX and SMAClite holds 1.4 times as much fighting, SMAX has no shields, and
 SMAClite steers units around one another. XLA takes as many threads as it likes, so compare CPU seconds.
 
-`maddpg` also measures OG-MARL's PyTorch version, where it can be imported (a checkout on PYTHONPATH, and pip install
+`peers` also measures OG-MARL's PyTorch version, where it can be imported (a checkout on PYTHONPATH, and pip install
 hydra-core omegaconf dm-tree chex flashbax jax). It is given its windows, while ours draws its own.
-
-`moma` sets each figure beside its floor: the matrix products that it makes, at the rate of one large product.
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -30,11 +30,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import updates
 from conftest import load_script
+from pretended_gpu import VIEWS
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import envs
-from data import Dataset, runs
+from data import runs
 from envs.smac import MAPS, POLICIES
 
 
@@ -148,49 +151,87 @@ def smaclite(task, steps=300):
     return median_speed(play, steps, time.process_time)
 
 
-def inspo(device, *flags, steps):
-    """Milliseconds per update, on Bridge's mixed data by default; evaluations and compilation are not counted."""
-    script = load_script("inspo")
-    for count in (20, steps):  # the first run warms up and compiles
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            words = ["--steps", str(count), "--eval-every", str(count), "--eval-episodes", "1", "--clone-steps", "1"]
-            begin = time.process_time(), time.perf_counter()
-            summary = script.main(script.parse([*words, "--device", device, "--out-dir", f"{folder}/run", *flags]))
-            busy = (time.process_time() - begin[0]) / (time.perf_counter() - begin[1])  # CPU seconds per wall second
-    return 1000 / summary["updates_per_second"] * (busy if device == "cpu" else 1)
+def update(maker, device, flags, compiled):
+    """What an update costs: {part: (milliseconds, operations launched, multiples of the floor)}, and the seconds that
+    compiling took.
+
+    Milliseconds are of CPU time on the CPU, else of wall time: the median of some, after two that set things up. The
+    floor is the matrix products alone, at the rate of one large product.
+    """
+    x = torch.rand(1024, 1024, device=device)
+    with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
+        mode = "reduce-overhead" if device == "cuda" else None
+        whole = functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=mode) if compiled else updates.plain
+        made, clock = maker(device, whole, flags), time.process_time if device == "cpu" else time.perf_counter
+        rate = 2 * 1024**3 * median_speed(lambda: [x @ x for _ in range(20)], 20, clock)  # operations a second
+        rows, begin = {}, clock()
+        for work in made.updates.values():
+            work()
+            work()
+        compiling = clock() - begin
+        for part, work in made.updates.items():
+
+            def once():
+                work()
+                if device != "cpu":
+                    torch.cuda.synchronize()
+
+            count, products = Operations(), FlopCounterMode(display=False)
+            with count, products:
+                work()
+            took = 1 / median_speed(once, 1, clock, repeats=7)
+            rows[part] = 1000 * took, count.total, took * rate / max(1, products.get_total_flops())
+    return rows, compiling
 
 
-def maddpg(device, seeds, batch, ood, compiled=False, repeats=5):
-    """Milliseconds per update of MADDPG+CQL+PJAP on HalfCheetah's shapes, and those of drawing and refreshing."""
+class Operations(TorchDispatchMode):
+    """Counts ATen operations, those left out that only look at a tensor in another way."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.total += func._overloadpacket.__name__ not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+# Every update at its script's default sizes, and at the papers' where these differ much: maker, flags.
+SIZES = {
+    "InSPO, Bridge, 5 seeds": (updates.inspo, ["--clone-steps", "1"]),
+    "InSPO, 5m_vs_6m, 3 seeds": (updates.inspo, ["--env", "smac", "--clone-steps", "1"]),
+    "MADDPG+CQL+PJAP, HalfCheetah, 3 seeds": (updates.maddpg, []),
+    "MADDPG+CQL+PJAP, paper's size, 1 seed": (
+        updates.maddpg, "--num-seeds 1 --batch-size 64 --ood-actions 10".split()),
+    "MAPPO, 5m_vs_6m, 1 seed": (updates.mappo, ["--task", "5m_vs_6m"]),
+    "MOMA-PPO, coordination, 10 seeds": (updates.moma, []),
+    "MOMA-PPO, reacher, 3 seeds": (updates.moma, "--env reacher --task all-observant".split()),
+    "polygames, Figure 5, 10 seeds": (updates.polygames, []),
+}  # fmt: skip
+
+
+def bench_updates(device):
+    print("\nmilliseconds per update (ATen operations, multiples of the floor), eager and compiled")
+    for name, (maker, flags) in SIZES.items():
+        for compiled in (False, True):
+            rows, compiling = update(maker, device, flags, compiled)
+            line = "   ".join(
+                f"{part} {took:8.2f}" + f" ({count:6,d}, {floor:4.1f})" * (not compiled)
+                for part, (took, count, floor) in rows.items()
+            )
+            note = f"   (compiling and two updates each: {compiling:.0f} s)" * compiled
+            print(f"  {name:38s} {'compiled' if compiled else 'eager':8s} {line}{note}", flush=True)
+
+
+def bench_windows(device):
+    """PJAP's sampler: to draw 64 of a million windows and to renew their priorities."""
     script, clock = load_script("maddpg_cql_pjap"), time.process_time if device == "cpu" else time.perf_counter
-    args = script.Args(num_seeds=seeds, batch_size=batch, ood_actions=ood)
-    steps = torch.ones(10, 1000)
-    sizes = {"obs": (1001, 2, 13), "state": (1001, 17), "actions": (1000, 2, 3), "reward": (1000,)}
-    recorded = {name: torch.rand(10, *size) * 2 - 1 for name, size in sizes.items()}
-    dataset = Dataset(**recorded, avail_actions=None, terminated=steps < 0, mask=steps > 0).to(device)
-    data, encode = script.arrange(dataset, args)
-    streams = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-    team = script.Team(envs.make("halfcheetah", "2x3"), args, streams).to(device)
-    windows, many = script.Windows(len(data["start"]), seeds).to(device), script.Windows(1_000_000, seeds).to(device)
-    rmsprop, loss = script.optimizer(team, args), runs.compiler(compiled, torch.device(device))(script.losses)
-    generators = [torch.Generator(device).manual_seed(seed) for seed in range(seeds)]
-
-    def learn():
-        script.update(team, rmsprop, windows, data, encode, loss, 4.0, generators, args)
+    windows = script.Windows(torch.arange(1_000_000, device=device), 20, 1)
+    generators = [runs.stream(0, 0, device)]
 
     def draw():
-        many.write(many.draw(script.uniform64(generators, batch)), torch.rand(seeds, batch, device=device))
+        for _ in range(200):
+            windows.write(windows.draw(script.uniform64(generators, 64)), torch.rand(1, 64, device=device))
 
-    def took(work, count):
-        def play():
-            for _ in range(count):
-                work()
-            if device != "cpu":
-                torch.cuda.synchronize()
-
-        return 1000 / median_speed(play, count, clock)
-
-    return took(learn, repeats), took(draw, 200)
+    print(f"\n64 of a million windows drawn and renewed: {1000 / median_speed(draw, 200, clock):.2f} ms")
 
 
 def og_marl(repeats=5):
@@ -211,85 +252,22 @@ def og_marl(repeats=5):
     return 1000 / median_speed(play, repeats, time.process_time)
 
 
-def moma(device, seeds, flags, compiled=False):
-    """Milliseconds, and multiples of the floor, of an update of the world model, k-step rollouts, a MAPPO update."""
-    script, clock = load_script("moma_ppo"), time.process_time if device == "cpu" else time.perf_counter
-    args = script.parse(
-        ["--env", "ant", "--task", "partial", "--num-seeds", str(seeds), *flags]
-        + "--memory 10 --rollouts 200 --horizon 10".split()
-    )  # 2,000 transitions
-    steps, place = torch.ones(20, 500), torch.device(device)
-    recorded = {"state": torch.rand(20, 501, 27), "actions": torch.rand(20, 500, 4, 2) * 2 - 1}
-    game = envs.make("ant", "partial")
-    entries = torch.nn.functional.pad(recorded["state"], (0, 1))  # views are made of the state's columns
-    dataset = Dataset(entries[..., game.columns], avail_actions=None, reward=torch.rand(20, 500), terminated=steps < 0,
-                      mask=steps > 0, **recorded).to(place)  # fmt: skip
-    data = script.Data(dataset, args, place)
-    agents = script.Agents(data, args, [runs.stream(s, 0) for s in range(seeds)]).to(place)
-    members = [runs.stream(s, 2) for s in range(seeds * args.members)]
-    sizes = args.model_hidden, args.reward_hidden, args.model_layers, args.end_from
-    world = script.World(data, *sizes, args.normalize, members).to(place)
-    adam, model_adam = (torch.optim.Adam([*net.parameters()], 1e-4, fused=True) for net in (agents, world))
-    play = script.dream(world.choose(torch.arange(seeds * args.elites, device=place)), data, args)
-    generators = [runs.stream(s, 1, place) for s in range(seeds)]
-    model_loss, loss = (runs.compiler(compiled, place)(x) for x in (script.model_loss, script.ppo_loss))
-    batch, _ = script.rehearse(agents, play, data, generators, args)
-    x = torch.rand(1024, 1024, device=place)
-    rate = (
-        2 * 1024**3 * median_speed(lambda: [x @ x for _ in range(20)], 20, clock)
-    )  # floating-point operations a second
-    rows = {}
-    for name, work in {
-        "model update": lambda: script.model_update(world, model_adam, model_loss, data, generators, args),
-        "rollouts": lambda: script.rehearse(agents, play, data, generators, args),
-        "MAPPO update": lambda: script.update(agents, adam, loss, batch, generators, args),
-    }.items():
-
-        def once():
-            work()
-            if device != "cpu":
-                torch.cuda.synchronize()
-
-        with FlopCounterMode(display=False) as counter:
-            once()
-        seconds = 1 / median_speed(once, 1, clock)
-        rows[name] = 1000 * seconds, seconds * rate / counter.get_total_flops()
-    return rows
-
-
-# The authors' sizes, and the CPU milliseconds of their code at them, on one thread of a machine like ours.
-MOMA_SIZES = {
-    "the code's sizes": "--hidden 256 --width 128 --batch-size 64 --model-hidden 1024 --reward-hidden 1024 --model-layers 4".split(),
-    "our sizes": [],
-}
-MOMA_AUTHORS = {"model update": 1351, "rollouts": 3102, "MAPPO update": 11555}
-
-
-def bench_moma(device):
-    print("\nMOMA-PPO on 4-agent Ant, partial view: milliseconds (multiples of the arithmetic's floor)")
-    for name, flags in MOMA_SIZES.items():
-        for seeds in (1, 3) if not flags or device != "cpu" else (1,):
-            for compiled in (False,) if device == "cpu" else (False, True):
-                found = moma(device, seeds, flags, compiled).items()
-                line = "   ".join(f"{part} {took:7.0f} ({floor:3.1f})" for part, (took, floor) in found)
-                print(f"  {name:16s} {seeds} seeds{', compiled' * compiled}   {line}", flush=True)
-    if device == "cpu":
-        line = "   ".join(f"{part} {took:7.0f}" for part, took in MOMA_AUTHORS.items())
-        print(f"  their code, 1 seed, as measured earlier on a machine like ours: {line}")
-
-
-def bench_maddpg(device):
-    print("\nMADDPG+CQL+PJAP on 2-agent HalfCheetah, windows of 20 steps, milliseconds per update")
-    for batch, ood in ((64, 10), (16, 4)):
-        for seeds in (1, 3) if device == "cpu" else (1, 10):
-            for compiled in (False,) if device == "cpu" else (False, True):
-                update, draw = maddpg(device, seeds, batch, ood, compiled)
-                share = f"{update:8.1f}, of which a draw from 1M windows and their refresh {draw:.2f}"
-                print(
-                    f"  batch {batch}, {ood:2d} actions, {seeds:2d} seeds{', compiled' * compiled}  {share}", flush=True
-                )
+def bench_peers(device):
+    """Other people's code at its own sizes, and ours at the same."""
+    print("\nat the peers' sizes, one seed, milliseconds per update")
     if device == "cpu" and importlib.util.find_spec("og_marl") is not None:
-        print(f"  batch 64, 10 actions,  1 seed, OG-MARL {og_marl():8.1f}")
+        print(f"  MADDPG+CQL, 64 windows, 10 actions, OG-MARL's PyTorch: {og_marl():8.1f}")
+    rows, _ = update(updates.moma, device, MOMA_SIZES, False)
+    line = "   ".join(f"{part} {took:7.0f}" for part, (took, *_) in rows.items())
+    print(f"  MOMA-PPO on 4-agent Ant, partial view, ours: {line}")
+    line = "   ".join(f"{part} {took:7.0f}" for part, took in MOMA_AUTHORS.items())
+    print(f"    the authors' code, CPU, as measured earlier on a machine like ours: {line}")
+
+
+# The sizes of MOMA-PPO's authors (2,000 transitions), and the CPU milliseconds of their code, on one thread.
+MOMA_SIZES = """--env ant --task partial --episodes 10 --num-seeds 1 --memory 10 --rollouts 200 --horizon 10 --hidden 256
+    --width 128 --batch-size 64 --model-hidden 1024 --reward-hidden 1024 --model-layers 4""".split()
+MOMA_AUTHORS = {"model update": 1351, "rollouts": 3102, "MAPPO update": 11555}
 
 
 def bench_games(device):
@@ -317,24 +295,7 @@ def bench_smac(device):
                 print(f"  {task:9s} {n:5d} battles   {name} {speed:10,.0f}", flush=True)
 
 
-def bench_inspo(device):
-    print("\nInSPO on Bridge, milliseconds per update")
-    for network, flags in (("64 x 2", ()), ("256 x 3", ("--hidden", "256", "--layers", "3"))):
-        for seeds in (1, 5, 10):
-            for compiled in ("--no-compile", "--compile"):
-                if network == "64 x 2" or seeds == 5:
-                    took = inspo(device, "--num-seeds", str(seeds), compiled, *flags, steps=100 if flags else 400)
-                    print(f"  {network}, {seeds:2d} seeds, {compiled:13s}{took:8.2f}", flush=True)
-
-    print("\nInSPO with a memory, 5 agents, milliseconds per update (policies and Q-functions)")
-    for task in ("5m_vs_6m", "2s3z"):
-        for seeds in (1, 3):
-            for order in ("--sequential", "--no-sequential"):
-                flags = ("--env", "smac", "--task", task, "--warmup", "0", "--num-seeds", str(seeds), order)
-                print(f"  {task}, {seeds} seeds, {order:16s}{inspo(device, *flags, steps=60):8.1f}", flush=True)
-
-
-PARTS = {"games": bench_games, "smac": bench_smac, "inspo": bench_inspo, "maddpg": bench_maddpg, "moma": bench_moma}
+PARTS = {"games": bench_games, "smac": bench_smac, "updates": bench_updates, "windows": bench_windows, "peers": bench_peers}
 
 
 def main(words):

@@ -2,13 +2,11 @@
 
 import copy
 import csv
-import functools
 import itertools
 import json
 import math
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +18,11 @@ import pytest
 import torch
 from conftest import ROOT, SHARED, command, complains, load_script
 from tabular import boltzmann, evaluate, local_q, one_state_operator, random_game, sweep
+from test_layout import by_hand
 
 import data
 import envs
+from data import runs
 from data.collect import record
 from envs.smac import random as random_play
 
@@ -89,8 +89,11 @@ def test_critic_loss_is_equation_24(float64):
     q, q_next = critic(batch.state), target(batch.next_state)
     found = inspo.critic_loss(critic, target, batch, alpha, beta, gamma, cql)
     for s in range(S):
-        total = 0.0
+        total, steps = 0.0, 0
         for b in range(B):
+            if not batch.valid[s, b]:
+                continue
+            steps += 1
             pi = batch.next_log_pi[s, b].exp().tolist()
             value = 0.0
             for a in range(A):
@@ -101,7 +104,7 @@ def test_critic_loss_is_equation_24(float64):
             taken = q[s, b, batch.action[s, b]].item()
             all_q = sum(math.exp(q[s, b, a].item()) for a in range(A) if batch.avail[s, b, a])
             total += (taken - y) ** 2 + cql * (math.log(all_q) - taken)
-        assert found[s].item() == pytest.approx(total / B, rel=1e-12)
+        assert found[s].item() == pytest.approx(total / steps, rel=1e-12)
     found.sum().backward()
     assert all(p.grad is None for p in [*target.parameters(), batch.log_pi, batch.next_log_pi])  # y is a constant
 
@@ -110,7 +113,7 @@ def test_conservative_term_pushes_unseen_actions_down(float64):
     batch, (critic, target) = random_batch(), networks()
     batch = batch._replace(avail=torch.ones_like(batch.avail), action=torch.zeros_like(batch.action))
     batch = batch._replace(reward=torch.zeros(S, B), done=torch.ones(S, B))
-    adam = torch.optim.Adam(critic.parameters(), 1e-2)
+    adam = inspo.Adam(critic.parameters(), 1e-2)
     for _ in range(300):
         inspo.descend(adam, inspo.critic_loss(critic, target, batch, torch.ones(S, 1), torch.tensor(0.0), 0.9, 0.5))
     q = critic(batch.state)
@@ -157,7 +160,7 @@ def one_state_batch(actions, mu):
 def best_clone(batch, q, alpha, beta):
     """The logits (A,) of one policy that the policy loss ends at, when Q is q (A,) everywhere."""
     logits = torch.zeros(len(q), requires_grad=True)
-    adam = torch.optim.Adam([logits], 0.05)
+    adam = inspo.Adam([logits], 0.05)
     for _ in range(200):
         batch = batch._replace(log_pi=torch.log_softmax(logits, 0).expand_as(batch.log_mu))
         loss, _ = inspo.policy_loss(lambda x: q.expand_as(batch.log_mu), batch, alpha, beta, cap=1e9)
@@ -199,6 +202,16 @@ def test_resampling_frequencies_follow_the_ratio():
     assert edge.max() <= 3 and edge.min() >= 0
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3, 1e-6, 7e5])
+def test_what_has_ratio_0_is_never_drawn(scale):
+    """Not at u = 0 either, nor where u meets a border, nor at the largest number that `torch.rand` makes."""
+    ratio = scale * torch.tensor([[0, 0, 1, 0, 2, 0, 0, 1, 0], [0, 4, 0, 0, 0, 0, 0, 0, 0]])
+    u = torch.tensor([0, 2.0**-24, 0.25, 0.5, 0.75, 1 - 2.0**-24]).expand(2, -1)
+    drawn = inspo.resample(ratio, u)
+    assert (ratio.gather(1, drawn) > 0).all()
+    assert drawn[0, [0, 1, 3, 5]].tolist() == [2, 2, 4, 7] and (drawn[1] == 1).all()
+
+
 @pytest.mark.parametrize("with_prior", [False, True])
 def test_teammate_model_is_autoregressive(float64, with_prior):
     """Eq. 22: it normalises, sees a_i and earlier teammates, and does not see a later one's action; a prior adds."""
@@ -231,19 +244,19 @@ def test_teammate_model_is_autoregressive(float64, with_prior):
 def test_cloned_models_fit_the_counts():
     """Eq. 21 and 22 on correlated data: mu_i meets the marginals, mu(a_j | a_i) the conditionals, not their product."""
     recorded = data.collect_dataset("matrix", "xor", "aa-ab-ba")
-    args = inspo.Args(num_seeds=S, **inspo.preset("matrix", "xor"))
+    args = inspo.Args(**inspo.preset(inspo.Args(env="matrix", task="xor")) | {"num_seeds": S})
     flat, _ = inspo.arrange(recorded, args)
     team = inspo.Team(2, 2, 1, 1, args, streams())
-    inspo.clone(team, flat, args, streams())
-    inspo.tabulate(team, flat, args)
-    steps = flat["acted"].bool()
+    behaviour = inspo.clone(team, flat, streams(), args)
+    assert same(behaviour, inspo.tabulate(team, flat, args))
+    steps = flat.acted.bool()
     assert steps.sum() == len(recorded.returns)
     share = recorded.joint_actions()
     for i, table in enumerate((share, share.T)):  # rows: agent i
         marginal, conditional = table.sum(1), table / table.sum(1, keepdim=True)
-        assert torch.allclose(flat["log_mu"][i].exp()[:, 0], marginal.expand(S, 2), atol=0.05)
-        taken, other = flat["actions"][steps, i], flat["actions"][steps, 1 - i]
-        found = flat["log_mu_others"][i][:, steps].exp()
+        assert torch.allclose(behaviour.log_mu[i].exp()[:, 0], marginal.expand(S, 2), atol=0.05)
+        taken, other = flat.actions[steps, i], flat.actions[steps, 1 - i]
+        found = behaviour.log_mu_others[i][:, steps].exp()
         assert torch.allclose(found, conditional[taken, other].expand(S, -1), atol=0.07)
     cloned = team.mus.state_dict()
     assert all(torch.equal(weight, cloned[name]) for name, weight in team.policies.state_dict().items())
@@ -285,30 +298,41 @@ def random_dataset(lengths, num_agents=3, seed=0, free=False, barred=None):
 
 
 def small_team(num_agents=4, lengths=(1,) * 20, free=True, dataset=None, **flags):
-    """A team of S seeds and random data for it: (team, data, args)."""
+    """A team of S seeds, random data for it, and its behaviour: (team, data, behaviour, args)."""
     args = inspo.Args(hidden=8, batch_size=16, num_seeds=S, one_hot=False, **flags)
     flat, _ = inspo.arrange(dataset or random_dataset(lengths, num_agents, free=free), args)
-    N, inputs = flat["obs"].shape[1:]
+    N, inputs = flat.obs.shape[1:]
     team = inspo.Team(N, A, inputs, D, args, streams())
-    inspo.tabulate(team, flat, args)
-    return team, flat, args
+    return team, flat, inspo.tabulate(team, flat, args), args
 
 
 def recurrent_team(num_agents=3, lengths=(2, 5, 3, 4, 1, 5), **flags):
     """The same with policies that remember, on episodes in which actions are barred and agents die; each policy has
     left its behaviour."""
-    team, flat, args = small_team(num_agents, lengths, False, recurrent=True, sequences=4, **flags)
+    team, *rest = small_team(num_agents, lengths, False, recurrent=True, sequences=4, **flags)
     g = torch.Generator().manual_seed(7)
     for parameter in team.policies.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=g)
-    return team, flat, args
+    return team, *rest
 
 
-def optimizers(team, kind=torch.optim.Adam, rate=1e-2):
+class Descent:
+    """Plain gradient descent in the form that a turn takes."""
+
+    def __init__(self, parameters, rate):
+        self.moved, self.rate = list(parameters), rate
+
+    def step(self, gradients):
+        with torch.no_grad():
+            for parameter, gradient in zip(self.moved, gradients, strict=True):
+                parameter -= self.rate * gradient
+
+
+def optimizers(team, kind=inspo.Adam, rate=1e-2):
     return {
         "critics": [kind(critic.parameters(), rate) for critic in team.critics],
         "policies": [kind(policy.parameters(), rate) for policy in team.policies],
-        "alpha": [kind([team.log_alpha], rate)],
+        "alpha": kind([team.log_alpha], rate),
     }
 
 
@@ -321,62 +345,247 @@ def same(one, other):
 
 
 UNEVEN = (2, 6, 3, 4, 1, 5, 6)
-LOSSES = inspo.critic_loss, inspo.policy_loss
 
 
 def minibatch(team, flat, args, seed=0):
-    """Sequences rows (S, L, B'), every agent's log_pi along them, and noise (S, B): what a turn needs."""
+    """A view, which is sequences (S, L, B') and every agent's log_pi along them, and noise (S, B): for a turn."""
     g, agents = streams(seed), range(len(team.policies))
-    rows = inspo.draw(flat, g, args)
+    rows = inspo.draw(inspo.uniform(g, args.sequences if args.recurrent else args.batch_size), flat)
     with torch.no_grad():
-        log_pi = dict(zip(agents, inspo.unroll(list(team.policies), agents, rows[:, :-1], flat)))
-    return rows, log_pi, torch.stack([torch.rand(args.batch_size, generator=one) for one in g])
+        log_pi = dict(zip(agents, inspo.unroll(team.policies, agents, rows[:, :-1], flat)))
+    return (rows, log_pi), inspo.uniform(g, args.batch_size)
+
+
+def take_turn(i, made, view, noise, beta=0.1, improve=True, show=False, adams=None):
+    """Agent i's turn in this view, with the teammates as the view shows them: (logs, log_pi or None)."""
+    team, flat, behaviour, args = made
+    beta = torch.tensor(beta, device=flat.obs.device)
+    adams = adams or optimizers(team)
+    return inspo.turn(i, team, team.policies, adams, flat, behaviour, view, None, noise, beta, improve, show, args)
+
+
+# ---------------------------------------------------------------- the optimiser
+@pytest.mark.parametrize("double", [False, True])
+def test_adam_is_torchs_adam(double):
+    """Over 50 steps on parameters of several shapes, with a step size that changes: to the bit where both are fused,
+    and up to rounding as its plain form goes about it."""
+    g = torch.Generator().manual_seed(0)
+    kind = {"generator": g, "dtype": torch.float64 if double else torch.float32}
+    start = [torch.randn(shape, **kind) for shape in ((3, 4, 5), (3, 1, 5), (), (7,))]
+    mine, fused, plain = ([x.clone().requires_grad_() for x in start] for _ in range(3))
+    adam, others = inspo.Adam(mine, 0.01), [torch.optim.Adam(fused, fused=True), torch.optim.Adam(plain)]
+    for step in range(50):
+        gradients = [torch.randn(x.shape, **kind) * 10 ** (step % 5 - 2) for x in start]
+        lr = 0.01 * 0.9**step if step % 7 else 0.03
+        adam.lr.fill_(lr)
+        adam.step(tuple(gradients))
+        for other in others:
+            other.param_groups[0]["lr"] = lr
+            for parameter, gradient in zip(other.param_groups[0]["params"], gradients):
+                parameter.grad = gradient
+            other.step()
+        assert same(mine, fused), step
+        for one, other in zip(mine, plain):
+            assert torch.allclose(one, other, rtol=0, atol=1e-13 if double else 1e-5)
+    assert not any(torch.equal(x, y) for x, y in zip(start, mine))
+    assert all(x.requires_grad and x.grad is None for x in mine)  # it takes gradients, and leaves none behind
+
+
+def test_adam_goes_on_from_its_state():
+    g = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(4, 3, generator=g), torch.randn(20, 4, 3, generator=g)
+    (whole,), (broken,) = [start.clone().requires_grad_()], [start.clone().requires_grad_()]
+    one, other = inspo.Adam([whole], 0.1), inspo.Adam([broken], 0.1)
+    for gradient in gradients:
+        one.step([gradient])
+    for gradient in gradients[:8]:
+        other.step([gradient])
+    state, fresh = copy.deepcopy(other.state_dict()), inspo.Adam([broken], 0.7)
+    fresh.load_state_dict(state)  # its step size is part of it
+    for gradient in gradients[8:]:
+        fresh.step([gradient])
+    assert torch.equal(whole, broken) and fresh.lr == 0.1
+    assert not list(filter(lambda p: p.requires_grad, fresh.parameters()))  # what it knows is nothing to learn
+
+
+def test_optimizers_have_the_step_sizes_of_the_flags():
+    team, *_ = small_team()
+    made = inspo.optimizers(team, inspo.Args(policy_lr=0.1, critic_lr=0.2, alpha_lr=0.3))
+    for name, modules, lr in (("policies", team.policies, 0.1), ("critics", team.critics, 0.2)):
+        assert [adam.lr.item() for adam in made[name]] == [pytest.approx(lr)] * 4
+        for adam, module in zip(made[name], modules, strict=True):
+            assert all(one is other for one, other in zip(adam.moved, module.parameters(), strict=True))
+    assert made["alpha"].lr.item() == pytest.approx(0.3) and made["alpha"].moved == [team.log_alpha]
+
+
+# ---------------------------------------------------------------- noise and schedules
+@pytest.mark.parametrize("flags", [{}, {"inner": 3}, {"recurrent": True, "inner": 2}])
+def test_noise_has_the_shapes_that_it_says(flags):
+    args = inspo.Args(batch_size=16, sequences=5, **flags)
+    noise, turns = inspo.draw_noise(streams(), 4, args), 4 * args.inner
+    sizes = [5] if args.recurrent else [16] * turns  # with memory, one minibatch serves the sweep
+    assert [x.shape for x in noise.rows] == [(S, size) for size in sizes]
+    assert [x.shape for x in noise.steps] == [(S, 16)] * turns
+    every = torch.cat([*noise.rows, *noise.steps], 1)
+    assert (every >= 0).all() and (every < 1).all() and len(every.unique()) > 0.99 * every.numel()
+    alone = inspo.draw_noise(streams(1, 1), 4, args)  # seed 1 on its own
+    for one, other in zip([*noise.rows, *noise.steps], [*alone.rows, *alone.steps], strict=True):
+        assert torch.equal(one[1:2], other)
+
+
+def test_sequences_are_drawn_evenly():
+    flat = inspo.Data(*[None] * 8, sequences=torch.arange(20).view(10, 2))
+    u = (torch.arange(1000) + 0.5) / 1000
+    found = inspo.draw(u.expand(S, -1), flat)
+    assert found.shape == (S, 2, 1000) and torch.equal(found[:, 1], found[:, 0] + 1)
+    assert torch.bincount(found[0, 0], minlength=20).tolist() == [100, 0] * 10
+    edges = inspo.draw(torch.tensor([[0.0, 1 - 2.0**-24]]), flat)
+    assert edges[0].T.tolist() == [[0, 1], [18, 19]]
+
+
+def test_beta_falls_to_its_end():
+    args = inspo.Args(steps=101, beta=0.5, beta_end=0.02, beta_hold=40)
+    found = [inspo.beta_at(step, args) for step in range(101)]
+    assert found[:41] == [0.5] * 41 and found[100] == pytest.approx(0.02, rel=1e-12)  # in the last update
+    ratios = [after / before for before, after in zip(found[40:], found[41:])]
+    assert ratios == pytest.approx([0.04 ** (1 / 60)] * 60, rel=1e-9)
+    assert inspo.beta_at(50, inspo.Args(beta=0.0)) == 0
+    assert inspo.beta_at(0, inspo.Args(steps=1)) >= inspo.Args().beta_end  # a run of one update has no slope
+
+
+@pytest.mark.parametrize("share, held", [(0.2, 80), (1.0, 0), (0.0, 99)])
+def test_step_sizes_fall_to_0(share, held):
+    """Linearly over this share of the updates; the first update that would have step size 0 is the one after the last.
+    Alpha's stays."""
+    team, *_ = small_team()
+    args = inspo.Args(steps=100, lr_decay=share, policy_lr=0.1, critic_lr=0.2, alpha_lr=0.3)
+    adams = inspo.optimizers(team, args)
+    for step in range(100):
+        inspo.anneal(adams, step, args)
+        left = 1 if step < held else (100 - step) / (100 - held)
+        assert [adam.lr.item() for adam in adams["policies"]] == pytest.approx([0.1 * left] * 4)
+        assert [adam.lr.item() for adam in adams["critics"]] == pytest.approx([0.2 * left] * 4)
+        assert adams["alpha"].lr.item() == pytest.approx(0.3)
+
+
+def test_the_loop_lets_beta_and_step_sizes_fall(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(team, adams, data, behaviour, noise, beta, order, improve, args, **steps):
+        seen.append((beta.item(), adams["policies"][0].lr.item(), adams["critics"][1].lr.item(), improve))
+        return {}
+
+    monkeypatch.setattr(inspo, "update", spy)
+    words = "--env matrix --task xor --steps 20 --eval-every 20 --eval-episodes 1 --clone-steps 1 --warmup 3".split()
+    words += "--beta 0.5 --beta-end 0.1 --beta-hold 4 --policy-lr 0.1 --critic-lr 0.2 --lr-decay 0.5".split()
+    inspo.main(inspo.parse([*words, "--out-dir", str(tmp_path / "run")]))
+    betas, policy, critic, improve = zip(*seen)
+    assert betas == pytest.approx([0.5] * 4 + [0.5 * 0.2 ** (k / 15) for k in range(16)])
+    assert policy == pytest.approx([0.1] * 10 + [0.01 * k for k in range(10, 0, -1)])
+    assert critic == pytest.approx([0.2] * 10 + [0.02 * k for k in range(10, 0, -1)])
+    assert improve == (False,) * 3 + (True,) * 17
+
+
+FOUR = "[[[[1, 0], [0, 0]], [[0, 0], [0, 0]]], [[[0, 0], [0, 0]], [[0, 0], [0, 1]]]]"  # a game of four agents
+
+
+def orders(monkeypatch, out, *words):
+    """The orders in which the plain loop hands agents to `update`, in 400 sweeps."""
+    found = []
+
+    def spy(team, adams, data, behaviour, noise, beta, order, improve, args, **steps):
+        found.append(tuple(order))
+        return {}
+
+    monkeypatch.setattr(inspo, "update", spy)
+    few = "--steps 400 --eval-every 400 --eval-episodes 1 --clone-steps 1 --hidden 4 --num-seeds 2".split()
+    inspo.main(inspo.parse(["--env", "matrix", "--task", FOUR, *few, "--out-dir", str(out), *words]))
+    return found
+
+
+def test_the_loop_draws_an_order_for_each_sweep(tmp_path, monkeypatch):
+    one = orders(monkeypatch, tmp_path / "one")
+    assert len(one) == 400 and set(one) == set(itertools.permutations(range(4)))
+    assert orders(monkeypatch, tmp_path / "two", "--seed", "7", "--beta", "0.3") == one  # from a stream of its own
+    assert set(orders(monkeypatch, tmp_path / "fixed", "--order", "fixed")) == {(0, 1, 2, 3)}
+    given = []
+
+    def reverse(order, *_):
+        given.append(tuple(order))
+        return order[::-1]
+
+    monkeypatch.setattr(inspo, "semi_greedy", reverse)
+    greedy = orders(monkeypatch, tmp_path / "greedy", "--order", "semi-greedy")
+    assert given == one and greedy == [order[::-1] for order in one]
 
 
 @pytest.mark.parametrize("recurrent", [False, True])
-def test_orders(recurrent):
-    team, data, args = small_team(lengths=(1, 3, 2, 1) if recurrent else (1,) * 20, recurrent=recurrent, sequences=4)
-    generators = streams(count=S + 1)
-
-    def order(kind):
-        args.order = kind
-        return inspo.agent_order(team, data, generators, args)
-
-    assert {tuple(order("random")) for _ in range(400)} == set(itertools.permutations(range(4)))
-    assert order("fixed") == [0, 1, 2, 3]
+def test_semi_greedy_order(recurrent):
+    lengths = (1, 3, 2, 1) if recurrent else (1,) * 20
+    team, data, behaviour, args = small_team(lengths=lengths, recurrent=recurrent, sequences=4)
     # Q_i = c_i on action 0 and -c_i on action 1, both recorded, against a uniform policy: |advantage| = c_i.
-    data["actions"] = data["actions"] % 2
+    data = data._replace(actions=data.actions % 2)
     for c, target, policy in zip((0.1, 0.7, 0.3, 0.2), team.targets, team.policies):
         for parameter in [*target.parameters(), *policy.parameters()]:
             parameter.data.zero_()
         target[-1].bias.data += torch.tensor([c, -c, 0, 0])
     # Agent 0's value is large where nobody acts: that must not count.
-    data["state"][:, 0] = 100 * (1 - data["acted"])
+    data.state[:, 0] = 100 * (1 - data.acted)
     for layer in (0, 2, 4):
         team.targets[0][layer].weight.data[:, 0, 0] = 1
-    for _ in range(20):
-        found = order("semi-greedy")
+    generators, seconds = streams(), set()
+    for order in itertools.permutations(range(4)):
+        uniform = inspo.uniform(generators, args.sequences if recurrent else args.batch_size)
+        found = inspo.semi_greedy(list(order), team, data, behaviour, uniform)
         assert sorted(found) == [0, 1, 2, 3] and found[0] == 1
+        assert found[1] == [j for j in order if j != 1][0]
         left = [j for j in (0, 2, 3) if j != found[1]]
         assert found[2] == max(left, key=(0.1, 0.7, 0.3, 0.2).__getitem__)
+        seconds.add(found[1])
+    assert seconds == {0, 2, 3}
 
 
 @pytest.mark.parametrize("make", [small_team, recurrent_team])
 def test_a_turn_changes_one_agent_only(float64, make):
-    team, data, args = make()
-    rows, log_pi, noise = minibatch(team, data, args)
-    before, kept = copy.deepcopy(team.state_dict()), copy.deepcopy((data, log_pi))
-    logs = inspo.turn(2, team, log_pi, rows, data, noise, torch.tensor(0.1), True, optimizers(team), LOSSES, args)
-    assert same((data, log_pi), kept)
+    team, data, behaviour, args = made = make()
+    view, noise = minibatch(team, data, args)
+    before, kept = copy.deepcopy(team.state_dict()), copy.deepcopy((data, behaviour, view))
+    logs, log_pi = take_turn(2, made, view, noise)
+    assert same((data, behaviour, view), kept) and log_pi is None
     after = team.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith(("critics.2.", "policies.2.", "targets.2."))}
     for name in (n for n in before if n.startswith("targets.2.")):  # tau of the way to the new critic
         expected = before[name] + args.tau * (after[name.replace("targets", "critics")] - before[name])
         assert torch.allclose(after[name], expected, atol=1e-14)
-    assert all(value.shape == (S,) for value in logs.values())
+    assert all(value.shape == (S,) and not value.requires_grad for value in logs.values())
     # An action that nobody took with the team's current ones has a small ratio, so the sample shrinks.
-    assert ((logs["sample_size"] > 1) & (logs["sample_size"] < data["acted"][rows[:, :-1]].sum((1, 2)))).all()
+    rows, _ = view
+    assert ((logs["sample_size"] > 1) & (logs["sample_size"] < data.acted[rows[:, :-1]].sum((1, 2)))).all()
+
+
+@pytest.mark.parametrize("make", [small_team, recurrent_team])
+def test_a_turn_shows_what_its_agent_does_from_now_on(float64, make):
+    team, data, _, args = made = make()
+    view, noise = minibatch(team, data, args)
+    _, log_pi = take_turn(1, made, view, noise, show=True)
+    (now,) = inspo.unroll([team.policies[1]], [1], view[0][:, :-1], data).exp()
+    assert torch.equal(log_pi.exp(), now) and not log_pi.requires_grad
+    assert not torch.allclose(now, view[1][1].exp(), atol=1e-4)  # it has moved
+
+
+@pytest.mark.parametrize("improve", [True, False])
+def test_a_turn_draws_its_own_view_where_it_is_given_none(float64, improve):
+    results = []
+    for given in (True, False):
+        team, data, behaviour, args = small_team()
+        row_noise, noise = inspo.uniform(streams(), args.batch_size), inspo.uniform(streams(5), args.batch_size)
+        others = [0, 1, 3]
+        view = inspo.look(others, team.policies, data, behaviour, row_noise, improve) if given else None
+        logs, _ = inspo.turn(2, team, team.policies, optimizers(team), data, behaviour, view, row_noise, noise,
+                             torch.tensor(0.1), improve, False, args)  # fmt: skip
+        results.append((logs, team.state_dict()))
+    assert same(*results) and ("kl" in logs) == improve
 
 
 # ---------------------------------------------------------------- policies that remember
@@ -494,92 +703,51 @@ def test_policies_together_are_each_one_alone(float64, recurrent):
         one, memory = policy(x[mine], first[mine], h[mine])
         assert torch.allclose(logits[mine], one, rtol=0, atol=1e-12)
         assert torch.allclose(end[mine], memory, rtol=0, atol=1e-12)
-    team, flat, args = recurrent_team() if recurrent else small_team()
-    rows, log_pi, _ = minibatch(team, flat, args)
+    team, flat, _, args = recurrent_team() if recurrent else small_team()
+    (rows, log_pi), _ = minibatch(team, flat, args)
     for i, policy in enumerate(team.policies):
         assert torch.allclose(
             inspo.unroll([policy], [i], rows[:, :-1], flat)[0].exp(), log_pi[i].exp(), rtol=0, atol=1e-12
         )
 
 
-@pytest.mark.parametrize("kind", ["typical", "equal", "single", "one long"])
-def test_pack_lays_every_episode_down_once(kind):
-    g = torch.Generator().manual_seed(0)
-    lengths = {
-        "typical": torch.randint(20, 61, (300,), generator=g), "equal": torch.full((7,), 9),
-        "single": torch.tensor([4]), "one long": torch.tensor([2, 3, 2, 100, 3, 2]),
-    }[kind]  # fmt: skip
-    total = lengths.sum().item()
-    sequences = inspo.pack(lengths, total).tolist()
-    assert {len(sequence) for sequence in sequences} == {lengths.max().item()}
-    pieces = []
-    for sequence in sequences:
-        real = [row for row in sequence if row < total]
-        assert sequence == real + [total] * (len(sequence) - len(real))  # padding stands behind everything else
-        pieces.append(real)
-    assert sorted(sum(pieces, [])) == list(range(total))
-    for begin, length in zip((lengths.cumsum(0) - lengths).tolist(), lengths.tolist()):
-        (home,) = [piece for piece in pieces if begin in piece]
-        at = home.index(begin)
-        assert home[at : at + length] == list(range(begin, begin + length))
-    padding = 1 - total / (len(sequences) * len(sequences[0]))
-    assert padding <= {"typical": 0.15, "equal": 0, "single": 0, "one long": 0.45}[kind]
-
-
-def by_hand():
-    """Four episodes of 1, 3, 1 and 2 steps, two agents: observations count the rows, and agent 1's are negative."""
-    mask = torch.tensor([[1, 0, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
-    actions = torch.tensor([[[1, 2], [0, 0], [0, 0]], [[0, 1], [2, 0], [1, 1]], [[2, 2], [0, 0], [0, 0]],
-                            [[0, 2], [1, 0], [0, 0]]])  # fmt: skip
-    count = torch.tensor([[0, 1, 0, 0], [2, 3, 4, 5], [6, 7, 0, 0], [8, 9, 10, 0]]).float()
-    seen = torch.cat([torch.ones(4, 1, dtype=torch.bool), mask], 1)
-    terminated = torch.zeros(4, 3, dtype=torch.bool)
-    terminated[0, 0] = terminated[1, 2] = True
-    avail = seen[..., None, None].expand(4, 4, 2, 3).clone()
-    obs, reward = (
-        torch.stack([count, -count], -1)[..., None],
-        torch.tensor([[1, 0, 0], [2, 3, 4], [5, 0, 0], [6, 7, 0]]),
-    )
-    return data.Dataset(obs, 10 * count[..., None], avail, actions, reward.float(), terminated, mask).check()
-
-
 def test_arrange_by_hand():
     dataset = by_hand()
     flat, encode = inspo.arrange(dataset, inspo.Args(recurrent=True, one_hot=False))
-    assert flat["first"].int().tolist() == [1, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 1]  # the last row is empty
-    assert flat["acted"].tolist() == [1, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0, 0]
-    assert flat["done"].tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
-    assert flat["reward"].tolist() == [1, 0, 2, 3, 4, 0, 5, 0, 6, 7, 0, 0]
-    assert flat["state"][:-1, 0].tolist() == [10 * row for row in range(11)]
-    assert flat["actions"][[0, 2, 3, 4, 6, 8, 9]].tolist() == [[1, 2], [0, 1], [2, 0], [1, 1], [2, 2], [0, 2], [1, 0]]
-    assert flat["sequences"].tolist() == [[2, 3, 4, 5], [8, 9, 10, 11], [6, 7, 0, 1]]
+    assert flat.first.int().tolist() == [1, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 1]  # the last row is empty
+    assert flat.acted.tolist() == [1, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0, 0]
+    assert flat.done.tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert flat.reward.tolist() == [1, 0, 2, 3, 4, 0, 5, 0, 6, 7, 0, 0]
+    assert flat.state[:-1, 0].tolist() == [10 * row for row in range(11)]
+    assert flat.actions[[0, 2, 3, 4, 6, 8, 9]].tolist() == [[1, 2], [0, 1], [2, 0], [1, 1], [2, 2], [0, 2], [1, 0]]
+    assert flat.sequences.tolist() == [[2, 3, 4, 5], [8, 9, 10, 11], [6, 7, 0, 1]]
     nothing, a, b, c = [0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]
     before = [nothing, b, nothing, a, c, b, nothing, c, nothing, a, b], [nothing, c, nothing, b, a, b, nothing, c,
                                                                         nothing, c, a]  # fmt: skip
     for i, sign in enumerate((1, -1)):
-        assert flat["obs"][:-1, i].tolist() == [[sign * row, *last] for row, last in enumerate(before[i])]
-    assert flat["avail_actions"].shape == (12, 2, 3) and flat["obs"].isfinite().all()
+        assert flat.obs[:-1, i].tolist() == [[sign * row, *last] for row, last in enumerate(before[i])]
+    assert flat.avail.shape == (12, 2, 3) and flat.obs.isfinite().all()
     # What a game shows is encoded like what was recorded.
-    assert torch.equal(encode(dataset.obs[1, 2], dataset.actions[1, 1]), flat["obs"][4])
-    assert torch.equal(encode(dataset.obs[:, 0], torch.full((4, 2), -1)), flat["obs"][[0, 2, 6, 8]])
+    assert torch.equal(encode(dataset.obs[1, 2], dataset.actions[1, 1]), flat.obs[4])
+    assert torch.equal(encode(dataset.obs[:, 0], torch.full((4, 2), -1)), flat.obs[[0, 2, 6, 8]])
 
     plain, encode = inspo.arrange(dataset, inspo.Args(recurrent=False, one_hot=False))
-    assert plain["sequences"].tolist() == [[0, 1], [2, 3], [3, 4], [4, 5], [6, 7], [8, 9], [9, 10]]
-    assert torch.equal(plain["obs"][:-1], flat["obs"][:-1, :, :1])
-    assert torch.equal(encode(dataset.obs[1, 2], dataset.actions[1, 1]), plain["obs"][4])
+    assert plain.sequences.tolist() == [[0, 1], [2, 3], [3, 4], [4, 5], [6, 7], [8, 9], [9, 10]]
+    assert torch.equal(plain.obs[:-1], flat.obs[:-1, :, :1])
+    assert torch.equal(encode(dataset.obs[1, 2], dataset.actions[1, 1]), plain.obs[4])
     cells, encode = inspo.arrange(dataset, inspo.Args(recurrent=True, one_hot=True))
     assert (
-        cells["obs"].shape == (12, 2, 21 + 3)
-        and (cells["obs"][:-1].sum(-1) == 2 - flat["first"][:-1, None].int()).all()
+        cells.obs.shape == (12, 2, 21 + 3)
+        and (cells.obs[:-1].sum(-1) == 2 - flat.first[:-1, None].int()).all()
     )
-    assert torch.equal(encode(dataset.obs[1, 2], dataset.actions[1, 1]), cells["obs"][4])
+    assert torch.equal(encode(dataset.obs[1, 2], dataset.actions[1, 1]), cells.obs[4])
 
 
 def test_a_recurrent_team_plays_as_it_learned(monkeypatch):
     """In a game the memory and the last action go with the agents: the same probabilities as along a sequence."""
     args = inspo.Args(num_seeds=2, hidden=8, recurrent=True)
     flat, encode = inspo.arrange(data.collect_dataset("bridge", "", "mixed", episodes=20), args)
-    sizes = (flat[name].shape[-1] for name in ("avail_actions", "obs", "state"))
+    sizes = (x.shape[-1] for x in (flat.avail, flat.obs, flat.state))
     team = inspo.Team(2, *sizes, args, streams(count=2))
     for parameter in team.policies.parameters():
         parameter.data *= 3  # so that memory matters
@@ -591,7 +759,9 @@ def test_a_recurrent_team_plays_as_it_learned(monkeypatch):
 
     monkeypatch.setattr(inspo, "log_probs", spy)
     E, N = 3, 2
-    inspo.evaluate(team.policies, encode, args, 0, E, torch.device("cpu"))
+    scores, states = inspo.evaluate(team.policies, encode, args, 0, E, torch.device("cpu"))
+    assert {name: x.shape for name, x in scores.items()} == {"return": (2, E), "sampled_return": (2, E)}
+    assert states is None
     x, avail, found = (torch.cat(parts, 1) for parts in zip(*calls))  # (N S, L, 2E, .)
     assert x.shape[1] > 5
     none = torch.zeros(x.shape[:3], dtype=torch.bool)
@@ -618,14 +788,13 @@ def test_cloned_policies_remember():
     )
     flat, _ = inspo.arrange(recorded.check(), args)
     team = inspo.Team(2, 2, 3, 1, args, streams())
-    inspo.clone(team, flat, args, streams())
-    inspo.tabulate(team, flat, args)
-    step, taken = flat["acted"][:-1].view(E, T + 1).nonzero().T, flat["acted"].nonzero()[:, 0]
+    behaviour = inspo.clone(team, flat, streams(), args)
+    step, taken = flat.acted[:-1].view(E, T + 1).nonzero().T, flat.acted.nonzero()[:, 0]
     early, late = taken[step[1] < 2], taken[step[1] >= 2]
     for i in range(2):
-        mu, others = flat["log_mu"][i].exp(), flat["log_mu_others"][i].exp()
+        mu, others = behaviour.log_mu[i].exp(), behaviour.log_mu_others[i].exp()
         assert (mu[:, early] - 0.5).abs().mean() < 0.1  # nothing to go by
-        assert mu[:, late, flat["actions"][late, i]].min() > 0.9
+        assert mu[:, late, flat.actions[late, i]].min() > 0.9
         assert others[:, taken].min() > 0.8 and others[:, taken].mean() > 0.95  # the other agent's action tells
 
 
@@ -634,64 +803,63 @@ def test_a_warm_up_turn_takes_the_cloned_policies_from_their_tables(float64, rec
     """Before the policies move, tables save the unrolling: the critic's update is the one that unrolling gives, but
     for the tables' e^-20 where an action is barred."""
     results = []
-    for learn_policy in (False, True):
-        team, flat, args = small_team(3, UNEVEN, False, recurrent=recurrent, sequences=4)
-        rows, log_pi, noise = minibatch(team, flat, args)
+    for improve in (False, True):
+        team, flat, behaviour, args = made = small_team(3, UNEVEN, False, recurrent=recurrent, sequences=4)
+        (rows, log_pi), noise = minibatch(team, flat, args)
         before = copy.deepcopy(team.state_dict())
-        if not learn_policy:
-            unrolled, log_pi = log_pi, {i: inspo.recall(i, rows[:, :-1], flat) for i in log_pi}
+        if not improve:
+            unrolled, log_pi = log_pi, {i: inspo.recall(behaviour.log_mu[i], rows[:, :-1]) for i in log_pi}
             assert all(torch.allclose(log_pi[i].exp(), unrolled[i].exp(), rtol=0, atol=1e-8) for i in log_pi)
-        what = (team, log_pi, rows, flat, noise, torch.tensor(0.1), learn_policy, optimizers(team), LOSSES, args)
-        logs = inspo.turn(1, *what)
-        results.append((logs["q_loss"].detach(), [p.detach() for p in team.critics.parameters()]))
+        logs, _ = take_turn(1, made, (rows, log_pi), noise, improve=improve)
+        results.append((logs["q_loss"], [p.detach() for p in team.critics.parameters()]))
         moved = any(not torch.equal(p, before[f"policies.{name}"]) for name, p in team.policies.state_dict().items())
-        assert moved == learn_policy
+        assert moved == improve
     (one, critics), (other, others) = results
     assert torch.allclose(one, other, rtol=0, atol=1e-7)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-7) for a, b in zip(critics, others))
 
 
-def learn(dataset, monkeypatch, spoil=lambda team, flat: None):
-    """Clone a recurrent team and train it for two sweeps. Returns the team, its start, the data and every turn's logs.
+def learn(dataset, spoil=lambda team, flat: None):
+    """Clone a recurrent team and train it for two sweeps: the team, its start, the data, behaviour, every turn's logs.
 
     spoil: what to do to the new team and the data before anything else.
     """
     args = inspo.Args(num_seeds=S, hidden=8, batch_size=16, sequences=4, recurrent=True, one_hot=False, clone_steps=3,
-                      order="semi-greedy", auto_alpha=True)  # fmt: skip
+                      auto_alpha=True)  # fmt: skip
     flat, _ = inspo.arrange(dataset, args)
-    _, N, inputs = flat["obs"].shape
+    _, N, inputs = flat.obs.shape
     team = inspo.Team(N, A, inputs, D, args, streams())
     spoil(team, flat)
-    start, logs, turn, drawn = copy.deepcopy(team.state_dict()), [], inspo.turn, []
-    inspo.clone(team, flat, args, streams())
-    inspo.tabulate(team, flat, args)
+    start, logs, drawn = copy.deepcopy(team.state_dict()), [], []
+    behaviour = inspo.clone(team, flat, streams(), args)
 
-    def spy(i, team, log_pi, rows, *rest):
-        drawn.append(rows)
-        logs.append(turn(i, team, log_pi, rows, *rest))
-        return logs[-1]
+    def spy(i, team, seen, adams, data, behaviour, view, *rest):
+        drawn.append(view[0])
+        found = inspo.turn(i, team, seen, adams, data, behaviour, view, *rest)
+        logs.append(found[0])
+        return found
 
-    adams, generators = optimizers(team), streams(count=S + 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(inspo, "turn", spy)
-        for _ in range(2):
-            inspo.sweep(team, flat, torch.tensor(0.1), True, generators, adams, LOSSES, args)
-    assert (torch.cat(drawn) == len(flat["obs"]) - 1).any()  # padding was among what it learned from
+    adams, generators, beta = optimizers(team), streams(), torch.tensor(0.1)
+    for _ in range(2):
+        order = inspo.semi_greedy(range(N), team, flat, behaviour, inspo.uniform(generators, args.sequences))
+        noise = inspo.draw_noise(generators, N, args)
+        inspo.update(team, adams, flat, behaviour, noise, beta, order, True, args, turn=spy)
+    assert (torch.cat(drawn) == len(flat.obs) - 1).any()  # padding was among what it learned from
     assert all(value.isfinite().all() for log in logs for value in log.values())
-    return team.state_dict(), start, flat, logs
+    return team.state_dict(), start, flat, behaviour, logs
 
 
-def test_what_is_no_step_teaches_nothing(monkeypatch):
+def test_what_is_no_step_teaches_nothing():
     """The padding, what stands where an episode has no more action, and what lies behind the mask: no effect, bit for
     bit, on any loss, weight, or table entry of a real observation or step."""
 
     def padding(team, flat):
         g = torch.Generator().manual_seed(5)
-        flat["obs"][-1], flat["state"][-1] = 9 * torch.randn(3, O + A, generator=g), 9 * torch.randn(D, generator=g)
-        flat["avail_actions"][-1] = torch.arange(A) == 2
-        idle = flat["acted"] == 0
-        for name, value in (("reward", 100.0), ("done", 1.0), ("actions", 3)):
-            flat[name][idle] = value
+        flat.obs[-1], flat.state[-1] = 9 * torch.randn(3, O + A, generator=g), 9 * torch.randn(D, generator=g)
+        flat.avail[-1] = torch.arange(A) == 2
+        idle = flat.acted == 0
+        for tensor, value in ((flat.reward, 100.0), (flat.done, 1.0), (flat.actions, 3)):
+            tensor[idle] = value
 
     def behind(dataset):
         beyond = ~torch.cat([torch.ones_like(dataset.mask[:, :1]), dataset.mask], 1)
@@ -700,35 +868,35 @@ def test_what_is_no_step_teaches_nothing(monkeypatch):
         assert beyond.any() and (dataset.lengths == torch.tensor(UNEVEN)).all()
         return dataset
 
-    weights, _, flat, logs = learn(random_dataset(UNEVEN), monkeypatch)
-    steps = flat["acted"].bool()
+    weights, _, flat, behaviour, logs = learn(random_dataset(UNEVEN))
+    steps = flat.acted.bool()
     for dataset, spoil in (
         (random_dataset(UNEVEN), padding),
         (behind(random_dataset(UNEVEN)), lambda team, flat: None),
     ):
-        other, _, tables, records = learn(dataset, monkeypatch, spoil)
+        other, _, _, tables, records = learn(dataset, spoil)
         assert len(logs) == 6 and same(logs, records) and same(weights, other)
         for i in range(3):
-            assert torch.equal(flat["log_mu"][i][:, :-1], tables["log_mu"][i][:, :-1])
-            assert torch.equal(flat["log_mu_others"][i][:, steps], tables["log_mu_others"][i][:, steps])
+            assert torch.equal(behaviour.log_mu[i][:, :-1], tables.log_mu[i][:, :-1])
+            assert torch.equal(behaviour.log_mu_others[i][:, steps], tables.log_mu_others[i][:, steps])
 
 
 def test_an_episode_does_not_see_its_neighbours(float64):
-    team, flat, _ = recurrent_team(lengths=UNEVEN)
-    begins = flat["first"].nonzero()[:, 0].tolist()  # the last of them is the padding's
-    assert flat["first"][flat["sequences"][:, 1:]].any()  # episodes do share sequences
-    packed, agents = flat["sequences"].T.expand(S, -1, -1), range(3)
+    team, flat, *_ = recurrent_team(lengths=UNEVEN)
+    begins = flat.first.nonzero()[:, 0].tolist()  # the last of them is the padding's
+    assert flat.first[flat.sequences[:, 1:]].any()  # episodes do share sequences
+    packed, agents = flat.sequences.T.expand(S, -1, -1), range(3)
     found = inspo.unroll(list(team.policies), agents, packed, flat).exp()  # (N, S, L, Q, A)
-    table = found.new_zeros(3, S, len(flat["obs"]), A)
+    table = found.new_zeros(3, S, len(flat.obs), A)
     for i in agents:
-        table[i][:, flat["sequences"].T] = found[i]
+        table[i][:, flat.sequences.T] = found[i]
     for begin, end in zip(begins, begins[1:]):
         rows = torch.arange(begin, end)[:, None].expand(S, -1, 1)
         alone = inspo.unroll(list(team.policies), agents, rows, flat)[:, :, :, 0].exp()
         assert torch.allclose(alone, table[:, :, begin:end], rtol=0, atol=1e-12)
 
 
-def test_an_action_that_is_never_available_has_no_part(monkeypatch):
+def test_an_action_that_is_never_available_has_no_part():
     """No probability, weight or share in the conservative term: whatever the networks say of it, nothing changes."""
     outputs = "head.bias", "critics.{}.4.bias", "targets.{}.4.bias", "teammates.4.bias"
 
@@ -741,8 +909,8 @@ def test_an_action_that_is_never_available_has_no_part(monkeypatch):
                 tensor[..., -1] = 50.0
 
     dataset = random_dataset(UNEVEN, barred=A - 1)
-    plain, plain_start, flat, logs = learn(dataset, monkeypatch)
-    praised, start, tables, records = learn(dataset, monkeypatch, praise)
+    plain, plain_start, _, behaviour, logs = learn(dataset)
+    praised, start, _, tables, records = learn(dataset, praise)
     assert same(logs, records) and sum(map(is_output, plain)) == 3 * 4 + 1
     for name in plain:
         if is_output(name):
@@ -752,8 +920,8 @@ def test_an_action_that_is_never_available_has_no_part(monkeypatch):
         else:
             assert torch.equal(praised[name], plain[name]), name
     for i in range(3):
-        real = flat["log_mu"][i][:, :-1]
-        assert torch.equal(real, tables["log_mu"][i][:, :-1]) and (real[..., -1] == -20).all()
+        real = behaviour.log_mu[i][:, :-1]
+        assert torch.equal(real, tables.log_mu[i][:, :-1]) and (real[..., -1] == -20).all()
         assert torch.allclose(real.exp()[..., :-1].sum(-1), torch.ones(()), atol=1e-5)
 
 
@@ -763,14 +931,12 @@ def test_a_dead_agent_neither_weighs_nor_learns():
     seen = torch.cat([torch.ones_like(dataset.mask[:, :1]), dataset.mask], 1)
     dataset.avail_actions[:, :, 1] = (torch.arange(A) == 0) & seen[..., None]
     dataset.actions[:, :, 1] = 0
-    team, flat, args = recurrent_team(dataset=dataset.check())
+    team, flat, _, args = made = recurrent_team(dataset=dataset.check())
     before = copy.deepcopy(team.state_dict())
-    rows, log_pi, noise = minibatch(team, flat, args)
-    one, other = (
-        inspo.turn(i, team, log_pi, rows, flat, noise, torch.tensor(0.1), True, optimizers(team), LOSSES, args)
-        for i in range(2)
-    )
-    assert torch.equal(one["sample_size"], flat["acted"][rows[:, :-1]].sum((1, 2)))  # every ratio is 1
+    view, noise = minibatch(team, flat, args)
+    rows, _ = view
+    (one, _), (other, _) = (take_turn(i, made, view, noise) for i in range(2))
+    assert torch.equal(one["sample_size"], flat.acted[rows[:, :-1]].sum((1, 2)))  # every ratio is 1
     assert (other["sample_size"] < one["sample_size"] - 0.1).all()  # the living teammate's are not
     assert (other["kl"] == 0).all() and (other["policy_loss"] == 0).all() and (one["kl"] > 0).all()
     after = team.state_dict()
@@ -783,21 +949,21 @@ def test_a_dead_agent_neither_weighs_nor_learns():
 def test_a_recurrent_turn_is_a_slow_loop(float64, actor_data):
     """Ratio, resampled places, both losses and both gradients of one turn, number by number, on torch.nn.GRU."""
     i, N, beta, rate = 1, 3, 0.3, 0.01
-    team, flat, args = recurrent_team(lengths=UNEVEN, actor_data=actor_data, alpha=0.2, gamma=0.9, cql=0.7,
-                                      ratio_cap=1.3, weight_cap=1.1)  # fmt: skip
-    rows, log_pi, noise = minibatch(team, flat, args)
+    made = recurrent_team(lengths=UNEVEN, actor_data=actor_data, alpha=0.2, gamma=0.9, cql=0.7, ratio_cap=1.3,
+                          weight_cap=1.1)  # fmt: skip
+    team, flat, _, args = made
+    (rows, log_pi), noise = view, _ = minibatch(team, flat, args)
     before = copy.deepcopy(team)
-    logs = inspo.turn(i, team, log_pi, rows, flat, noise, torch.tensor(beta), True,
-                      optimizers(team, torch.optim.SGD, rate), LOSSES, args)  # fmt: skip
+    logs, _ = take_turn(i, made, view, noise, beta, adams=optimizers(team, Descent, rate))
     ends = list(itertools.accumulate(length + 1 for length in UNEVEN))
     spans = list(zip([0, *ends], ends))
     steps = {row for begin, end in spans for row in range(begin, end - 1)}
-    avail, actions, seen = flat["avail_actions"], flat["actions"], set()
+    avail, actions, seen = flat.avail, flat.actions, set()
 
     def table(networks, s):
         """log-probabilities (R, A) of each network, -inf where barred, every episode on its own."""
         singles = [AlonePolicy(network, s) for network in networks]
-        logits = (torch.cat([one(flat["obs"][begin:end, j]) for begin, end in spans]) for j, one in enumerate(singles))
+        logits = (torch.cat([one(flat.obs[begin:end, j]) for begin, end in spans]) for j, one in enumerate(singles))
         masked = (each.masked_fill(~avail[: len(each), j], -torch.inf) for j, each in enumerate(logits))
         return singles, [each.log_softmax(-1) for each in masked]
 
@@ -824,7 +990,7 @@ def test_a_recurrent_turn_is_a_slow_loop(float64, actor_data):
                 for k in range(N):
                     if k == i or k < j:
                         known[k, actions[row, k]] = 1
-                x = torch.cat([flat["state"][row], torch.eye(N)[j], known.flatten()])
+                x = torch.cat([flat.state[row], torch.eye(N)[j], known.flatten()])
                 logits = (teammates(x) + prior[j][row]).masked_fill(~avail[row, j], -torch.inf)
                 a = actions[row, j].item()
                 product *= log_pi_now[j][row][a] / torch.softmax(logits, -1)[a].item()
@@ -840,14 +1006,14 @@ def test_a_recurrent_turn_is_a_slow_loop(float64, actor_data):
         total = 0.0
         for row in drawn:
             value, a = 0.0, actions[row, i].item()
-            q, q_next = critic(flat["state"][row]), old(flat["state"][row + 1]).tolist()
+            q, q_next = critic(flat.state[row]), old(flat.state[row + 1]).tolist()
             for b in legal(row + 1):
                 p = log_pi_now[i][row + 1][b]
                 value += p * (q_next[b] - 0.2 * (math.log(p) - mu[row + 1][b]) - beta * math.log(p))
-            done = flat["done"][row].item()
+            done = flat.done[row].item()
             seen |= {"done" if done else "", "cut off" if not done and row + 1 not in steps else ""}
             gap = torch.stack([q[b] for b in legal(row)]).logsumexp(0) - q[a]
-            total = total + (q[a] - flat["reward"][row] - (0.0 if done else 0.9 * value)) ** 2 + 0.7 * gap
+            total = total + (q[a] - flat.reward[row] - (0.0 if done else 0.9 * value)) ** 2 + 0.7 * gap
         loss = total / len(drawn)
         assert logs["q_loss"][s].item() == pytest.approx(loss.item(), rel=1e-10)
         loss.backward()
@@ -859,7 +1025,7 @@ def test_a_recurrent_turn_is_a_slow_loop(float64, actor_data):
         # Eq. 20
         total, divergence, T, used = 0.0, 0.0, 0.2 + beta, 0
         for row in drawn if actor_data == "resampled" else [row for row in places if row in steps]:
-            q, a, used = new(flat["state"][row]).tolist(), actions[row, i].item(), used + 1
+            q, a, used = new(flat.state[row]).tolist(), actions[row, i].item(), used + 1
             z = sum(math.exp((q[b] + 0.2 * mu[row][b]) / T) for b in legal(row))
             weight = math.exp((q[a] - beta * mu[row][a]) / T) / z
             seen |= {"heavy" if weight > 1.1 else "light"}
@@ -879,23 +1045,38 @@ def test_a_recurrent_turn_is_a_slow_loop(float64, actor_data):
 @pytest.mark.parametrize("make", [small_team, recurrent_team])
 @pytest.mark.parametrize("sequential", [True, False])
 def test_a_sweep_shows_the_teammates_as_they_are_or_as_they_were(float64, monkeypatch, make, sequential):
-    team, flat, args = make(sequential=sequential, inner=2)
-    start, learned, drawn, turn = copy.deepcopy(team.policies), set(), [], inspo.turn
+    team, flat, behaviour, args = make(sequential=sequential, inner=2)
+    agents, learned, drawn, looks, look = range(len(team.policies)), set(), [], [], inspo.look
+    start = copy.deepcopy(team.policies)
 
-    def spy(i, team, log_pi, rows, *rest):
-        for j in {*range(len(team.policies))} - {i}:
-            now, before = (inspo.unroll([p[j]], [j], rows[:, :-1], flat)[0].exp() for p in (team.policies, start))
+    def watch(*what):  # without memory, each turn looks for itself
+        looks.append(look(*what))
+        return looks[-1]
+
+    def spy(i, team, seen, adams, data, behaviour, view, *rest):
+        shown = None if view is None else (view[0], dict(view[1]))
+        policies = copy.deepcopy(team.policies)
+        found = inspo.turn(i, team, seen, adams, data, behaviour, view, *rest)
+        rows, log_pi = shown or looks[-1]
+        for j in {*agents} - {i}:
+            now, before = (inspo.unroll([p[j]], [j], rows[:, :-1], flat)[0].exp() for p in (policies, start))
             assert torch.allclose(log_pi[j].exp(), now if sequential else before, rtol=0, atol=1e-12)
             assert torch.allclose(now, before, rtol=0, atol=1e-4) == (j not in learned)
         learned.add(i)
         drawn.append(rows)
-        return turn(i, team, log_pi, rows, *rest)
+        return found
 
-    monkeypatch.setattr(inspo, "turn", spy)
-    inspo.sweep(team, flat, torch.tensor(0.1), True, streams(count=S + 1), optimizers(team), LOSSES, args)
-    assert len(learned) == len(team.policies) and len(drawn) == 2 * len(learned)
+    monkeypatch.setattr(inspo, "look", watch)
+    noise = inspo.draw_noise(streams(), len(agents), args)
+    order = [*agents][::-1]
+    logs = inspo.update(
+        team, optimizers(team), flat, behaviour, noise, torch.tensor(0.1), order, True, args, turn=spy, look=watch
+    )
+    assert len(learned) == len(agents) and len(drawn) == 2 * len(learned)
     fresh = sum(not torch.equal(one, other) for one, other in zip(drawn, drawn[1:]))
     assert fresh == (0 if args.recurrent else len(drawn) - 1)  # with memory, one minibatch serves the whole sweep
+    assert len(looks) == (1 if args.recurrent else len(drawn))
+    assert {"q_loss", "policy_loss", "kl", "sample_size"} == logs.keys()
 
 
 # ---------------------------------------------------------------- the propositions, on tables
@@ -983,9 +1164,9 @@ def test_script_finds_the_tables_fixed_point(tmp_path):
         assert torch.allclose(torch.tensor(seed, dtype=torch.float64), exact, atol=0.03), (seed, exact)
 
 
-# ---------------------------------------------------------------- all seeds at once, compile, kill and resume
+# ---------------------------------------------------------------- all seeds at once, kill and resume
 def weights(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["team"]
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]["team"]
 
 
 SHORT = ["--dataset", "mixed", "--steps", "60", "--eval-every", "20", "--eval-episodes", "4", "--clone-steps", "50"]
@@ -1005,26 +1186,6 @@ def test_five_seeds_at_once_are_five_single_runs(tmp_path, float64):
         for one, other in zip(single, mine, strict=True):
             assert one.keys() == other.keys()
             assert all(float(one[k]) == pytest.approx(float(other[k]), abs=1e-8) for k in one)
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_losses_agree_with_eager(float64):
-    batch, (critic, target) = random_batch(), networks()
-    alpha, beta = torch.full((S, 1), 0.3), torch.tensor(0.1)
-    for loss, inputs in ((inspo.critic_loss, (critic, target, batch, alpha, beta, 0.9, 0.5)),
-                         (inspo.policy_loss, (target, batch, alpha, beta, 5.0))):  # fmt: skip
-        leaves = [*critic.parameters(), batch.log_pi]
-        results = []
-        for function in (loss, torch.compile(loss)):
-            for leaf in leaves:
-                leaf.grad = None
-            out = function(*inputs)
-            value = out[0] if isinstance(out, tuple) else out
-            value.sum().backward()
-            grads = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
-            results.append([value.detach(), *grads])
-        assert len(results[0]) == len(results[1]) > 1
-        assert all(torch.allclose(eager, compiled, atol=1e-12) for eager, compiled in zip(*results))
 
 
 def start(*words):
@@ -1089,10 +1250,9 @@ BATTLE = ["--env", "smac", "--task", "3m", "--recurrent", "--hidden", "16", "--s
 def test_recurrent_seeds_at_once_are_single_runs(tmp_path, float64, monkeypatch, battles):
     # Battles are drawn for all games at once, so that they depend on how many seeds there are: no evaluation here.
     def no_battles(policies, encode, args, *_):
-        return (*({"return": torch.zeros(args.num_seeds, 1)},) * 2, None)
+        return {"return": torch.zeros(args.num_seeds, 1), "sampled_return": torch.zeros(args.num_seeds, 1)}, None
 
     monkeypatch.setattr(inspo, "evaluate", no_battles)
-    monkeypatch.setattr(inspo, "report", lambda *_: None)
     words = [*BATTLE, "--dataset", str(battles), "--steps", "4", "--eval-every", "2", "--beta", "0.1", "--auto-alpha"]
     inspo.main(inspo.parse([*words, "--seed", "3", "--num-seeds", "3", "--out-dir", str(tmp_path / "all")]))
     together, rows = weights(tmp_path / "all"), list(csv.DictReader((tmp_path / "all" / "metrics.csv").open()))
@@ -1142,16 +1302,19 @@ def test_ctrl_c_leaves_the_last_checkpoint(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("make", [small_team, recurrent_team])
 def test_a_turn_on_a_gpu_never_waits_for_the_host(make):
-    team, data, args = make()
-    team, data = team.cuda(), {k: [x.cuda() for x in v] if isinstance(v, list) else v.cuda() for k, v in data.items()}
-    rows, beta = data["sequences"][None, :8].mT.expand(S, -1, -1), torch.tensor(0.1, device="cuda")
+    team, data, behaviour, args = make()
+    team, data = team.cuda(), inspo.Data(*(x.cuda() for x in data))
+    behaviour = inspo.Behaviour(*([x.cuda() for x in tables] for tables in behaviour))
+    rows = data.sequences[None, :8].mT.expand(S, -1, -1)
     agents, noise = range(len(team.policies)), torch.rand(S, args.batch_size, device="cuda")
     with torch.no_grad():
-        log_pi = dict(zip(agents, inspo.unroll(list(team.policies), agents, rows[:, :-1], data)))
-    adams = optimizers(team, functools.partial(torch.optim.Adam, fused=True))
+        log_pi = dict(zip(agents, inspo.unroll(team.policies, agents, rows[:, :-1], data)))
+    adams = optimizers(team)
+    beta = torch.tensor(0.1, device="cuda")
     for mode in ("default", "error"):  # the first turn sets things up
         torch.cuda.set_sync_debug_mode(mode)
-        logs = inspo.turn(1, team, log_pi, rows, data, noise, beta, True, adams, LOSSES, args)
+        logs, _ = inspo.turn(1, team, team.policies, adams, data, behaviour, (rows, log_pi), None, noise, beta, True,
+                             True, args)  # fmt: skip
     torch.cuda.set_sync_debug_mode("default")
     assert all(value.isfinite().all() for value in logs.values())
 
@@ -1248,12 +1411,16 @@ def test_a_table_of_three_agents_written_on_the_command_line(tmp_path):
 
 # ---------------------------------------------------------------- bad input
 def test_every_flag_is_read():
-    source = (ROOT / "algorithms" / "inspo.py").read_text()
-    assert [field.name for field in fields(inspo.Args) if f"args.{field.name}" not in source] == []
+    script, keeper = (ROOT / "algorithms" / "inspo.py").read_text(), (ROOT / "data" / "runs.py").read_text()
+    kept = runs.MAY_CHANGE | {"seed"}  # what the keeper of a run reads
+    unread = [field.name for field in fields(inspo.Args)
+              if f"args.{field.name}" not in script + keeper * (field.name in kept)]  # fmt: skip
+    assert unread == []
 
 
 @pytest.mark.parametrize("words, said", [
-    (("--env", "chess"), "unknown environment 'chess': choose one of"),
+    (("--env", "chess"), "choose --env bridge, matrix or smac, not chess"),
+    (("--env", "halfcheetah"), "InSPO is for discrete actions: choose --env bridge, matrix or smac, not halfcheetah"),
     (("--env", "matrix", "--task", "chess"), "matrix has no task 'chess'"),
     (("--task", "wide"), "bridge has no task 'wide'"),
     (("--dataset", "expert"), "no dataset 'expert': choose optimal, mixed"),
@@ -1262,15 +1429,63 @@ def test_every_flag_is_read():
     (("--device", "tpu"), "unknown device 'tpu'"),
     (("--env", "smac", "--task", "chess"), "smac has no map 'chess'"),
     (("--out-dir", "/dev/null/run"), "/dev/null"),
+    (("--out-dir", "/dev/null/run", "--dataset", "nowhere.h5"), "/dev/null"),  # before any data
+    (("--num-seeds", "10000000"), "--num-seeds must be above 0 and at most 100000, not 10000000"),
     (("--out-dir", "/proc/run"), "/proc/run"),
     (("--resume", "--out-dir", "nowhere"), "no run to resume in nowhere"),
-    (("--critic-lr", "1e30", "--clone-steps", "5", "--eval-every", "20"), "q_loss is not finite after 20 updates"),
+    (("--critic-lr", "1e30", "--clone-steps", "5", "--eval-every", "20"), "q_loss is not finite after 20 steps"),
     (("--env", "matrix", "--one-hot", "--task", "xor"), "add --no-one-hot"),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_line(tmp_path, words, said):
     out = () if "--out-dir" in words else ("--out-dir", tmp_path / "run")
     complains(command("algorithms/inspo.py", *words, *out), said)
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("summary.json"))
+
+
+@pytest.mark.parametrize("words", [
+    ("--hidden", "100000000"),
+    ("--batch-size", "99999999999"),
+    ("--clone-batch", "9223372036854775807"),
+    ("--eval-episodes", "100000000000"),
+    ("--num-seeds", "100000", "--hidden", "1000"),
+])  # fmt: skip
+def test_sizes_that_no_memory_holds_end_in_one_line(tmp_path, words):
+    """On a machine of 4 GB, as it were: so the test does not fill the one that it runs on."""
+
+    def little():
+        resource.setrlimit(resource.RLIMIT_DATA, (4 * 10**9, 4 * 10**9))
+
+    words = (*words, "--clone-steps", "1", "--eval-every", "1", "--out-dir", tmp_path / "run")
+    complains(command("algorithms/inspo.py", *words, preexec_fn=little), "not enough memory: choose smaller sizes")
+
+
+def test_a_folder_with_a_run_is_seen_before_any_data(tmp_path):
+    """They may take hours to collect: a dataset that does not even exist is not asked for."""
+    (tmp_path / "config.json").write_text("{}")
+    words = ("--dataset", "nowhere.h5", "--out-dir", tmp_path)
+    complains(command("algorithms/inspo.py", *words), f"{tmp_path} holds a run already: --resume goes on")
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_ctrl_c_while_data_are_collected_names_no_folder(tmp_path, monkeypatch, capsys):
+    """The folder is not this run's yet; nothing is left, neither there nor among the cached datasets."""
+    steps = []
+
+    def interrupted(*_):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*_)
+
+    game = type(envs.make("smac", "3m", 1))
+    step, cached = game.step, sorted((ROOT / "data" / "cache").iterdir())
+    monkeypatch.setattr(game, "step", interrupted)
+    monkeypatch.setattr(runs, "owned", None)  # other tests had runs in this process
+    words = ["--env", "smac", "--task", "3m", "--episodes", "123", "--out-dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as end:
+        runs.launch(inspo.main, lambda: inspo.parse(words))
+    assert end.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"
+    assert not (tmp_path / "run").exists() and sorted((ROOT / "data" / "cache").iterdir()) == cached
 
 
 def damage(name):

@@ -1,4 +1,4 @@
-"""The losses of MADDPG + CQL against slow loops, the priorities, and the script from outside."""
+"""The losses and updates of MADDPG + CQL against slow loops, the priorities, and the script from outside."""
 
 import copy
 import csv
@@ -12,22 +12,17 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from conftest import ROOT, command, complains, load_script
+from updates import UPDATES
 
 import data
 import envs
-from data import runs
+from data import layout, runs
 from data.collect import record
 
 maddpg = load_script("maddpg_cql_pjap")
 polygames = load_script("polygames")
 
 S, L, B, N, A, O, D, K = 2, 4, 3, 2, 3, 5, 4, 2  # K: joint actions of each kind in CQL
-
-
-class Game:
-    """The sizes that a team needs to know."""
-
-    num_agents, num_actions, obs_dim, state_dim = N, A, O, D
 
 
 def arguments(**changes):
@@ -37,7 +32,7 @@ def arguments(**changes):
 
 def make_team(args=None, seeds=S):
     """A team whose target networks differ from the others."""
-    team = maddpg.Team(Game, args or arguments(), [runs.stream(s, 0) for s in range(seeds)])
+    team = maddpg.Team(N, A, N + O, D, args or arguments(), [runs.stream(s, 0) for s in range(seeds)])
     torch.manual_seed(5)
     for network in (team.target_policy, team.target_critics):
         for parameter in network.parameters():
@@ -54,12 +49,11 @@ def make_batch(rows=L):
     action = (2 * torch.rand(S, rows, B, N, A) - 1) * acted[..., None, None]
     who = torch.eye(N).expand(S, rows, B, N, N)
     x = torch.cat([who, torch.randn(S, rows, B, N, O)], -1)
-    return maddpg.Batch(x, torch.randn(S, rows, B, D), action, torch.randn(S, rows, B), done, acted)
+    return maddpg.Data(x, torch.randn(S, rows, B, D), action, torch.randn(S, rows, B), done, acted)
 
 
 def make_noise(args=None):
-    args = args or arguments()
-    return maddpg.draw_noise([runs.stream(s, 7) for s in range(S)], B, N, A, args)
+    return maddpg.draw_noise([runs.stream(s, 7) for s in range(S)], N, A, args or arguments())
 
 
 # ---------------------------------------------------------------- one network at a time, by nn.Linear and nn.GRU
@@ -95,21 +89,21 @@ def single_policy(policy, s):
 
 def slow_actions(policy, batch):
     """The policy's actions along a batch's windows, one agent and window at a time: (S, L, B, N, A)."""
-    actions = torch.empty_like(batch.action)
+    actions = torch.empty_like(batch.actions)
     for s in range(S):
         act = single_policy(policy, s)
         for b in range(B):
             for i in range(N):
-                actions[s, :, b, i] = act(batch.x[s, :, b, i])
+                actions[s, :, b, i] = act(batch.obs[s, :, b, i])
     return actions
 
 
 def test_the_policy_is_torchs_gru(float64):
     team, batch = make_team(), make_batch()
-    actions, h = team.policy(batch.x)
+    actions, h = team.policy(batch.obs)
     assert torch.allclose(actions, slow_actions(team.policy, batch), rtol=0, atol=1e-12)
-    early, h_early = team.policy(batch.x[:, :2])  # in two pieces, as the evaluation runs
-    late, h_late = team.policy(batch.x[:, 2:], h_early)
+    early, h_early = team.policy(batch.obs[:, :2])  # in two pieces, as the evaluation runs
+    late, h_late = team.policy(batch.obs[:, 2:], h_early)
     assert torch.allclose(torch.cat([early, late], 1), actions, atol=1e-12) and torch.allclose(h, h_late, atol=1e-12)
 
 
@@ -129,14 +123,14 @@ def test_the_split_first_layer_is_the_plain_one(float64, monkeypatch, cache):
 # ---------------------------------------------------------------- the losses
 def slow_critic_losses(critics, batch, y, own, noise, args):
     """For each critic and seed: the mean squared error / 2 and CQL's term, by loops; y (S, L-1, B)."""
-    uniform, normal = noise
+    uniform, normal = noise.uniform, noise.normal
     errors, gaps = torch.zeros(2, S), torch.zeros(2, S)
     for c in range(2):
         for s in range(S):
             q = single_critic(critics, c, s)
             for t in range(L - 1):
                 for b in range(B):
-                    state, taken = batch.state[s, t, b], q(batch.state[s, t, b], batch.action[s, t, b])
+                    state, taken = batch.state[s, t, b], q(batch.state[s, t, b], batch.actions[s, t, b])
                     errors[c, s] = errors[c, s] + 0.5 * (y[s, t, b] - taken) ** 2 / ((L - 1) * B)
                     for i in range(N):
                         terms = []
@@ -173,7 +167,8 @@ def slow_policy_loss(critics, batch, own, action_reg):
             for b in range(B):
                 for i in range(N):
                     if batch.acted[s, t, b]:
-                        joint = torch.stack([own[s, t, b, j] if j == i else batch.action[s, t, b, j] for j in range(N)])
+                        joint = batch.actions[s, t, b].clone()
+                        joint[i] = own[s, t, b, i]
                         q = torch.minimum(first(batch.state[s, t, b], joint), second(batch.state[s, t, b], joint))
                         cost = -q + action_reg * (own[s, t, b, i] ** 2).mean()
                         loss[s] = loss[s] + cost / (N * batch.acted[s].sum())
@@ -183,16 +178,15 @@ def slow_policy_loss(critics, batch, own, action_reg):
 def test_td_target_is_a_slow_loop(float64):
     team, batch = make_team(), make_batch()
     with torch.no_grad():
-        y = maddpg.td_target(team.target_critics, batch, team.target_policy(batch.x)[0], 0.9)
+        y = maddpg.td_target(team.target_critics, batch, team.target_policy(batch.obs)[0], 0.9)
         assert torch.allclose(y.view(S, L - 1, B), slow_target(team, batch, 0.9), rtol=0, atol=1e-12)
 
 
 def test_critic_loss_is_a_slow_loop_and_each_critic_has_its_own_values(float64):
     team, batch, noise, args = make_team(), make_batch(), make_noise(), arguments()
-    own, y = team.policy(batch.x)[0].detach(), torch.randn(S, L - 1, B)
-    loss, error, gap = maddpg.critic_loss(
-        team.critics, batch, y.flatten(1), *maddpg.candidates(own, *noise, args.ood_noise), args.cql
-    )
+    own, y = team.policy(batch.obs)[0].detach(), torch.randn(S, L - 1, B)
+    actions, log_p = maddpg.candidates(own, noise.uniform, noise.normal, args.ood_noise)
+    loss, error, gap = maddpg.critic_loss(team.critics, batch, y.flatten(1), actions, log_p, args.cql)
     errors, gaps = slow_critic_losses(team.critics, batch, y, own, noise, args)
     assert torch.allclose(error, errors.mean(0), atol=1e-12) and torch.allclose(gap, gaps.mean(0), atol=1e-12)
     assert torch.allclose(loss, (errors + 5 * gaps).mean(0), atol=1e-12)
@@ -207,7 +201,7 @@ def test_critic_loss_is_a_slow_loop_and_each_critic_has_its_own_values(float64):
 
 def test_policy_loss_is_a_slow_loop_of_best_responses_under_data(float64):
     team, batch = make_team(), make_batch()
-    own = team.policy(batch.x)[0]
+    own = team.policy(batch.obs)[0]
     loss = maddpg.policy_loss(team.critics, batch, own, 0.1)
     assert torch.allclose(loss, slow_policy_loss(team.critics, batch, own, 0.1), rtol=0, atol=1e-12)
     # What agent 1's policy would do makes no difference to agent 0.
@@ -219,11 +213,11 @@ def test_policy_loss_is_a_slow_loop_of_best_responses_under_data(float64):
 
 def test_distance_counts_what_was_recorded(float64):
     batch, mine = make_batch(), torch.randn(S, L, B, N, A)
-    found = maddpg.distance(mine, batch.action, batch.acted)
+    found = maddpg.distance(mine, batch)
     for s in range(S):
         for b in range(B):
             steps = [t for t in range(L) if batch.acted[s, t, b]]
-            wanted = sum((batch.action[s, t, b] - mine[s, t, b]).abs().mean() for t in steps) / len(steps)
+            wanted = sum((batch.actions[s, t, b] - mine[s, t, b]).abs().mean() for t in steps) / len(steps)
             assert found[s, b].item() == pytest.approx(wanted.item(), abs=1e-12)
 
 
@@ -237,7 +231,7 @@ def test_conservative_term_pushes_unseen_actions_down():
         blank = make_batch()
         for _ in range(200):
             action = 0.5 + 0.1 * torch.randn(S, L, B, N, A, generator=g)
-            batch = blank._replace(state=torch.randn(S, L, B, D, generator=g), action=action)
+            batch = blank._replace(state=torch.randn(S, L, B, D, generator=g), actions=action)
             uniform = 2 * torch.rand(S, L - 1, B, 5, N, A, generator=g) - 1
             normal = torch.randn(S, 2, L - 1, B, 5, N, A, generator=g)
             own, y = torch.full_like(action, -0.5), torch.ones(S, (L - 1) * B)  # the policy has wandered off
@@ -255,25 +249,26 @@ def test_conservative_term_pushes_unseen_actions_down():
 
 # ---------------------------------------------------------------- an update
 def make_data(windows=50):
-    """A dataset of one episode for `update`, as `arrange` would make it."""
+    """A dataset of one episode with so many windows, as `arrange` would make it."""
     torch.manual_seed(3)
     R = windows + L - 1
-    found = {"obs": torch.randn(R, N, O), "state": torch.randn(R, D), "actions": 2 * torch.rand(R, N, A) - 1,
-             "reward": torch.randn(R), "done": torch.zeros(R), "acted": torch.ones(R)}  # fmt: skip
-    return found | {"start": torch.arange(windows), "window": L}
+    obs, state, actions = torch.randn(R, N, O), torch.randn(R, D), 2 * torch.rand(R, N, A) - 1
+    obs = torch.cat([torch.eye(N).expand(R, N, N), obs], -1)
+    return maddpg.Data(obs, state, actions, torch.randn(R), torch.zeros(R), torch.ones(R))
 
 
-def encode(obs):
-    return torch.cat([torch.eye(N).expand(*obs.shape[:-1], N), obs], -1)
+def make_windows(count, seeds=S):
+    return maddpg.Windows(torch.arange(count), L, seeds)
 
 
-def run_update(args, steepness=4.0, count=1, loss=maddpg.losses):
+def run_update(args, steepness=4.0, count=1):
     team, content = make_team(args, args.num_seeds), make_data()
-    windows, rmsprop = maddpg.Windows(50, args.num_seeds), maddpg.optimizer(team, args)
+    windows, rmsprops = make_windows(50, args.num_seeds), maddpg.optimizers(team, args)
     generators = [runs.stream(s, 1) for s in range(args.num_seeds)]
     before = copy.deepcopy(team)
     for _ in range(count):
-        logs = maddpg.update(team, rmsprop, windows, content, encode, loss, steepness, generators, args)
+        noise = maddpg.draw_noise(generators, N, A, args)
+        logs = maddpg.update(team, rmsprops, content, windows, noise, torch.tensor(steepness), args)
     return before, team, windows, content, logs
 
 
@@ -281,18 +276,17 @@ def test_an_update_is_a_slow_loop(float64):
     """Every number that an update changes, from the losses as loops, RMSProp by hand, and the priorities by hand."""
     args = arguments()
     before, team, windows, content, logs = run_update(args)
-    generators = [runs.stream(s, 1) for s in range(S)]
-    index = maddpg.Windows(50, S).draw(maddpg.uniform64(generators, B))
-    batch, noise = maddpg.gather(index, content, encode), maddpg.draw_noise(generators, B, N, A, args)
+    noise = maddpg.draw_noise([runs.stream(s, 1) for s in range(S)], N, A, args)
+    index = make_windows(50).draw(noise.windows)
+    batch = make_windows(50).gather(index, content)
     for s in range(S):
         for b in range(B):  # a window is successive rows
             rows = slice(index[s, b], index[s, b] + L)
-            assert torch.equal(batch.state[s, :, b], content["state"][rows])
-            assert torch.equal(batch.action[s, :, b], content["actions"][rows])
+            assert all(torch.equal(part[s, :, b], table[rows]) for part, table in zip(batch, content, strict=True))
 
     with torch.no_grad():
         y, theirs = slow_target(before, batch, args.gamma), slow_actions(before.target_policy, batch)
-    own = before.policy(batch.x)[0]
+    own = before.policy(batch.obs)[0]
     errors, gaps = slow_critic_losses(before.critics, batch, y, own.detach(), noise, args)
     of_policy = slow_policy_loss(before.critics, batch, own, args.action_reg)
     wanted = {"q_loss": errors.mean(0), "cql": gaps.mean(0), "policy_loss": of_policy}
@@ -307,7 +301,7 @@ def test_an_update_is_a_slow_loop(float64):
             assert torch.allclose(q, moved, rtol=0, atol=1e-9)
             assert torch.allclose(t, 0.995 * u + 0.005 * moved, rtol=0, atol=1e-9)
 
-    d = (batch.action - theirs).abs().mean((1, 3, 4))  # the target policy's, from before the update
+    d = (batch.actions - theirs).abs().mean((1, 3, 4))  # the target policy's, from before the update
     assert torch.allclose(logs["distance"], d.mean(1), atol=1e-12)
     rho = torch.ones(S, 50)
     for s in range(S):
@@ -330,19 +324,58 @@ def test_which_priorities_are_refreshed(float64):
 def test_ramp_of_the_steepness(tmp_path, monkeypatch):
     seen = []
 
-    def update(team, rmsprop, windows, content, encode, loss, steepness, generators, args):
-        seen.append(steepness)
+    def update(team, rmsprops, content, windows, noise, steepness, args):
+        seen.append(steepness.item())
         return dict.fromkeys(("q_loss", "cql", "policy_loss", "distance"), torch.zeros(1))
 
     monkeypatch.setattr(maddpg, "update", update)
-    monkeypatch.setattr(maddpg, "evaluate", lambda *_: torch.zeros(1, 4))
-    monkeypatch.setattr(maddpg, "report", lambda *_: None)
+    monkeypatch.setattr(maddpg, "evaluate", lambda *_: {"return": torch.zeros(1, 4)})
     words = ["--env", "reacher", "--dataset", str(reach(tmp_path)), "--num-seeds", "1", "--steps", "10"]
     maddpg.main(maddpg.parse([*words, "--ramp", "0.5", "--out-dir", str(tmp_path / "a")]))
     assert seen == pytest.approx([0, 0.8, 1.6, 2.4, 3.2, 4, 4, 4, 4, 4])
     seen.clear()
     maddpg.main(maddpg.parse([*words, "--ramp", "0", "--steepness", "3", "--out-dir", str(tmp_path / "b")]))
     assert seen == [3] * 10
+
+
+def test_another_distance_is_followed_everywhere(float64, monkeypatch):
+    """By the priorities of the windows drawn and of those refreshed, and by what is logged and measured."""
+
+    def apart(mine, batch):  # the largest difference between an agent's summed actions: no mean of anything
+        return (batch.actions - mine).sum(4).abs().amax((1, 3))
+
+    monkeypatch.setattr(maddpg, "distance", apart)
+    args = arguments(refresh=4, num_seeds=S)
+    before, team, windows, content, logs = run_update(args)
+    noise = maddpg.draw_noise([runs.stream(s, 1) for s in range(S)], N, A, args)
+    index, more = make_windows(50).draw(noise.windows), (50 * noise.refresh).long()
+    rho = torch.ones(S, 50)
+    for which, policy in ((index, before.target_policy), (more, team.target_policy)):
+        batch = make_windows(50).gather(which, content)
+        found = apart(policy(batch.obs)[0], batch)
+        rho.scatter_(1, which, maddpg.priority(0.2 * found, 4.0, 0.001, 0.99))
+        if which is index:
+            assert torch.allclose(logs["distance"], found.mean(1), rtol=0, atol=1e-12)
+    _, _, windows, _, _ = run_update(args, steepness=0.8)  # less steep, or all are at the floor
+    assert torch.allclose(windows.rho.flatten(1)[:, :50].double(), rho, rtol=0, atol=1e-6)
+    assert rho.min() > 0.001 and ((rho < 1).sum(1) > B).all()  # those refreshed are among them
+    everything = windows.gather(torch.arange(50).expand(S, -1), content)
+    wanted = apart(team.policy(everything.obs)[0], everything).mean(1)
+    assert torch.allclose(maddpg.measure(team.policy, windows, content), wanted, rtol=0, atol=1e-12)
+
+
+def test_rmsprop_is_torchs_to_the_bit():
+    g = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=g) for shape in ((2, 3, 4), (2, 1, 4), (5,))]
+    mine, its = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    rmsprop, torchs = maddpg.RMSProp(mine, 3e-4), torch.optim.RMSprop(its, 3e-4, alpha=0.9, eps=1e-5, foreach=True)
+    for _ in range(20):
+        gradients = [torch.randn(p.shape, generator=g) * 10 ** torch.randn((), generator=g) for p in start]
+        rmsprop.step(gradients)
+        for p, gradient in zip(its, gradients):
+            p.grad = gradient
+        torchs.step()
+    assert all(torch.equal(p, q) and not torch.equal(p, r) for p, q, r in zip(mine, its, start))
 
 
 # ---------------------------------------------------------------- priorities
@@ -357,7 +390,7 @@ def test_priority_is_equation_6(float64):
 
 def filled(rho):
     """The priorities rho (S, W), written in pieces and out of order, with some windows twice."""
-    windows, count = maddpg.Windows(rho.shape[1], len(rho)), rho.shape[1]
+    windows, count = make_windows(rho.shape[1], len(rho)), rho.shape[1]
     g = torch.Generator().manual_seed(0)
     for part in torch.randperm(count, generator=g).split(77):
         index = torch.cat([part, part[:5]]).expand(len(rho), -1)
@@ -408,7 +441,7 @@ def test_a_draw_inverts_the_cumulative_distribution():
     """A quarter of a million priorities from 1e-3 to 1: the window is the one that a single cumulative sum names."""
     g = torch.Generator().manual_seed(1)
     rho = 10 ** (-3 * torch.rand(1, 250_003, generator=g))
-    windows = maddpg.Windows(250_003, 1)
+    windows = make_windows(250_003, 1)
     windows.write(torch.arange(250_003)[None], rho)
     uniform = torch.rand(1, 20_000, generator=g, dtype=torch.float64)
     end = rho.double().cumsum(1)
@@ -424,7 +457,7 @@ def test_a_draw_inverts_the_cumulative_distribution():
 
 
 def test_effective_share():
-    windows = maddpg.Windows(300, S)
+    windows = make_windows(300)
     assert windows.effective().tolist() == [1, 1]
     windows.write(torch.arange(300).expand(S, -1), torch.eye(300)[:S].clamp(min=1e-12))
     assert windows.effective().tolist() == pytest.approx([1 / 300] * S, rel=1e-6)
@@ -444,21 +477,23 @@ def figure_5(sigma, pjap, seeds=4, seed=0):
     unit = torch.stack([torch.randn(1000, 2, generator=runs.stream(s, 0)) for s in range(seed, seed + seeds)])
     points = top + sigma * unit  # (S, 1000, 2)
     theta = torch.tensor([-0.5, 0.5]).repeat(seeds, 1).requires_grad_()
-    windows, generators = maddpg.Windows(1000, seeds), [runs.stream(s, 1) for s in range(seed, seed + seeds)]
-    everything, ones = torch.arange(1000).expand(seeds, -1), torch.ones(seeds, 1, 1000)
+    windows, generators = make_windows(1000, seeds), [runs.stream(s, 1) for s in range(seed, seed + seeds)]
+    everything = torch.arange(1000).expand(seeds, -1)
+
+    def recorded(actions):  # (S, B, 2)
+        ones, empty = torch.ones(seeds, 1, actions.shape[1]), torch.empty(seeds, 1, actions.shape[1], 0)
+        return maddpg.Data(None, empty, actions[:, None, ..., None], None, None, ones)
 
     def alike(count):
         return theta[:, None, None, :, None].expand(-1, -1, count, -1, -1)  # (S, 1, count, 2, 1)
 
     for _ in range(100):
         if pjap:
-            d = maddpg.distance(alike(1000).detach(), points[:, None, ..., None], ones)
+            d = maddpg.distance(alike(1000).detach(), recorded(points))
             windows.write(everything, maddpg.priority(d, 24**0.5, 1e-3, 1.0))  # alpha = 6 on the sum of two entries
-        index = windows.draw(maddpg.uniform64(generators, 32))
-        action = points.gather(1, index[..., None].expand(-1, -1, 2))[:, None, ..., None]  # (S, 1, B, 2, 1)
-        empty = torch.empty(seeds, 1, 32, 0)
-        batch = maddpg.Batch(None, empty, action, None, None, ones[..., :32])
-        loss = 2 * maddpg.policy_loss(critics, batch, alike(32), 0.0)  # a mean over agents; eq. 4 has one for each
+        index = windows.draw(torch.stack([torch.rand(32, generator=g, dtype=torch.float64) for g in generators]))
+        batch = recorded(points.gather(1, index[..., None].expand(-1, -1, 2)))
+        loss = 2 * maddpg.policy_loss(critics, batch, alike(32), 0.0)  # a mean over agents; Eq. 4 has one for each
         (gradient,) = torch.autograd.grad(loss.sum(), theta)
         theta.data -= 0.02 * gradient
     return reward(*theta.detach().T).mean().item()
@@ -485,23 +520,24 @@ def episodes_of(lengths, terminated):
 
 def test_windows_never_straddle_episodes():
     lengths, terminated = [7, 2, 3, 4, 9], [True, True, False, True, False]
-    content, encode = maddpg.arrange(episodes_of(lengths, terminated), arguments())
-    steps, found = content["obs"][:, 0, 0].long(), set()
-    for start in content["start"].tolist():
+    content, starts, encode = maddpg.arrange(episodes_of(lengths, terminated), arguments())
+    steps, found = content.obs[:, 0, N].long(), set()
+    for start in starts.tolist():
         rows = torch.arange(start, start + L)
         e, t = divmod(int(steps[start]), 100)
         assert steps[rows].tolist() == [100 * e + t + k for k in range(L)] and t + L - 1 <= lengths[e]
-        acted = content["acted"][rows]
+        acted = content.acted[rows]
         assert acted[:-1].all() and acted[-1] == (t + L - 1 < lengths[e])
         real = acted.bool()
-        assert content["reward"][rows][real].tolist() == steps[rows][real].tolist()
-        assert (content["actions"][rows][real] * 1000).round()[:, 0, 0].tolist() == steps[rows][real].tolist()
-        assert content["done"][rows].tolist() == [terminated[e] and t + k == lengths[e] - 1 for k in range(L)]
+        assert content.reward[rows][real].tolist() == steps[rows][real].tolist()
+        assert (content.actions[rows][real] * 1000).round()[:, 0, 0].tolist() == steps[rows][real].tolist()
+        assert content.done[rows].tolist() == [terminated[e] and t + k == lengths[e] - 1 for k in range(L)]
         found.add((e, t))
     assert found == {
         (e, t) for e, n in enumerate(lengths) for t in range(n - L + 2)
     }  # all that fit, episode 1 has none
-    assert encode(content["obs"][:2])[1].tolist() == [[1, 0] + [1] * O, [0, 1] + [1] * O]  # the agent's number first
+    assert content.obs[1].tolist() == [[1, 0] + [1] * O, [0, 1] + [1] * O]  # the agent's number first
+    assert encode(torch.ones(3, 1, N, O)).tolist() == [[content.obs[1].tolist()]] * 3  # as in play
 
 
 def test_no_episode_is_long_enough_for_a_window():
@@ -514,11 +550,12 @@ def test_normalized_inputs():
     dataset.obs = dataset.obs * torch.tensor([1.0, 7.0])[:, None] + 3  # the agents' views differ
     dataset.state = dataset.state + torch.tensor([0, 1, 2, 0.0])
     dataset.state[..., 3] = 5.0  # an entry that never changes
-    content, encode = maddpg.arrange(dataset, arguments(normalize=True))
-    x = encode(content["obs"])[..., N:]
+    content, _, encode = maddpg.arrange(dataset, arguments(normalize=True))
+    x = content.obs[..., N:]
     assert torch.allclose(x.mean(0), torch.zeros(N, O), atol=1e-5) and torch.allclose(x.std(0), torch.ones(N, O))
-    assert torch.allclose(content["state"].std(0), torch.tensor([1.0, 1, 1, 0]), atol=1e-5)
-    assert content["state"].isfinite().all()
+    assert torch.equal(encode(layout.rows(dataset)["obs"]), content.obs)  # a team plays with what it learned from
+    assert torch.allclose(content.state.std(0), torch.tensor([1.0, 1, 1, 0]), atol=1e-5)
+    assert content.state.isfinite().all()
 
 
 # ---------------------------------------------------------------- all seeds at once, compile, kill and resume
@@ -541,7 +578,8 @@ def words(folder, **changes):
 
 
 def saved(folder, part="team"):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)[part]
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return content["parts"][part] if part in content["parts"] else content[part]
 
 
 def table(folder):
@@ -550,8 +588,7 @@ def table(folder):
 
 def test_seeds_at_once_are_single_runs(tmp_path, float64, monkeypatch):
     # The games of an evaluation begin differently for each of all games, so that they depend on how many there are.
-    monkeypatch.setattr(maddpg, "evaluate", lambda policy, encode, args, *_: torch.zeros(args.num_seeds, 1))
-    monkeypatch.setattr(maddpg, "report", lambda *_: None)
+    monkeypatch.setattr(maddpg, "evaluate", lambda policy, encode, args, *_: {"return": torch.zeros(args.num_seeds, 1)})
 
     def train(**changes):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -605,42 +642,56 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path):
     assert not list(broken.glob("*.part"))
 
 
-def test_compiled_losses_agree_with_eager(float64):
-    """As one graph. The graph is run by PyTorch: to turn it into C++ as well takes minutes, and is PyTorch's part."""
-    args, compiled = arguments(), torch.compile(maddpg.losses, fullgraph=True, backend="aot_eager")
-    results = [run_update(args, count=2, loss=loss)[1:] for loss in (maddpg.losses, compiled)]
-    (team, windows, _, logs), (other, its_windows, _, its_logs) = results
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(team.parameters(), other.parameters()))
-    assert torch.allclose(windows.rho, its_windows.rho, atol=1e-6)
-    assert all(torch.allclose(logs[name], its_logs[name], atol=1e-10) for name in logs)
+def test_a_whole_update_is_one_graph_and_agrees_with_eager(float64):
+    """The graph is run by PyTorch: to turn it into C++ as well takes minutes, and is PyTorch's part."""
+    torch._dynamo.reset()
+    torch._dynamo.config.trace_autograd_ops = True
+    make, flags = UPDATES["maddpg reacher"]
+    graphs, run = [], torch._dynamo.lookup_backend("aot_eager")
+
+    def backend(graph, inputs):
+        graphs.append(run(graph, inputs))  # raises where it wants to be asked again
+        return graphs[-1]
+
+    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+    eager, other = make(flags=flags), make(compiled=compiled, flags=flags)
+    start = copy.deepcopy(eager.modules[0])
+    for _ in range(5):
+        eager.updates["update"]()
+        other.updates["update"]()
+    assert len(graphs) == 1
+    for mine, its in zip(eager.modules, other.modules, strict=True):
+        one, two = mine.state_dict(), its.state_dict()
+        assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], rtol=0, atol=1e-9) for k in one)
+    moved = zip(start.parameters(), eager.modules[0].parameters(), strict=True)
+    assert all((p - q).abs().max() > 1e-7 for p, q in moved)
+    assert (eager.modules[1].rho.flatten(1)[:, : eager.modules[1].count] < 1).any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_an_update_on_a_gpu_never_waits_for_the_host():
-    args = arguments(refresh=2)
-    team, windows = make_team(args).cuda(), maddpg.Windows(50, S).cuda()
-    content = {k: v.cuda() if torch.is_tensor(v) else v for k, v in make_data().items()}
-    rmsprop, generators = maddpg.optimizer(team, args), [runs.stream(s, 1, "cuda") for s in range(S)]
-    eye = torch.eye(N, device="cuda")
-
-    def see(obs):
-        return torch.cat([eye.expand(*obs.shape[:-1], N), obs], -1)
-
+    make, flags = UPDATES["maddpg reacher"]
+    learn = make("cuda", flags=flags).updates["update"]
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)
-        maddpg.update(team, rmsprop, windows, content, see, maddpg.losses, 4.0, generators, args)
+        learn()
     torch.cuda.set_sync_debug_mode("default")
 
 
 # ---------------------------------------------------------------- bad input
 def test_every_flag_is_read():
-    source = (ROOT / "algorithms" / "maddpg_cql_pjap.py").read_text()
-    assert [field.name for field in fields(maddpg.Args) if f"args.{field.name}" not in source] == []
+    script, keeper = ((ROOT / file).read_text() for file in ("algorithms/maddpg_cql_pjap.py", "data/runs.py"))
+    kept = runs.MAY_CHANGE | {"seed"}  # what the keeper of a run reads
+    unread = [field.name for field in fields(maddpg.Args)
+              if f"args.{field.name}" not in script + keeper * (field.name in kept)]  # fmt: skip
+    assert unread == []
 
 
 @pytest.mark.parametrize("flags, said", [
-    (("--env", "bridge", "--dataset", "mixed"), "bridge has discrete actions"),
-    (("--env", "chess"), "unknown environment 'chess': choose one of"),
+    (("--env", "bridge", "--dataset", "mixed"), "choose --env halfcheetah, reacher or ant, not bridge"),
+    (("--env", "matrix"), "MADDPG is for continuous actions: choose --env halfcheetah, reacher or ant, not matrix"),
+    (("--env", "smac", "--task", "3m"), "choose --env halfcheetah, reacher or ant, not smac"),
+    (("--env", "chess"), "choose --env halfcheetah, reacher or ant, not chess"),
     (("--task", "6x1"), "halfcheetah has no task '6x1'"),
     (("--dataset", "best"), "no dataset 'best': choose good, medium"),
     (("--dataset", "nowhere.h5"), "no dataset file nowhere.h5"),
@@ -675,7 +726,7 @@ def test_a_dataset_of_other_sizes_ends_in_one_line(tmp_path):
 
 
 def test_step_sizes_that_diverge_end_in_one_line(tmp_path):
-    with pytest.raises(FloatingPointError, match="is not finite after 2 updates: try smaller step sizes"):
+    with pytest.raises(FloatingPointError, match="is not finite after 2 steps: try smaller step sizes"):
         maddpg.main(maddpg.parse([*words(tmp_path, **{"critic-lr": 1e30}), "--out-dir", str(tmp_path / "run")]))
     assert saved(tmp_path / "run", "step") == 0  # the last good checkpoint stays
 
@@ -709,6 +760,11 @@ def test_a_run_is_not_overwritten_or_changed(tmp_path):
         maddpg.main(maddpg.parse(flags))
     with pytest.raises(ValueError, match="begun with --floor 0.001"):
         maddpg.main(maddpg.parse(["--resume", "--out-dir", str(tmp_path / "run"), "--floor", "0.1"]))
+    content = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    del content["parts"]["windows"]
+    torch.save(content, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(ValueError, match="checkpoint.pt is of another run"):
+        maddpg.main(maddpg.parse(["--resume", "--out-dir", str(tmp_path / "run")]))
     torch.save({"team": {}}, tmp_path / "run" / "checkpoint.pt")
     with pytest.raises(ValueError, match="checkpoint.pt is of another run"):
         maddpg.main(maddpg.parse(["--resume", "--out-dir", str(tmp_path / "run")]))

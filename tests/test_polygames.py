@@ -10,9 +10,11 @@ import sys
 
 import pytest
 import torch
+import updates
 from conftest import ROOT, complains, load_script
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch._dynamo.testing import CompileCounterWithBackend
 
 polygames = load_script("polygames")
 Args = polygames.Args
@@ -69,6 +71,53 @@ def true_by_hand(game, theta, a, b, c):
     }[game]
 
 
+def differences(reward, own, other, h=1e-4):
+    """The slope of R along one's own action, (6, 2), against everything that the other one may do, (6, B, 2)."""
+    x, y, others = own[:, :1], own[:, 1:], other.flip(2)
+    along_x = (reward(x + h, others[..., 0]) - reward(x - h, others[..., 0])) / (2 * h)
+    along_y = (reward(others[..., 1], y + h) - reward(others[..., 1], y - h)) / (2 * h)
+    return torch.stack([along_x.mean(1), along_y.mean(1)], 1)
+
+
+def sees_the_gradients(reward):
+    theta, data = rand(0, 6, 2), 0.3 + rand(1, 6, 50, 2)
+    for points in (data, theta[:, None]):  # Eq. 4, and the true gradient
+        found = polygames.brud_gradient(reward, theta, points)
+        torch.testing.assert_close(found, differences(reward, theta, points), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("game", polygames.games(args()))
+def test_gradients_equal_differences_of_the_reward(game):
+    sees_the_gradients(polygames.games(args(a=1.3, b=3.7, c=4.9))[game])
+
+
+@pytest.mark.parametrize("place, end", [(0, None), (4, lambda theta, t, m, s2: 1 - m)])
+def test_a_new_game_is_one_line(monkeypatch, place, end):
+    """The line in `games` is all that it takes: the table, its print, the window and the gradients' test see it."""
+    paper, new = polygames.games, polygames.Game(lambda x, y: -((x + y - 1) ** 2), end)
+
+    def with_a_fifth(args):
+        lines = [*paper(args).items()]
+        return dict([*lines[:place], ("sum of one", new), *lines[place:]])
+
+    monkeypatch.setattr(polygames, "games", with_a_fifth)
+    setting = args(num_seeds=2, num_samples=200)
+    rows = polygames.table(setting)
+    (row,) = [row for row in rows if row["game"] == "sum of one"]
+    assert row["end"] == pytest.approx([0.96, 1.02], abs=1e-3) and len(rows) == 18
+    assert (row["closed_form"], row["difference"]) == (None, None) if end is None else row["difference"] < 1e-4
+    assert len(re.findall("sum of one .*", polygames.report(setting, rows, []))) == 1
+    figure = Figure(figsize=(12, 8))
+    FigureCanvasAgg(figure)
+    radio = polygames.build_interactive(setting, figure)["game"]
+    assert radio.value_selected == "twin peaks" and "sum of one" in [label.get_text() for label in radio.labels]
+    radio.set_active(place)
+    figure.canvas.draw()
+    sees_the_gradients(new)
+    with pytest.raises(AssertionError):
+        sees_the_gradients(lambda x, y: new(x, y) + (x.detach() - y) ** 2)  # what the test would see
+
+
 @pytest.mark.parametrize("game", ["decoupled", "sign agreement", "action agreement", "twin peaks"])
 def test_gradients_equal_hand_formulas(game):
     constants = (1.3, 3.7, 4.9)
@@ -109,6 +158,38 @@ def test_sampler_follows_the_priorities():
     assert float(((seen - expected) ** 2 / expected).sum()) < 43.8
     uniform = torch.full_like(expected, draws / cells)  # and the test has the power to see a wrong sampler
     assert float(((seen - uniform) ** 2 / uniform).sum()) > 1000
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@torch._dynamo.config.patch(trace_autograd_ops=True)
+def test_an_update_is_one_graph_and_equals_eager(backend):
+    counters = []
+
+    def compiled(function):
+        counters.append(CompileCounterWithBackend(backend))
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=counters[-1])
+
+    torch._dynamo.reset()
+    flags = ["--num-seeds", "2", "--num-samples", "100"]
+    eager, graph = updates.polygames(flags=flags), updates.polygames(compiled=compiled, flags=flags)
+    for graphs, name in enumerate(eager.updates, 1):
+        for _ in range(5):
+            eager.updates[name]()
+            graph.updates[name]()
+        (one,), (other,) = eager.modules[0], graph.modules[0]
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        calls = [any(node.op.startswith("call") for node in each.graph.nodes) for each in counters[0].graphs]
+        assert sum(calls) == graphs  # torch itself may make an empty one when it is called for the first time
+
+
+def test_offline_training_is_a_loop_over_the_update():
+    reward, steps, chance = polygames.games(args())["twin peaks"], 7, torch.rand(2, 7, 8, dtype=torch.float64)
+    data, theta, pjap = rand(2, 2, 40, 2), rand(3, 2, 2), torch.tensor([True, False])
+    path, distances = polygames.train_offline(reward, theta, data, steps, 0.02, chance, pjap, 6.0, 1e-3)
+    for k in range(steps):
+        numbers = torch.tensor([6.0, 1e-3], dtype=torch.float64)  # a tensor does what a number does
+        theta, distance = polygames.update(reward, theta, data, 0.02, chance[:, k], pjap, *numbers)
+        assert torch.equal(theta, path[:, k + 1]) and torch.equal(distance, distances[:, k])
 
 
 def test_smallest_buffer_is_on_policy():
@@ -230,6 +311,65 @@ def test_figure_5_rewards(figure_5_rows, sigma, maddpg, pjap):
     assert pjap <= mean(figure_5_rows, sigma=sigma, method="PJAP") <= 0.5626
 
 
+def mid_points(count, low=0.0, high=1.0):
+    return low + (high - low) * (torch.arange(count, dtype=torch.float64) + 0.5) / count
+
+
+@pytest.mark.parametrize("alpha", [1.0, 6.0, 20.0])
+def test_where_pjap_ends_in_equally_dense_data(alpha):
+    """The bias in the docstring: the draws' spread, 1 / (3 alpha), and where it makes PJAP end."""
+    point, line = torch.tensor([0.3, -0.1], dtype=torch.float64), mid_points(1200, -4.0, 4.0)
+    grid = torch.cartesian_prod(line, line)
+    rho = polygames.priorities(point, grid, alpha, 0.0)
+    share = (rho / rho.sum())[:, None]
+    mean = (share * grid).sum(0)
+    torch.testing.assert_close(mean, point, atol=1e-6, rtol=0)
+    variance = (share * (grid - mean) ** 2).sum(0)
+    torch.testing.assert_close(variance, torch.full_like(variance, 1 / (3 * alpha)), rtol=1e-3, atol=0)
+
+    setting, line = args(alpha=alpha), mid_points(300, -1.5, 2.7)
+    grid, start = torch.cartesian_prod(line, line), torch.tensor([0.9, 0.4], dtype=torch.float64)
+    chance = mid_points(20_000).expand(300, -1)  # one draw from each 20,000th of the mass
+    game, pjap = polygames.games(setting)["twin peaks"], torch.tensor(True)
+    path, _ = polygames.train_offline(game, start, grid, 300, 0.02, chance, pjap, alpha, 1e-12)
+    end = polygames.pjap_end(setting)
+    if alpha > 1:  # below 8/9, and with an edge to the data well above, it ends at the origin
+        assert path[-1].tolist() == pytest.approx([end, end], abs=2e-3)
+        assert float(game(*path[-1])) == pytest.approx(0.5625 - 4 / (9 * alpha**2), abs=1e-3)
+    assert end == pytest.approx({1.0: 0.204124, 6.0: 0.565194, 20.0: 0.598609}[alpha], abs=1e-6)
+
+
+def endless(sigma, setting, epsilon):
+    """Figure 5 on endless data: the mean of Eq. 4 over the Gaussian density and the priorities, by quadrature."""
+    z = mid_points(400, -5.0, 5.0)
+    grid, weight = PEAK + sigma * torch.cartesian_prod(z, z), torch.exp(-(torch.cartesian_prod(z, z) ** 2).sum(1) / 2)
+    theta = torch.tensor([-0.5, 0.5], dtype=torch.float64)
+    for _ in range(setting.steps):
+        rho = polygames.priorities(theta, grid, setting.alpha, epsilon) * weight
+        rho = rho / rho.sum()
+        m, square = (rho[:, None] * grid).sum(0).flip(0), (rho[:, None] * grid**2).sum(0).flip(0)
+        theta = theta + setting.learning_rate * (-2 * theta - 8 * theta * square + 5 * m)
+    return float(polygames.games(setting)["twin peaks"](*theta))
+
+
+@pytest.mark.parametrize("sigma, without, floor", [(0.2, 0.5601, 0.5601), (0.5, 0.5543, 0.5540), (1.0, 0.5511, 0.5425)])
+def test_the_kernel_and_the_floor_explain_the_rewards_of_pjap(figure_5_rows, sigma, without, floor):
+    """Why .544 to .560 and not .5625: the docstring's numbers, and they are those of Figure 5."""
+    assert endless(sigma, args(), 0.0) == pytest.approx(without, abs=6e-5)
+    assert endless(sigma, args(), args().epsilon) == pytest.approx(floor, abs=6e-5)
+    assert mean(figure_5_rows, sigma=sigma, method="PJAP") == pytest.approx(floor, abs=0.003)
+
+
+def test_figure_5_step_size_follows_from_the_plot():
+    """Without a spread, an epoch leaves 0.900 of the distance to the peak."""
+    setting = args(num_seeds=1)
+    data, theta = torch.full((1, 4, 2), PEAK, dtype=torch.float64), torch.tensor([[-0.5, 0.5]], dtype=torch.float64)
+    reward = polygames.games(setting)["twin peaks"]
+    path, _ = polygames.train_offline(reward, theta, data, 10, setting.learning_rate)
+    left = (path[0] - PEAK).abs()
+    torch.testing.assert_close(left[1:] / left[:-1], torch.full((10, 2), 0.9, dtype=torch.float64))
+
+
 def test_figure_5_with_epsilon_1_is_plain_maddpg():
     """A floor of 1 makes every priority 1, so PJAP then draws the same data as MADDPG."""
     rows = polygames.figure_5(args(epsilon=1.0, num_seeds=2, num_samples=100, steps=20))[1]
@@ -245,6 +385,7 @@ def test_interactive_window_redraws_on_change():
     figure = Figure(figsize=(12, 8))
     FigureCanvasAgg(figure)
     widgets = polygames.build_interactive(args(num_samples=200, steps=60), figure)
+    assert widgets["game"].value_selected == "twin peaks"
     assert set(widgets) == {"A", "B", "C", "mean", "spread", "alpha", "log10 epsilon", "game", "PJAP"}
     curves = lambda: [line.get_ydata()[-1] for line in figure.axes[1].lines]
     seen = [curves()]
@@ -301,6 +442,17 @@ def test_a_seed_gives_the_same_file_twice_and_one_figure_alone_changes_nothing(t
     assert (tmp_path / "b" / "metrics.csv").read_text().splitlines() == one[:1]
 
 
+def test_results_are_written_before_anything_is_printed(tmp_path):
+    flags = "--figures 1 --num-seeds 1 --out-dir run".split()
+    words = [sys.executable, ROOT / "algorithms" / "polygames.py", *flags]
+    with open("/dev/full", "w") as full:  # takes no letter
+        process = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json", "figure1.png", "metrics.csv", "summary.json",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "flags, says",
     [
@@ -314,6 +466,11 @@ def test_a_seed_gives_the_same_file_twice_and_one_figure_alone_changes_nothing(t
 def test_bad_input_ends_with_one_line(tmp_path, flags, says):
     complains(run("--out-dir", tmp_path / "run", *flags), says)
     assert not (tmp_path / "run").exists()
+
+
+def test_sizes_that_do_not_fit_end_with_one_line(tmp_path):
+    complains(run("--out-dir", tmp_path / "run", "--num-samples", 10**15), "not enough memory")
+    assert not [*(tmp_path / "run").iterdir()]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,105 @@ def inspo(device="cpu", compiled=plain, flags=()):
     return Made({"sweep": sweep, "clone": cloned}, [team])
 
 
+def maddpg(device="cpu", compiled=plain, flags=()):
+    script = load_script("maddpg_cql_pjap")
+    args = script.parse([*flags, "--no-compile"])
+    single = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # the collectors' networks
+    dataset = datasets.load(args.env, args.task, args.dataset, device, episodes=args.episodes)
+    torch.set_default_dtype(single)
+    data, start, _ = script.arrange(dataset, args)
+    (_, N, A), seeds = data.actions.shape, range(args.num_seeds)
+    team = script.Team(N, A, data.obs.shape[-1], data.state.shape[-1], args, [runs.stream(s, 0) for s in seeds])
+    team, generators = team.to(device), [runs.stream(s, 1, device) for s in seeds]
+    windows, rmsprops = script.Windows(start, args.window, args.num_seeds), script.optimizers(team, args)
+    update, steepness = compiled(script.update), torch.full((), args.steepness, device=device)
+
+    def learn():
+        noise = script.draw_noise(generators, N, A, args)
+        update(team, rmsprops, data, windows, noise, steepness, args)
+
+    return Made({"update": learn}, [team, windows])
+
+
+def polygames(device="cpu", compiled=plain, flags=()):
+    script = load_script("polygames")
+    args = script.parse([*flags])
+    args.device = device
+    game, (unit,) = script.games(args)["twin peaks"], script.draw(args, (torch.randn, args.num_samples, 2))
+    data = script.peak(args) + unit.new_tensor(args.sigmas).view(-1, 1, 1, 1, 1) * unit  # as in Figure 5
+    theta = unit.new_tensor((-0.5, 0.5)).expand(len(args.sigmas), 2, args.num_seeds, 2)
+    theta = torch.nn.ParameterList([theta.clone()]).requires_grad_(False)
+    pjap = torch.tensor([[False], [True]], device=device)
+    eta, *pjap = pjap.new_tensor(args.learning_rate, dtype=unit.dtype), pjap, args.alpha, args.epsilon
+    pjap[1:] = (eta.new_tensor(x) for x in pjap[1:])
+    generators, update = [runs.stream(s, 2, device) for s in range(args.num_seeds)], compiled(script.update)
+
+    def learn(*chance):
+        theta[0].copy_(update(game, theta[0].detach(), data, eta, *chance)[0])
+
+    def drawn():
+        uniforms = [torch.rand(args.batch_size, generator=g, device=device, dtype=unit.dtype) for g in generators]
+        learn(torch.stack(uniforms), *pjap)
+
+    return Made({"drawn": drawn, "whole": learn}, [theta])
+
+
+def mappo(device="cpu", compiled=plain, flags=()):
+    script = load_script("mappo")
+    args = script.parse([*flags, "--no-compile"])
+    games, seeds = script.Games(args, args.num_envs, device), range(args.num_seeds)
+    team = script.make_team(games, args, [runs.stream(s, 0) for s in seeds]).to(device)
+    adam, generators = script.optimizer(team, args), [runs.stream(s, 1, device) for s in seeds]
+    playing, learning = ([*map(compiled, each)] for each in ((script.act, script.remember),
+                                                             (script.estimate, script.minibatch)))  # fmt: skip
+    if hasattr(games.env, "compile"):
+        games.env.compile(compiled)
+    played = []
+
+    def play():
+        played[:] = [script.roll_out(games, team, generators, args, *playing)]
+
+    def learn():
+        orders = script.draw_orders(generators, args.rollout * args.num_envs, args)
+        script.update(team, adam, played[0], orders, args, *learning)
+
+    return Made({"play": play, "update": learn}, [team, adam])
+
+
 UPDATES = {
     "inspo bridge": (inspo, ["--clone-steps", "1"]),
     "inspo battles": (inspo, "--env smac --task 3m --episodes 20 --sequences 2 --batch-size 32 --num-seeds 2".split()),
+    "maddpg reacher": (
+        maddpg, "--env reacher --episodes 20 --num-seeds 2 --window 5 --batch-size 4 --refresh 3".split()
+    ),  # fmt: skip
+    "mappo bridge": (mappo, "--env bridge --num-seeds 2 --num-envs 4 --rollout 6 --epochs 2 --minibatches 2".split()),
+    "mappo battles": (mappo, "--env smac --task 3m --num-envs 3 --rollout 5 --epochs 1 --minibatches 2 --recall 2 "
+                             "--normalize".split()),
+    "polygames": (polygames, ["--num-seeds", "2"]),
 }
+
+# Batched environments made of tensors, by env and task.
+GAMES = {"bridge": ("bridge", ""), "matrix": ("matrix", "climbing"), "battles": ("smac", "3m"), "shields": ("smac", "3s_vs_5z")}
+
+
+def evaluate_inspo(device):
+    """InSPO's evaluation on Bridge as a function without arguments."""
+    script = load_script("inspo")
+    args = script.parse(["--num-seeds", "2", "--no-compile"])
+    data, encode = script.arrange(datasets.load("bridge", "", "mixed", device, episodes=40), args)
+    team = script.Team(2, 5, data.obs.shape[-1], data.state.shape[-1], args, [runs.stream(s, 0) for s in range(2)])
+    policies = team.to(device).policies
+    return lambda: script.evaluate(policies, encode, args, 0, 3, torch.device(device))
+
+
+def evaluate_mappo(device):
+    """MAPPO's evaluation on Bridge as a function without arguments."""
+    script = load_script("mappo")
+    args = script.parse("--env bridge --num-seeds 2 --hidden 16 --no-compile".split())
+    games = script.Games(args, 2, device)
+    team = script.make_team(games, args, [runs.stream(s, 0) for s in range(2)]).to(device)
+    return lambda: script.evaluate(team, args, 0, 2, torch.device(device))
+
+
+EVALUATIONS = {"inspo": evaluate_inspo, "mappo": evaluate_mappo}
