@@ -60,7 +60,8 @@ Choices made here (the authors have published no code):
   3. One network models all teammates: mu(a_j | s, what is known of the joint action), see `teammate_log_prob`.
   4. Policies start as copies of the cloned mu_i. Two layers of 64 units do what the paper's three of 256 do, faster.
   5. In games such as M-NE, beta stays at its start until the policies have flattened, and the Q-functions get a head
-     start; see `preset` for the weights in units of the payoffs.
+     start; see `preset` for the weights in units of the payoffs. On Bridge, where a detour of one cell is worth .02,
+     alpha, the conservative weight and the step sizes fall at the end (--cooldown); elsewhere they stay.
   6. Steps are resampled within the minibatch that was drawn, not from the whole dataset. On XOR, where not every joint
      action is recorded, Eq. 20 uses the resampled minibatch too (--actor-data).
   7. Bridge's cells enter the networks as one-hot values. A time limit is not the end: Q looks beyond it (the step that
@@ -141,10 +142,10 @@ class Args:
     sequences: int = 8  # recurrent: sequences of whole episodes per sweep, from which each turn draws its steps
     batch_size: int = 128  # recorded steps per update
     policy_lr: float = 1e-3  # Adam's step size for the policies
-    critic_lr: float = 1e-3  # Adam's step size for the Q-functions
+    critic_lr: float = 3e-3  # Adam's step size for the Q-functions
     alpha_lr: float = 1e-3  # Adam's step size for log alpha
-    lr_decay: float = 0.2  # the share of the updates, the last ones, over which the first two fall to 0
-    tau: float = 0.02  # how far a target network moves in an update
+    cooldown: float = 0.5  # the share of the updates, the last ones, in which weights and then step sizes fall
+    tau: float = 0.05  # how far a target network moves in an update
     weight_cap: float = 100.0  # largest weight in the policy loss
     ratio_cap: float = 100.0  # largest importance ratio
     clone_steps: int = 1000  # updates of the behaviour models before the sweeps
@@ -281,6 +282,11 @@ class Team(nn.Module):
         if not args.sequential:  # what the teammates see: the policies as they were when the sweep began
             self.before = copy.deepcopy(self.mus).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.full((len(generators), 1), math.log(args.alpha)))  # (S, 1)
+        self.register_buffer("cool", torch.ones(()), persistent=False)  # what is left of alpha and cql, see `cool`
+
+    def alpha(self, args):
+        """The weight of the KL divergence now, (S, 1)."""
+        return self.log_alpha.detach().exp() * (1 if args.auto_alpha else self.cool)
 
 
 def log_probs(policy, obs, avail, first, h):
@@ -502,11 +508,11 @@ def turn(i, team, seen, adams, data, behaviour, view, row_noise, step_noise, bet
     again = resample(ratio, step_noise) if args.resampling or args.recurrent else every
     log_mu = behaviour.log_mu[i]
     own = unroll([team.policies[i]], [i], rows, data)[0] if improve else recall(log_mu, rows)  # (S, L, B', A)
-    alpha = team.log_alpha.detach().exp()
+    alpha, cql = team.alpha(args), args.cql * team.cool
 
     # Policy evaluation
     batch = gather(i, again, rows, own.detach(), data, log_mu)
-    q_loss = critic_loss(team.critics[i], team.targets[i], batch, alpha, beta, args.gamma, args.cql)
+    q_loss = critic_loss(team.critics[i], team.targets[i], batch, alpha, beta, args.gamma, cql)
     descend(adams["critics"][i], q_loss)
     with torch.no_grad():
         torch._foreach_lerp_(list(team.targets[i].parameters()), list(team.critics[i].parameters()), args.tau)
@@ -557,10 +563,12 @@ def beta_at(step, args):
     return args.beta * (args.beta_end / args.beta) ** decay if args.beta else 0.0
 
 
-def anneal(adams, step, args):
-    """Let the step sizes of the policies and Q-functions fall linearly to 0 over the last updates, as what still moves
-    at the end would make the last team a matter of luck."""
-    left = min(1.0, (args.steps - step) / max(1.0, args.lr_decay * args.steps))
+def cool(team, adams, step, args):
+    """Let what would make the last team a matter of luck fall at the end: first, to a tenth, alpha and the conservative
+    weight together, as their ratio breaks ties; then, to 0, the step sizes. With --auto-alpha alpha stays."""
+    half = max(1.0, args.cooldown * args.steps / 2)
+    team.cool.fill_(0.1 ** min(1.0, max(0.0, (step - args.steps) / half + 2)) if args.cooldown else 1.0)
+    left = min(1.0, (args.steps - step) / half)
     for name, lr in (("critics", args.critic_lr), ("policies", args.policy_lr)):
         for each in adams[name]:
             each.lr.fill_(left * lr)
@@ -656,14 +664,15 @@ def preset(args):
         task = task or "5m_vs_6m"
         values = dict(dataset="medium-replay", num_seeds=3, steps=2500, warmup=1500, eval_every=500, recurrent=True)
         values |= dict(one_hot=False, alpha=0.4, beta=0.0, batch_size=512, critic_lr=2e-3, tau=0.05)
-        values |= dict(clone_steps=2000, clone_lr=1e-3)
+        values |= dict(clone_steps=2000, clone_lr=1e-3, cooldown=0.0)
         values |= dict(sequences=max(2, 560 // envs.make("smac", task).time_limit))  # so that they hold some 500 steps
         return values | dict(env=env, task=task)
     if env != "matrix":
         return dict(env=env, task=task)
     task = task or "xor"
     payoff = envs.make("matrix", task).payoff
-    values = dict(dataset=datasets.names("matrix", task)[-1], steps=1500, one_hot=False, tau=0.05, clone_lr=1e-3)
+    values = dict(dataset=datasets.names("matrix", task)[-1], steps=1500, one_hot=False, clone_lr=1e-3)
+    values |= dict(critic_lr=1e-3, cooldown=0.0)
     if task in ("xor", "coordination"):  # conventions that pay the same; a tie breaks where alpha + beta < cql / 2
         values |= dict(beta=0.1, cql=0.5, actor_data="resampled", batch_size=64, policy_lr=5e-4, clone_steps=300)
     else:  # unequal ones: beta starts at the largest difference between payoffs, the other weights in proportion
@@ -771,11 +780,10 @@ def main(args):
     for step in run.steps(args.steps, args.eval_every):
         if run.due():
             scores, _ = evaluate(team.policies, encode, args, step, args.eval_episodes, device)
-            alpha = team.log_alpha.detach().exp()[:, 0]
-            run.record(logs | {"alpha": alpha}, {name: x.mean(1) for name, x in scores.items()})
+            run.record(logs | {"alpha": team.alpha(args)[:, 0]}, {name: x.mean(1) for name, x in scores.items()})
         if step < args.steps:
             beta.fill_(beta_at(step, args))
-            anneal(adams, step, args)
+            cool(team, adams, step, args)
             order = torch.randperm(N, generator=shared).tolist()
             if args.order == "semi-greedy":
                 size = args.sequences if args.recurrent else args.batch_size
@@ -800,8 +808,8 @@ def parse(argv=None):
         raise ValueError(f"InSPO is for discrete actions: choose --env bridge, matrix or smac, not {args.env}")
     if args.backend == "sc2" and args.env != "smac":
         raise ValueError("--backend sc2 plays the maps of --env smac")
-    zero = "seed episodes beta beta_hold warmup cql kl_target gamma layers clone_steps lr_decay"
-    runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma tau lr_decay")
+    zero = "seed episodes beta beta_hold warmup cql kl_target gamma layers clone_steps cooldown"
+    runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma tau cooldown")
     return args
 
 

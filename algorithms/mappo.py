@@ -64,6 +64,8 @@ Differences from the authors' code, and choices made here:
      spread that does not depend on the view. A sample outside [-1, 1] is clipped when played; rho uses the sample.
   9. Every evaluation restarts the games, so that a resumed run needs no record of the simulator's inside. A game that
      was under way is cut off there, as at the end of any rollout.
+ 10. With --compile the environment's steps and resets are graphs too (not the bodies'). On a CPU that is 1.7 times as
+     fast, after a minute or two of compiling, once on each machine; battles then differ from others by rounding.
 
 Seeds differ in all that is random here, but play in one environment: where it is random itself, what it draws for a
 seed depends on which seeds run beside it.
@@ -373,6 +375,7 @@ class Adam(nn.Module):
 
 
 def optimizer(team, args):
+    """The `Adam` of all that a team learns."""
     return Adam(team.parameters(), args.lr, eps=1e-5)
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 from data.results import draw_curves, over_seeds, save, save_csv, save_figure, save_json, save_tensors, table_text
 
@@ -88,7 +89,12 @@ class Run:
         torch._dynamo.config.trace_autograd_ops = True  # the backward pass and the optimiser are in the graph
         torch._dynamo.config.recompile_limit = 64  # one graph for each agent's networks
         mode = "reduce-overhead" if self.device.type == "cuda" else None
-        return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+        graph = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+        if self.device.type != "cuda":
+            return graph
+        # A CUDA graph writes its results to the same place each time, and no other graph may read them there.
+        copies = functools.partial(tree_map_only, torch.Tensor, torch.clone)
+        return lambda *inputs: copies(graph(*inputs))
 
     def begin(self, act=None, table="metrics.csv", **parts):
         """Take the folder, or set everything to where the checkpoint of `--resume` stood; returns whether it did.
@@ -390,7 +396,6 @@ def take_folder(script, args, device, subject):
                 args.out_dir = str(folder)
             except FileExistsError:
                 folder = Path(f"{name}-{next(again)}")
-        refuse_taken(folder)
         folder.mkdir(parents=True, exist_ok=True)
         content = {"script": script, "args": asdict(args)} | provenance(device)
         save_json(folder / "config.json", content, new=True)

@@ -238,25 +238,26 @@ def test_a_summary_with_wins_and_references(toy, tmp_path, capsys):
     assert (tmp_path / "run" / "win_rate.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     head = "win rate                            greedy             sampled"
-    for line in (head, "dataset                    0.2500", "normalised", "Toy                        0.5000 ± 0.2500"):
+    ours = "Toy                        0.5000 ± 0.2500"
+    for line in (head, "dataset                    0.2500", "normalised", ours):
         assert line in said
 
 
 def test_results_are_there_before_anything_is_printed(toy, tmp_path, monkeypatch):
-    seen, say = [], runs.say
+    lines, say = [], runs.say
 
     def spy(text):
-        if "Toy on" in text:
-            seen.extend(sorted(file.name for file in (tmp_path / "run").iterdir()))
-        else:  # a row is in the table, and in the checkpoint, before the line
+        there = {file.name for file in (tmp_path / "run").iterdir()}
+        if text.startswith("step"):  # a row is in the table, and in the checkpoint, before the line
             assert len(table(tmp_path / "run")) == len(checkpoint(tmp_path / "run")["rows"]) == 3 * (len(lines) + 1)
-            lines.append(text)
+        else:
+            assert {"summary.json", "curve.png", "more.png"} < there
+        lines.append(text)
         say(text)
 
-    lines = []
     monkeypatch.setattr(runs, "say", spy)
     go(toy, tmp_path / "run")
-    assert {"summary.json", "curve.png", "more.png"} < set(seen) and len(lines) == 4
+    assert len(lines) == 5
 
 
 def test_rows_of_members(toy, tmp_path):
@@ -662,8 +663,9 @@ def test_a_terminal_that_lacks_letters_does_not_end_a_run(script, tmp_path):
 @pytest.mark.parametrize("ending", ["| head -1", "| true", ">&-", "> /dev/full", ">&- 2>&-"])
 def test_an_output_that_is_gone_does_not_end_a_run(script, tmp_path, ending):
     words = f"{sys.executable} {script} --steps 400 --eval-every 2 --out-dir {tmp_path / 'run'} {ending}"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.run(
-        ["bash", "-c", words + "; exit ${PIPESTATUS[0]}"], capture_output=True, text=True, timeout=120
+        ["bash", "-c", words + "; exit ${PIPESTATUS[0]}"], capture_output=True, text=True, timeout=120, env=buffered
     )
     assert process.returncode == 0 and process.stderr == ""
     assert len(table(tmp_path / "run")) == 3 * 201
