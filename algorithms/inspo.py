@@ -108,7 +108,7 @@ class Args:
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 5  # how many seeds train, all at once
-    steps: int = 3000  # updates; each is a sweep that trains every agent's Q-function and policy once
+    steps: int = 4000  # updates; each is a sweep that trains every agent's Q-function and policy once
     eval_every: int = 100  # updates between evaluations; each writes a checkpoint
     eval_episodes: int = 32  # games per seed and evaluation, each played greedily and by sampling
     device: str = "auto"  # auto, cpu or cuda
@@ -144,7 +144,7 @@ class Args:
     policy_lr: float = 1e-3  # Adam's step size for the policies
     critic_lr: float = 3e-3  # Adam's step size for the Q-functions
     alpha_lr: float = 1e-3  # Adam's step size for log alpha
-    cooldown: float = 0.5  # the share of the updates, the last ones, in which weights and then step sizes fall
+    cooldown: float = 0.6  # the share of the updates, the last ones, in which weights and then step sizes fall
     tau: float = 0.05  # how far a target network moves in an update
     weight_cap: float = 100.0  # largest weight in the policy loss
     ratio_cap: float = 100.0  # largest importance ratio

@@ -115,7 +115,7 @@ class Run:
         if self.folder is None:
             self.folder = take_folder(self.script, self.args, self.device, self.subject)
             self.began -= self.saved["wall"] if self.saved else 0
-        if not self.saved or self.saved["act"] != act:
+        if not self.reached(act):
             return False
         saved, self.saved = self.saved, None
         try:
@@ -124,6 +124,10 @@ class Run:
             raise of_another_run(self.folder) from None
         self.step, self.rows, self.seconds, self.timed = (saved[key] for key in ("step", "rows", "seconds", "timed"))
         return True
+
+    def reached(self, act=None):
+        """Whether the run to resume had come to this loop."""
+        return self.saved is not None and self.saved["act"] == act
 
     def steps(self, last, every, stride=1):
         """Count updates: yields how many were made, from where the run stands to `last`, that one included.
@@ -467,6 +471,33 @@ def read_checkpoint(folder, script, device):
     if not good:
         raise of_another_run(folder)
     return saved
+
+
+def read_model(path, world, sizes, device):
+    """The world model in a file, or in the folder of a run, which `save_tensors` wrote: {"about": ..., "world": state}.
+
+    Args:
+        world: what it must be a model of, in words; they stand in about["world"].
+        sizes: the names of what else must stand in `about`, beside the list "seeds".
+    Returns:
+        What is known about it, a dictionary, and its state.
+    Raises:
+        ValueError: there is none, or it is damaged, or of another world.
+    """
+    path = Path(path) / "world_model.pt" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise ValueError(f"no world model {path}: --world-model takes the folder of a run that has learned one")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        about, state = saved["about"], dict(saved["world"])
+        made, wanted = (", ".join(map(str, words)) for words in (about["world"], world))
+        if not all(isinstance(seed, int) for seed in about["seeds"]) or not set(sizes) <= about.keys():
+            raise KeyError
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise ValueError(f"{path} is no world model, or damaged ({type(error).__name__})") from None
+    if made != wanted:
+        raise ValueError(f"{path} is a model of another world ({made}), not of this one ({wanted})")
+    return about, state
 
 
 def of_another_run(folder):

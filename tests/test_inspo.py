@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import h5py
 import pytest
@@ -453,37 +453,48 @@ def test_beta_falls_to_its_end():
     assert inspo.beta_at(0, inspo.Args(steps=1)) >= inspo.Args().beta_end  # a run of one update has no slope
 
 
-@pytest.mark.parametrize("share, held", [(0.2, 80), (1.0, 0), (0.0, 99)])
-def test_step_sizes_fall_to_0(share, held):
-    """Linearly over this share of the updates; the first update that would have step size 0 is the one after the last.
-    Alpha's stays."""
-    team, *_ = small_team()
-    args = inspo.Args(steps=100, lr_decay=share, policy_lr=0.1, critic_lr=0.2, alpha_lr=0.3)
+@pytest.mark.parametrize("share, warm, full", [(0.4, 60, 80), (1.0, 0, 50), (0.0, 100, 100)])
+def test_the_end_cools(share, warm, full):
+    """From update `warm` alpha and the conservative weight fall to a tenth, from update `full` the step sizes to 0; the
+    first update that would have step size 0 is the one after the last. Alpha's own step size stays."""
+    team, *_, args = small_team(steps=100, cooldown=share, policy_lr=0.1, critic_lr=0.2, alpha_lr=0.3, alpha=0.5)
     adams = inspo.optimizers(team, args)
+    assert team.cool == 1
     for step in range(100):
-        inspo.anneal(adams, step, args)
-        left = 1 if step < held else (100 - step) / (100 - held)
+        inspo.cool(team, adams, step, args)
+        left = 0.1 ** ((step - warm) / (full - warm)) if warm < step < full else 1 if step <= warm else 0.1
+        assert team.cool.item() == pytest.approx(left)
+        assert team.alpha(args).tolist() == [[pytest.approx(0.5 * left)]] * S
+        team.log_alpha.data += 0.1  # an alpha that is tuned is left to its target
+        tuned = team.alpha(replace(args, auto_alpha=True))
+        assert torch.equal(tuned, team.log_alpha.exp()) and not tuned.requires_grad
+        team.log_alpha.data -= 0.1
+        left = 1 if step < full else (100 - step) / (100 - full)
         assert [adam.lr.item() for adam in adams["policies"]] == pytest.approx([0.1 * left] * 4)
         assert [adam.lr.item() for adam in adams["critics"]] == pytest.approx([0.2 * left] * 4)
         assert adams["alpha"].lr.item() == pytest.approx(0.3)
 
 
-def test_the_loop_lets_beta_and_step_sizes_fall(tmp_path, monkeypatch):
+def test_the_loop_lets_fall_what_should(tmp_path, monkeypatch):
     seen = []
 
     def spy(team, adams, data, behaviour, noise, beta, order, improve, args, **steps):
-        seen.append((beta.item(), adams["policies"][0].lr.item(), adams["critics"][1].lr.item(), improve))
+        rates = adams["policies"][0].lr.item(), adams["critics"][1].lr.item()
+        seen.append((beta.item(), *rates, team.alpha(args)[0, 0].item(), improve))
         return {}
 
     monkeypatch.setattr(inspo, "update", spy)
     words = "--env matrix --task xor --steps 20 --eval-every 20 --eval-episodes 1 --clone-steps 1 --warmup 3".split()
-    words += "--beta 0.5 --beta-end 0.1 --beta-hold 4 --policy-lr 0.1 --critic-lr 0.2 --lr-decay 0.5".split()
+    words += "--beta 0.5 --beta-end 0.1 --beta-hold 4 --policy-lr 0.1 --critic-lr 0.2 --cooldown 1 --alpha 0.3".split()
     inspo.main(inspo.parse([*words, "--out-dir", str(tmp_path / "run")]))
-    betas, policy, critic, improve = zip(*seen)
+    betas, policy, critic, alphas, improve = zip(*seen)
     assert betas == pytest.approx([0.5] * 4 + [0.5 * 0.2 ** (k / 15) for k in range(16)])
     assert policy == pytest.approx([0.1] * 10 + [0.01 * k for k in range(10, 0, -1)])
     assert critic == pytest.approx([0.2] * 10 + [0.02 * k for k in range(10, 0, -1)])
+    assert alphas == pytest.approx([0.3 * 0.1 ** (k / 10) for k in range(10)] + [0.03] * 10)
     assert improve == (False,) * 3 + (True,) * 17
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert [float(row["alpha"]) for row in rows] == pytest.approx([0.3] * 5 + [0.03] * 5)
 
 
 FOUR = "[[[[1, 0], [0, 0]], [[0, 0], [0, 0]]], [[[0, 0], [0, 0]], [[0, 0], [0, 1]]]]"  # a game of four agents
@@ -947,11 +958,13 @@ def test_a_dead_agent_neither_weighs_nor_learns():
 
 @pytest.mark.parametrize("actor_data", ["uniform", "resampled"])
 def test_a_recurrent_turn_is_a_slow_loop(float64, actor_data):
-    """Ratio, resampled places, both losses and both gradients of one turn, number by number, on torch.nn.GRU."""
+    """Ratio, resampled places, both losses and both gradients of one turn, number by number, on torch.nn.GRU. It is a
+    late turn: half of alpha and of the conservative weight is left."""
     i, N, beta, rate = 1, 3, 0.3, 0.01
-    made = recurrent_team(lengths=UNEVEN, actor_data=actor_data, alpha=0.2, gamma=0.9, cql=0.7, ratio_cap=1.3,
+    made = recurrent_team(lengths=UNEVEN, actor_data=actor_data, alpha=0.4, gamma=0.9, cql=1.4, ratio_cap=1.3,
                           weight_cap=1.1)  # fmt: skip
     team, flat, _, args = made
+    team.cool.fill_(0.5)
     (rows, log_pi), noise = view, _ = minibatch(team, flat, args)
     before = copy.deepcopy(team)
     logs, _ = take_turn(i, made, view, noise, beta, adams=optimizers(team, Descent, rate))
@@ -1379,14 +1392,14 @@ def test_bridge_is_crossed_by_five_of_five_seeds(tmp_path, dataset):
     for picture in ("curve.png", "policy.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
-    assert [int(row["step"]) for row in rows] == [step for step in range(0, 3001, 100) for _ in range(5)]
+    assert [int(row["step"]) for row in rows] == [step for step in range(0, 4001, 100) for _ in range(5)]
     config = json.loads((folder / "config.json").read_text())
     assert config["args"] == asdict(inspo.Args(dataset=dataset, out_dir=str(folder))) and config["git_commit"]
 
 
 @pytest.mark.parametrize(
     "words, worse_than",
-    [(("--no-resampling",), -1.5), (("--cql", 0), -1.5), (("--alpha", 0.1), -1.4)],
+    [(("--no-resampling",), -1.5), (("--cql", 0), -1.5), (("--alpha", 0.1, "--cooldown", 0), -1.4)],
     ids=["no resampling", "no conservative term", "alpha too large"],
 )
 def test_bridge_needs_each_part(tmp_path, words, worse_than):

@@ -23,13 +23,19 @@ def plain(function):
     return function
 
 
-def inspo(device="cpu", compiled=plain, flags=()):
-    script = load_script("inspo")
-    args = script.parse([*flags, "--no-compile"])
+def load(args, device):
+    """The dataset that the arguments name."""
     single = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)  # the collectors' networks
     dataset = datasets.load(args.env, args.task, args.dataset, device, episodes=args.episodes)
     torch.set_default_dtype(single)
+    return dataset
+
+
+def inspo(device="cpu", compiled=plain, flags=()):
+    script = load_script("inspo")
+    args = script.parse([*flags, "--no-compile"])
+    dataset = load(args, device)
     data, _ = script.arrange(dataset, args)
     (_, N, A), seeds = data.avail.shape, range(args.num_seeds)
     team = script.Team(N, A, data.obs.shape[-1], data.state.shape[-1], args, [runs.stream(s, 0) for s in seeds])
@@ -54,10 +60,7 @@ def inspo(device="cpu", compiled=plain, flags=()):
 def maddpg(device="cpu", compiled=plain, flags=()):
     script = load_script("maddpg_cql_pjap")
     args = script.parse([*flags, "--no-compile"])
-    single = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)  # the collectors' networks
-    dataset = datasets.load(args.env, args.task, args.dataset, device, episodes=args.episodes)
-    torch.set_default_dtype(single)
+    dataset = load(args, device)
     data, start, _ = script.arrange(dataset, args)
     (_, N, A), seeds = data.actions.shape, range(args.num_seeds)
     team = script.Team(N, A, data.obs.shape[-1], data.state.shape[-1], args, [runs.stream(s, 0) for s in seeds])
@@ -117,6 +120,39 @@ def mappo(device="cpu", compiled=plain, flags=()):
     return Made({"play": play, "update": learn}, [team, adam])
 
 
+def moma(device="cpu", compiled=plain, flags=()):
+    script = load_script("moma_ppo")
+    args = script.parse([*flags, "--no-compile"])
+    data, whole = script.arrange(load(args, device), args)
+    survey, seeds = script.survey_of(data, args), range(args.num_seeds)
+    agents = script.Agents(data, survey, args, [runs.stream(s, 0) for s in seeds]).to(device)
+    world = script.World(survey, args, [runs.stream(s, 2) for s in seeds]).to(device)
+    adam, model_adam = script.Adam(agents.parameters(), args.lr), script.Adam(world.parameters(), args.model_lr)
+    generators, learning = [runs.stream(s, 1, device) for s in seeds], compiled(script.model_update)
+    errors = dict.fromkeys(("state", "reward"), torch.zeros(args.num_seeds, args.members, device=device))
+    play, batch = script.dream(world.choose(script.best(errors, args)), survey, args), []
+    steps = [*map(compiled, (script.rehearsal_step, script.settle))]
+    part, cloning = compiled(script.minibatch), compiled(script.clone_update)
+
+    def learn():
+        rows = script.draw_rows(generators, data.train, args.members, args.model_batch)
+        learning(world, model_adam, data, rows, args)
+
+    def rehearse():
+        batch[:] = script.rehearse(agents, play, data, survey, script.draw_noise(generators, data, args), args, *steps)
+
+    def update():
+        orders = script.draw_orders(generators, args.rollouts * args.horizon, args)
+        script.update(agents, adam, batch[0], orders, args, part)
+
+    def clone():
+        rows = script.draw_rows(generators, data.steps, args.batch_size)
+        cloning(agents, adam, data, survey, rows, args)
+
+    updates = {"model update": learn, "rollouts": rehearse, "MAPPO update": update, "warm-up": clone}
+    return Made(updates, [world, agents])
+
+
 UPDATES = {
     "inspo bridge": (inspo, ["--clone-steps", "1"]),
     "inspo battles": (inspo, "--env smac --task 3m --episodes 20 --sequences 2 --batch-size 32 --num-seeds 2".split()),
@@ -126,6 +162,10 @@ UPDATES = {
     "mappo bridge": (mappo, "--env bridge --num-seeds 2 --num-envs 4 --rollout 6 --epochs 2 --minibatches 2".split()),
     "mappo battles": (mappo, "--env smac --task 3m --num-envs 3 --rollout 5 --epochs 1 --minibatches 2 --recall 2 "
                              "--normalize".split()),
+    "moma game": (moma, "--num-seeds 2 --rollouts 8 --horizon 2 --epochs 2 --batch-size 5 --members 3 --elites 2".split()),
+    "moma ant": (moma, "--env ant --task partial --dataset medium --episodes 2 --num-seeds 2 --members 3 --elites 2 "
+                       "--rollouts 4 --horizon 3 --memory 3 --hidden 16 --width 4 --model-hidden 16 --reward-hidden 16 "
+                       "--model-batch 8 --batch-size 5 --epochs 2 --adaptive --limit 1".split()),
     "polygames": (polygames, ["--num-seeds", "2"]),
 }
 
