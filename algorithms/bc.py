@@ -144,8 +144,8 @@ class Policies(nn.Module):
         each = [g for g in generators for _ in range(self.N)]
         self.body = mlp(I, self.A * (1 if self.discrete else 2), args, each, scale=0.1)
         if not self.discrete:  # actions begin as far apart as the recorded ones
-            spread = data.action.std(0, correction=0)[:, None].clamp(min=math.exp(-6), max=1)  # (N, 1, A)
-            self.register_buffer("log_spread", spread.log())
+            spread = data.action.std(0, correction=0).clamp(min=math.exp(-6), max=1)
+            self.register_buffer("log_spread", spread.log()[:, None])  # (N, 1, A)
 
     def forward(self, obs, avail):
         """Views (S, N, B, I), available actions (..., N, B, A) or None -> log-probabilities of all actions (S, N, B, A),
@@ -235,7 +235,8 @@ elif __name__ == "__main__":
 
 def preset(args):
     """What differs from the coordination game's values, above, in the other environments."""
-    env, task = args.env, args.task or ("coordination" if args.env == "matrix" else envs.TASKS.get(args.env, ("",))[0])
+    env, first = args.env, {"matrix": "coordination", "smac": "5m_vs_6m"}
+    task = args.task or first.get(env) or envs.TASKS.get(env, ("",))[0]
     small = dict(hidden=64, normalize=False, steps=1000, eval_every=250)
     body = dict(num_seeds=3, hidden=128, steps=5000, eval_every=1000, batch_size=256, lr=3e-4)
     values = {
