@@ -440,6 +440,18 @@ def test_stopped_before_the_first_checkpoint_a_run_starts_again(toy, tmp_path, m
     assert same(lasting(tmp_path / "run"), lasting(tmp_path / "whole"))
 
 
+def test_a_run_knows_which_loop_it_had_reached(toy, tmp_path, monkeypatch):
+    words = ("--model-steps", 3)
+    for place, had in ((("model", 2), "model"), (("team", 0), "model"), (("team", 2), "team")):
+        out = tmp_path / f"{place[0]}{place[1]}"
+        stop_at(toy, monkeypatch, *place)
+        with pytest.raises(Stopped):
+            go(toy, out, *words)
+        run = runs.Run("toy", toy.parse(["--resume", "--out-dir", str(out)]))
+        assert [act for act in ("model", "team", None) if run.reached(act)] == [had]
+    assert not any(map(runs.Run("toy", toy.Args(out_dir=str(tmp_path / "new"))).reached, ("model", "team", None)))
+
+
 def test_resume_keeps_the_arguments_and_says_what_cannot_change(toy, tmp_path):
     go(toy, tmp_path / "run", "--lr", 0.2, "--kind", "fast", "--sizes", 4, 5, 6, "--steps", 9)
     args = toy.parse(["--resume", "--out-dir", str(tmp_path / "run"), "--threads", "2"])
