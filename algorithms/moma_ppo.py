@@ -932,6 +932,8 @@ def main(args):
     adam, generators = Adam(agents.parameters(), args.lr), [runs.stream(seed, 1, device) for seed in run.seeds]
     steps, about = [rehearsal_step, settle], None
     runs.say(f"{len(dataset.returns)} episodes, {len(data.steps)} steps, mean return {dataset.returns.mean():.2f}")
+    if survey.reward_low == survey.reward_high:
+        runs.say(f"note: every step of {args.dataset} earns {survey.reward_low:g}; only the game's end matters")
 
     # Act 1: a world to play in
     if args.simulator:

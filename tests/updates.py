@@ -153,7 +153,23 @@ def moma(device="cpu", compiled=plain, flags=()):
     return Made(updates, [world, agents])
 
 
+def bc(device="cpu", compiled=plain, flags=()):
+    script = load_script("bc")
+    args = script.parse([*flags, "--no-compile"])
+    data, _ = script.arrange(load(args, device), args)
+    policies = script.Policies(data, args, [runs.stream(s, 0) for s in range(args.num_seeds)]).to(device)
+    adam, update = script.Adam(policies.parameters(), args.lr), compiled(script.update)
+    generators = [runs.stream(s, 1, device) for s in range(args.num_seeds)]
+
+    def learn():
+        update(policies, adam, data, script.draw_rows(generators, data, args), args)
+
+    return Made({"update": learn}, [policies])
+
+
 UPDATES = {
+    "bc game": (bc, ["--num-seeds", "2"]),
+    "bc reacher": (bc, "--env reacher --episodes 20 --num-seeds 2 --hidden 16".split()),
     "inspo bridge": (inspo, ["--clone-steps", "1"]),
     "inspo battles": (inspo, "--env smac --task 3m --episodes 20 --sequences 2 --batch-size 32 --num-seeds 2".split()),
     "maddpg reacher": (
@@ -162,7 +178,9 @@ UPDATES = {
     "mappo bridge": (mappo, "--env bridge --num-seeds 2 --num-envs 4 --rollout 6 --epochs 2 --minibatches 2".split()),
     "mappo battles": (mappo, "--env smac --task 3m --num-envs 3 --rollout 5 --epochs 1 --minibatches 2 --recall 2 "
                              "--normalize".split()),
-    "moma game": (moma, "--num-seeds 2 --rollouts 8 --horizon 2 --epochs 2 --batch-size 5 --members 3 --elites 2".split()),
+    "moma game": (
+        moma, "--num-seeds 2 --rollouts 8 --horizon 2 --epochs 2 --batch-size 5 --members 3 --elites 2".split()
+    ),  # fmt: skip
     "moma ant": (moma, "--env ant --task partial --dataset medium --episodes 2 --num-seeds 2 --members 3 --elites 2 "
                        "--rollouts 4 --horizon 3 --memory 3 --hidden 16 --width 4 --model-hidden 16 --reward-hidden 16 "
                        "--model-batch 8 --batch-size 5 --epochs 2 --adaptive --limit 1".split()),
@@ -192,4 +210,23 @@ def evaluate_mappo(device):
     return lambda: script.evaluate(team, args, 0, 2, torch.device(device))
 
 
-EVALUATIONS = {"inspo": evaluate_inspo, "mappo": evaluate_mappo}
+def evaluate_moma(device):
+    """MOMA-PPO's evaluation in a game as a function without arguments."""
+    script = load_script("moma_ppo")
+    args = script.parse(["--num-seeds", "2", "--no-compile"])
+    data, _ = script.arrange(load(args, device), args)
+    survey = script.survey_of(data, args)
+    agents = script.Agents(data, survey, args, [runs.stream(s, 0) for s in range(2)]).to(device)
+    return lambda: script.evaluate(agents, data, survey, args, 0, 2, torch.device(device))
+
+
+def evaluate_bc(device):
+    """BC's evaluation on Bridge as a function without arguments."""
+    script = load_script("bc")
+    args = script.parse("--env bridge --episodes 40 --num-seeds 2 --no-compile".split())
+    data, encode = script.arrange(load(args, device), args)
+    policies = script.Policies(data, args, [runs.stream(s, 0) for s in range(2)]).to(device)
+    return lambda: script.evaluate(policies, encode, args, 0, 2, torch.device(device))
+
+
+EVALUATIONS = {"bc": evaluate_bc, "moma": evaluate_moma, "inspo": evaluate_inspo, "mappo": evaluate_mappo}
