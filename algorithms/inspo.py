@@ -85,7 +85,7 @@ A actions, O observation, I inputs, D state, R rows (observations).
 import copy
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 

@@ -35,7 +35,9 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
-from data.results import draw_curves, over_seeds, save, save_csv, save_figure, save_json, save_tensors, table_text
+from data.results import (  # noqa: F401  scripts find all of it here
+    draw_curves, over_seeds, save, save_csv, save_figure, save_json, save_tensors, table_text,
+)  # fmt: skip
 
 FILES = ("config.json", "checkpoint.pt", "metrics.csv", "summary.json")  # a folder with one of these is not empty
 MAY_CHANGE = {"resume", "out_dir", "device", "threads", "compile", "track"}  # what `--resume` lets a user change

@@ -163,7 +163,9 @@ def update(maker, device, flags, compiled):
     x = torch.rand(1024, 1024, device=device)
     with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
         mode = "reduce-overhead" if device == "cuda" else None
-        whole = functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=mode) if compiled else updates.plain
+        whole = (
+            functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=mode) if compiled else updates.plain
+        )
         made, clock = maker(device, whole, flags), time.process_time if device == "cpu" else time.perf_counter
         rate = 2 * 1024**3 * median_speed(lambda: [x @ x for _ in range(20)], 20, clock)  # operations a second
         rows, begin = {}, clock()
@@ -286,7 +288,9 @@ def bench_smac(device):
     for task, sizes in (("5m_vs_6m", (32, 512, 4096)), ("2s3z", (512,))):
         for n in sizes:
             print(f"  {task:9s} {n:5d} battles   ours {smac(task, n, device):10,.0f}", flush=True)
-    print(f"  5m_vs_6m    512 battles   ours, compiled {smac('5m_vs_6m', 512, device, compiled=True):10,.0f}", flush=True)
+    print(
+        f"  5m_vs_6m    512 battles   ours, compiled {smac('5m_vs_6m', 512, device, compiled=True):10,.0f}", flush=True
+    )
     for name, package, measure, sizes in (
         ("SMAX", "jaxmarl", smax, (32, 512)),
         ("SMAClite", "smaclite", smaclite, (1,)),
@@ -300,7 +304,13 @@ def bench_smac(device):
                 print(f"  {task:9s} {n:5d} battles   {name} {speed:10,.0f}", flush=True)
 
 
-PARTS = {"games": bench_games, "smac": bench_smac, "updates": bench_updates, "windows": bench_windows, "peers": bench_peers}
+PARTS = {
+    "games": bench_games,
+    "smac": bench_smac,
+    "updates": bench_updates,
+    "windows": bench_windows,
+    "peers": bench_peers,
+}
 
 
 def main(words):

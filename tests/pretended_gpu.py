@@ -7,7 +7,7 @@
 
 `waits` counts, by kind and line, where the host would have to wait for the device or copy to it; `ops` counts the
 operations that would be launched there, views left out. Torch's own FakeTensorMode cannot do this: its tensors have no
-numbers, so programs stop at their first mask, and a CPU build refuses autograd on a fake "cuda" tensor. That is also why
+numbers, so programs stop at their first mask, and a CPU build refuses autograd on a fake "cuda" tensor. That is why
 the device is called "meta" here.
 """
 

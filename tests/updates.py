@@ -173,22 +173,34 @@ UPDATES = {
     "inspo bridge": (inspo, ["--clone-steps", "1"]),
     "inspo battles": (inspo, "--env smac --task 3m --episodes 20 --sequences 2 --batch-size 32 --num-seeds 2".split()),
     "maddpg reacher": (
-        maddpg, "--env reacher --episodes 20 --num-seeds 2 --window 5 --batch-size 4 --refresh 3".split()
+        maddpg,
+        "--env reacher --episodes 20 --num-seeds 2 --window 5 --batch-size 4 --refresh 3".split(),
     ),  # fmt: skip
     "mappo bridge": (mappo, "--env bridge --num-seeds 2 --num-envs 4 --rollout 6 --epochs 2 --minibatches 2".split()),
-    "mappo battles": (mappo, "--env smac --task 3m --num-envs 3 --rollout 5 --epochs 1 --minibatches 2 --recall 2 "
-                             "--normalize".split()),
+    "mappo battles": (
+        mappo,
+        "--env smac --task 3m --num-envs 3 --rollout 5 --epochs 1 --minibatches 2 --recall 2 --normalize".split(),
+    ),
     "moma game": (
-        moma, "--num-seeds 2 --rollouts 8 --horizon 2 --epochs 2 --batch-size 5 --members 3 --elites 2".split()
+        moma,
+        "--num-seeds 2 --rollouts 8 --horizon 2 --epochs 2 --batch-size 5 --members 3 --elites 2".split(),
     ),  # fmt: skip
-    "moma ant": (moma, "--env ant --task partial --dataset medium --episodes 2 --num-seeds 2 --members 3 --elites 2 "
-                       "--rollouts 4 --horizon 3 --memory 3 --hidden 16 --width 4 --model-hidden 16 --reward-hidden 16 "
-                       "--model-batch 8 --batch-size 5 --epochs 2 --adaptive --limit 1".split()),
+    "moma ant": (
+        moma,
+        "--env ant --task partial --dataset medium --episodes 2 --num-seeds 2 --members 3 --elites 2 "
+        "--rollouts 4 --horizon 3 --memory 3 --hidden 16 --width 4 --model-hidden 16 --reward-hidden 16 "
+        "--model-batch 8 --batch-size 5 --epochs 2 --adaptive --limit 1".split(),
+    ),
     "polygames": (polygames, ["--num-seeds", "2"]),
 }
 
 # Batched environments made of tensors, by env and task.
-GAMES = {"bridge": ("bridge", ""), "matrix": ("matrix", "climbing"), "battles": ("smac", "3m"), "shields": ("smac", "3s_vs_5z")}
+GAMES = {
+    "bridge": ("bridge", ""),
+    "matrix": ("matrix", "climbing"),
+    "battles": ("smac", "3m"),
+    "shields": ("smac", "3s_vs_5z"),
+}
 
 
 def evaluate_inspo(device):
