@@ -878,6 +878,20 @@ def test_a_model_of_another_task_or_seed_is_refused(tmp_path):
         moma.main(moma.parse([*words(tmp_path, elites=2), "--world-model", str(tmp_path / "run")]))
     with pytest.raises(ValueError, match=r"has 2 elites of the seeds \[0, 1\]"):
         moma.main(moma.parse([*map(str, reuse), "--seed", "1"]))
+    file = tmp_path / "run" / "world_model.pt"
+    saved = torch.load(file, weights_only=True)
+    for harm, said in (
+        (saved["about"]["sizes"] | {"model_hidden": 5}, "its weights do not fit its sizes"),
+        ({"height": 3}, "do not fit"),
+        (None, "do not fit"),
+    ):
+        torch.save(saved | {"about": saved["about"] | {"sizes": harm}}, file)
+        with pytest.raises(ValueError, match=said):
+            moma.main(moma.parse([*map(str, reuse)]))
+    del saved["about"]["sizes"]
+    torch.save(saved, file)
+    with pytest.raises(ValueError, match="is no world model, or damaged"):
+        moma.main(moma.parse([*map(str, reuse)]))
     assert not (tmp_path / "new").exists()
 
 
