@@ -185,7 +185,7 @@ def update(maker, device, flags, compiled):
                 with count, products:
                     work()
             took = 1 / median_speed(once, 1, clock, repeats=7)
-            rows[part] = 1000 * took, count.total, took * rate / max(1, products.get_total_flops())
+            rows[part] = 1000 * took, count.total, took * rate / (products.get_total_flops() or float("inf"))
     return rows, compiling
 
 
