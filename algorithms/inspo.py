@@ -28,7 +28,7 @@ the conservative term (Eq. 24), and that beta is what decays, are our reading.
 
 Commands, and the return you should see (mean of all seeds; one CPU core of a small server, torch 2.13):
   python algorithms/inspo.py                                              Bridge, mixed data, 5 seeds at once, 50 s:
-      greedy -1.2355 (the best possible) in 5 of 5 seeds, sampled -1.257; the data -9.31, behavioural cloning -13.3
+      greedy -1.2355 (the best possible) in 5 of 5 seeds, sampled -1.24 to -1.25; the data -9.31, cloning -13.5
   python algorithms/inspo.py --env matrix --task xor --num-seeds 10       18 s: 1 in 10 of 10 seeds, cloning 0.45
   python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10      45 s: 20 in 10 of 10 seeds, cloning 3.6
   ... with --beta 0                                                       5: caught in the data's local optimum
@@ -113,7 +113,7 @@ class Args:
     eval_episodes: int = 32  # games per seed and evaluation, each played greedily and by sampling
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # CPU threads; networks this small gain little from more, and lose much on a busy machine
-    compile: bool = torch.cuda.is_available()  # compile the losses with torch.compile
+    compile: bool = torch.cuda.is_available()  # compile each turn, as one graph, with torch.compile
     out_dir: str = ""  # the run's folder; by default a new one in runs/inspo
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
