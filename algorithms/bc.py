@@ -56,11 +56,14 @@ an action), O observation, I inputs.
 """
 
 import math
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is loaded, Ctrl-C ends the program without a traceback
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -74,16 +77,18 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 @dataclass
 class Args:
     # --- what to learn
-    env: str = "matrix"  # the environment: matrix, bridge, smac, halfcheetah, reacher or ant
+    env: str = "matrix"  # the environment: matrix, bridge, smac, halfcheetah, reacher, ant, or module:factory
     task: str = ""  # its task; by default the coordination game, or the environment's first
     dataset: str = "unfavourable"  # a dataset's name, or the path of a file
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
+    env_kwargs: str = ""  # more for the environment, as JSON
+    team_reward: Literal["sum", "mean"] = "sum"  # of the agents' rewards, in an environment that is not ours
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 10  # how many seeds train, all at once
     steps: int = 1000  # updates, one minibatch each
     eval_every: int = 250  # updates between evaluations; each writes a checkpoint
-    eval_episodes: int = 10  # games per seed and evaluation
+    eval_episodes: int = 10  # games per seed and evaluation; 0 to train without an environment
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # CPU threads
     compile: bool = torch.cuda.is_available()  # compile updates with torch.compile
@@ -242,6 +247,7 @@ def preset(args):
     task = args.task or first.get(env) or envs.TASKS.get(env, ("",))[0]
     small = dict(hidden=64, normalize=False, steps=1000, eval_every=250)
     body = dict(num_seeds=3, hidden=128, steps=5000, eval_every=1000, batch_size=256, lr=3e-4)
+    unknown = body | dict(dataset="")
     values = {
         "matrix": dict(dataset=datasets.names("matrix", task)[-1]) if env == "matrix" else {},
         "bridge": small | dict(dataset="mixed", num_seeds=5, one_hot=True, batch_size=128, lr=2e-3, eval_episodes=32),
@@ -250,7 +256,7 @@ def preset(args):
         "halfcheetah": body | dict(dataset="good"), "reacher": body | dict(dataset="expert-mix"),
         "ant": body | dict(dataset="full-replay"),
     }  # fmt: skip
-    return values.get(env, {}) | dict(env=env, task=task)
+    return values.get(env, unknown) | dict(env=env, task=task)
 
 
 def arrange(dataset, args):
@@ -268,28 +274,36 @@ def arrange(dataset, args):
     return Data(encode(rows["obs"])[steps], None if avail is None else avail[steps], rows["actions"][steps]), encode
 
 
+def act(policies, encode, obs, avail, memory, clocks=None):
+    """What the teams do in B games of each seed, and their memory (there is none): obs (S, B, N, O), avail
+    (S, B, N, A) or None -> (S, B, N) or (S, B, N, A). Greedy without clocks."""
+    obs, avail = (None if x is None else x.transpose(1, 2) for x in (encode(obs), avail))
+    action = policies.sample(policies(obs, avail), clocks).transpose(1, 2)
+    return action if policies.discrete else action.clamp(-1, 1).float(), memory
+
+
 @torch.no_grad()
 def evaluate(policies, encode, args, step, episodes, device):
     """Play the teams of all seeds in one batch of games, greedily, and discrete ones from the same starts by sampling.
 
     Returns {"return": (S, E)} and, where they exist, "sampled_return", "win_rate", "sampled_win_rate".
     """
-    S, found = args.num_seeds, {}
-    game = envs.make(args.env, args.task, S * episodes, device)
+    if not episodes:
+        return {}
+    S, N, A, found = args.num_seeds, policies.N, policies.A, {}
+    game = runs.game(args, S * episodes, device)
     generators = [runs.stream(args.seed + s, 10 + step, device) for s in range(S)]
 
-    def act(obs, info, sampled):
-        obs, avail = (None if x is None else x.unflatten(0, (S, episodes)).transpose(1, 2)
-                      for x in (encode(obs), info.get("avail_actions")))  # fmt: skip
-        out, clocks = policies(obs, avail), None
+    def answer(obs, info, sampled):
+        obs, avail = (x if x is None else x.unflatten(0, (S, episodes)) for x in (obs, info.get("avail_actions")))
+        blank, clocks = torch.empty(N, episodes, A, device=device), None
         if sampled:
-            clocks = torch.stack([torch.empty_like(out[0]).exponential_(generator=g) for g in generators])
-        action = policies.sample(out, clocks).transpose(1, 2).flatten(0, 1)  # (S E, N) or (S E, N, A)
-        return action if policies.discrete else action.clamp(-1, 1).float(), sampled
+            clocks = torch.stack([blank.exponential_(generator=g).clone() for g in generators])
+        return act(policies, encode, obs, avail, None, clocks)[0].flatten(0, 1), sampled
 
     try:
         for sampled in (False, True)[: 1 + policies.discrete]:
-            played = play(game, act, sampled, step)
+            played = play(game, answer, sampled, step)
             for name, score in (("return", played.returns), ("win_rate", played.won)):
                 if score is not None:
                     found["sampled_" * sampled + name] = score.view(S, episodes).double()
@@ -304,7 +318,7 @@ def main(args):
     """Train, evaluate and fill the run folder; returns what summary.json holds."""
     run = runs.Run("bc", args)
     device = run.device
-    dataset = datasets.load(args.env, args.task, args.dataset, device, episodes=args.episodes)
+    dataset = run.load(episodes=args.episodes)
     data, encode = arrange(dataset, args)
     policies = Policies(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
     adam, generators = Adam(policies.parameters(), args.lr), [runs.stream(seed, 1, device) for seed in run.seeds]
@@ -322,13 +336,15 @@ def main(args):
             logs = learn(policies, adam, data, draw_rows(generators, data, args), args)
 
     scores = evaluate(policies, encode, args, args.steps, 10 * args.eval_episodes, device)
-    return run.finish("BC", scores, dataset, envs.make(args.env, args.task).best_return)
+    seen = dataset.obs[0, 0], None if dataset.avail_actions is None else dataset.avail_actions[0, 0]
+    run.keep_team(lambda *seen: act(policies, encode, *seen), *seen, 0, policies)
+    return run.finish("BC", scores, dataset, run.best)
 
 
 def parse(argv=None):
     """Read the command line; where no flag speaks, the environment's own values or those of the resumed run hold."""
     args = runs.parse(Args, preset, argv, __doc__)
-    runs.check_numbers(args, may_be_zero="seed episodes layers")
+    runs.check_numbers(args, may_be_zero="seed episodes eval_episodes layers")
     return args
 
 

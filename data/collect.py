@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium
+import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -99,30 +100,54 @@ def names(env, task=""):
     return ("optimal", "mixed")
 
 
-def load(env, task, dataset, device="cpu", seed=0, episodes=None, limit_terminates=False):
+def is_path(dataset, env="", task=""):
+    """Whether a dataset is given by a path: anything with a "/" or a file ending, or what exists and is no name."""
+    path = Path(dataset)
+    if not dataset or dataset.startswith("["):
+        return False
+    return "/" in dataset or bool(path.suffix) or path.exists() and dataset not in names(env, task)
+
+
+def about(path):
+    """What a file of ours says of its origin: {"env", "task"}, "" where it says nothing; {} for other files."""
+    try:
+        with h5py.File(path, "r") as file:
+            found = {key: json.loads(file.attrs.get(key, '""')) for key in ("format", "env", "task")}
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+    ours = found.pop("format") != ""
+    return {key: value if isinstance(value, str) else "" for key, value in found.items()} if ours else {}
+
+
+def load(env, task, dataset, device="cpu", seed=0, episodes=None, limit_terminates=False, options=None):
     """A `Dataset` for one task, by name or by path, checked against the environment.
 
     A name is collected on first use and cached in `data/cache/`. A path is anything with a "/" or a file ending,
     or anything that exists.
 
     Args:
+        env: one of ours, or "package.module:factory"; "" to read a file without one.
+        options: what the environment gets besides; without it one that is not ours is not made, and not checked.
         limit_terminates: take the time limit for an end of the game, after which nothing is worth anything. OG-MARL's
             2halfcheetah is stored, and was learned from, in this way; by default it cuts the game off.
     Raises:
         ValueError: an unknown name, a damaged or foreign file, a dataset of another environment.
         OSError: no such file.
     """
-    game = envs.make(env, task)
+    foreign = not env or ":" in env
+    game = None if foreign and options is None else envs.make(env, task, **options or {})
     task = task or envs.TASKS[env][0] if env in TEAMS else task
-    path = Path(dataset)
-    if not dataset.startswith("[") and (
-        "/" in dataset or path.suffix or (path.exists() and dataset not in names(env, task))
-    ):
-        found = read(path, game.time_limit, task if env == "ant" else "")
+    if is_path(dataset, env, task):
+        found = read(Path(dataset), game and game.time_limit, task if env == "ant" else "")
+    elif foreign:
+        remedy = "give the path of a file, such as one that data/collect.py has recorded"
+        raise ValueError(f"there is no dataset {dataset!r} of {env or 'no environment'}: {remedy}")
     else:
         found = _cached(env, task, dataset, seed, episodes)
-    _belongs(found, env, task, game, dataset)
-    if limit_terminates:
+    if game:
+        _belongs(found, env, task, game, dataset)
+        game.close()
+    if limit_terminates and game:
         late = (found.lengths >= game.time_limit).nonzero()[:, 0]  # episodes that lasted until the limit
         found.terminated[late, found.lengths[late] - 1] = True
     return found.to(device)
@@ -160,7 +185,7 @@ def _known(env, task, name):
 def _belongs(dataset, env, task, game, source):
     """Raise ValueError unless the dataset was recorded in this task and has the sizes of `game`."""
     other_env, other_task = dataset.info.get("env", env), dataset.info.get("task", task)
-    same = other_env == env and (other_task == task or env == "matrix" and _same_payoff(other_task, task))
+    same = ":" in env or other_env == env and (other_task == task or env == "matrix" and _same_payoff(other_task, task))
     if not same:
         flags = f"--env {other_env}" + (f" --task {other_task!r}" if other_task else "")
         raise ValueError(f"{source} was recorded in another task than {env} {task}".rstrip() + f": use {flags}")

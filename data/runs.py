@@ -3,13 +3,15 @@
 A script's `main` holds the loop and learns; a `Run` keeps what must not get lost:
 
     run = runs.Run("inspo", args)                          # the device, and a first look at the folder
-    ...                                                    # load the data, make the networks
+    dataset = run.load()                                   # what to learn from, which checkpoints remember
+    ...                                                    # make the networks
     resumed = run.begin(team=team, generators=generators)  # takes the folder, or goes on from its checkpoint
     for step in run.steps(args.steps, args.eval_every):    # the updates made so far: 0, or where the checkpoint stood
         if run.due():
             run.record(logs, evaluate(...))                # a row of metrics.csv a seed, the checkpoint, a line
         if step < args.steps:
             logs = update(...)
+    run.keep_team(act, obs, avail, memory)                 # team.pt2, the greedy team
     run.finish("InSPO", evaluate(...), dataset)            # summary.json, the pictures, the table
 
     if __name__ == "__main__":
@@ -19,31 +21,35 @@ A script's `main` holds the loop and learns; a `Run` keeps what must not get los
 import functools
 import itertools
 import json
-import math
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-import typing
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
-from data.results import (  # noqa: F401  scripts find all of it here
+import envs
+from data import collect
+from data.arguments import MISFITS, check_numbers, choose_device, parse, saved_args  # noqa: F401  scripts find it here
+from data.checkpoints import (  # noqa: F401
+    fingerprint, of_another_run, read_checkpoint, read_model, restore, save_checkpoint, snapshot,
+)  # fmt: skip
+from data.results import (  # noqa: F401
     draw_curves, over_seeds, save, save_csv, save_figure, save_json, save_tensors, table_text,
 )  # fmt: skip
+from data.team import save_team
 
 FILES = ("config.json", "checkpoint.pt", "metrics.csv", "summary.json")  # a folder with one of these is not empty
 MAY_CHANGE = {"resume", "out_dir", "device", "threads", "compile", "track"}  # what `--resume` lets a user change
 NO_MEMORY = re.compile("allocate memory|out of memory|bad_alloc|overflow|Storage size|numel", re.I)  # RuntimeErrors
-MOST_SEEDS = 100_000  # all train at once, and a seed's random streams alone take 20 kB
-MISFITS = LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError  # of a foreign file
 owned = None  # the folder of the run in this process, once it has taken one
 
 
@@ -66,6 +72,8 @@ class Run:
         self.script, self.args, self.device, self.folder = script, args, choose_device(args.device), None
         self.seeds, self.began = list(range(args.seed, args.seed + args.num_seeds)), time.perf_counter()
         self.subject, self.saved, self.tracker = slug(args.env, args.task, getattr(args, "dataset", "")), None, None
+        self.best = None  # the best possible return, where it is known
+        self.learned_from = {}  # {what: its fingerprint}; a checkpoint goes on with the same only
         if args.resume:
             folder = Path(args.out_dir)
             for key, value in asdict(saved_args(type(args), folder)).items():
@@ -79,6 +87,25 @@ class Run:
             raise ValueError("--compile needs a C++ compiler on the CPU, and there is none")
         if args.track:
             self.tracker = start_tracking(script, args)
+
+    def load(self, **options):
+        """The dataset of `--dataset` on the run's device; `options` are those of `data.load`.
+
+        It is checked against the environment, except with `--eval-episodes 0` against one that is not ours: then there
+        may be none.
+
+        Raises:
+            ValueError, OSError: no such dataset or environment, or they do not fit.
+        """
+        args = self.args
+        made = game_options(args) if args.eval_episodes or args.env in envs.TASKS else None
+        dataset = collect.load(args.env, args.task, args.dataset, self.device, options=made, **options)
+        rewards = dataset.info.get("team_reward", args.team_reward)
+        if ":" in args.env and rewards != args.team_reward:
+            raise ValueError(f"{args.dataset} holds the {rewards} of the agents' rewards: add --team-reward {rewards}")
+        self.best = game(args).best_return if made is not None else None
+        self.learned_from["the dataset"] = fingerprint({k: x for k, x in vars(dataset).items() if torch.is_tensor(x)})
+        return dataset
 
     def compile(self, function):
         """`function` as one graph that runs without Python, on a GPU a CUDA graph; itself with `--no-compile`.
@@ -120,6 +147,9 @@ class Run:
         if not self.reached(act):
             return False
         saved, self.saved = self.saved, None
+        for what, mark in self.learned_from.items():
+            if saved["learned_from"].get(what) != mark:
+                raise ValueError(f"{what} is not the one that the run in {self.folder} was begun with: begin a new run")
         try:
             restore(parts, saved["parts"])
         except MISFITS:
@@ -188,8 +218,9 @@ class Run:
         save_checkpoint(self.folder, {
             "script": self.script, "act": self.act, "parts": snapshot(self.parts), "step": self.step,
             "rows": self.rows, "seconds": self.seconds, "timed": self.timed, "wall": time.perf_counter() - self.began,
+            "learned_from": self.learned_from,
         })  # fmt: skip
-        shown = [f"{name.replace('_', ' ')} {value.double().mean():9.4f}" for name, value in scores.items()]
+        shown = [f"{name.replace('_', ' ')} {value.double().mean():9.4f}" for name, value in (scores or logs).items()]
         speed = f"{self.speed:7.1f} updates/s" if self.timed else ""
         say("   ".join(filter(None, (f"{self.name} {step:6d}", *shown, line, speed))))
         if self.tracker and self.table == "metrics.csv":
@@ -211,12 +242,17 @@ class Run:
             self.seconds += now - self.since - (compiled - self.compiled)
         self.since, self.compiled = now, compiled
 
+    def keep_team(self, act, obs, avail, memory, *modules):
+        """Write team.pt2, the greedy teams of all seeds as one program; see `data.team.save_team` for the arguments."""
+        save_team(self.folder / "team.pt2", act, obs, avail, memory, len(self.seeds), modules)
+
     def finish(self, method, scores, dataset=None, best=None, others=None, figures=None, xlabel="updates", **more):
         """Write summary.json and the pictures, then print the table; returns the summary.
 
         Args:
             method: what the paper calls it.
             scores: {"return": (S, E), ...} of the last policies; also "sampled_return", "win_rate", "sampled_win_rate".
+                Empty if nothing was evaluated; then the curves show the logs.
             dataset: what it learned from.
             best: the best possible return.
             others: {yardstick: (prefix of its names in the summary, its scores)}.
@@ -233,7 +269,7 @@ class Run:
             summary |= {f"{prefix}{name}": over_seeds(value) for name, value in found.items()}
         if dataset is not None:
             summary |= {"dataset_return": dataset.returns.mean().item(), "dataset_win_rate": dataset.win_rate}
-            if dataset.references:
+            if dataset.references and "return" in scores:
                 summary["normalized_return"] = over_seeds(dataset.normalize(scores["return"]))  # 0 random, 1 expert
         summary |= {"best_return": best} | more | {
             "updates_per_second": self.speed, "wall_seconds": time.perf_counter() - self.began,
@@ -252,6 +288,9 @@ class Run:
                 save_figure(self.folder / file, figure)
                 cells = {name: [summary[f"{prefix}{c}"] for c in columns] for name, (prefix, _) in teams.items()}
                 text.append(table_text(columns.values(), cells, levels, score.replace("_", " ")))
+        if not scores:
+            losses = {name: name.replace("_", " ") for name in self.rows[-1] if name.endswith("loss")}
+            save_figure(self.folder / "curve.png", draw_curves(self.rows, losses, {}, title, xlabel, "loss"))
         for name, figure in (figures or {}).items():
             save_figure(self.folder / name, figure)
         if summary["normalized_return"]:
@@ -266,13 +305,14 @@ def compile_seconds():
     return sum(dynamo.compilation_time_metrics.get("_compile.compile_inner", ())) if dynamo else 0.0
 
 
-def launch(main, parse):
-    """Run `main(parse())`: the one place where a script's errors and Ctrl-C become a line and an exit code."""
+def launch(main, read):
+    """Run `main(read())`: the one place where a script's errors and Ctrl-C become a line and an exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # a terminal without "±" must not end a run
     limit_memory()
     try:
-        main(parse())
+        main(read())
     except KeyboardInterrupt:
         hint = f"; go on with: --resume --out-dir {owned}" if owned else ""
         print(f"interrupted{hint}", file=sys.stderr)
@@ -309,70 +349,22 @@ def say(text):
         sys.stdout = open(os.devnull, "w")  # or Python would try again as it leaves, and fail then
 
 
-# ---------------------------------------------------------------- arguments
-def parse(kind, preset, argv, doc):
-    """Read the command line into a dataclass `kind`; where no flag speaks, the preset or a resumed run does.
-
-    Args:
-        preset: function of the arguments as they are without it, which returns the values to begin with, by name.
-        doc: the script's docstring, whose first line heads `--help`.
-    """
-    import tyro
-
-    read = functools.partial(tyro.cli, kind, args=argv, description=doc.splitlines()[0])
-    args = read()
-    if args.resume:
-        return read(default=replace(saved_args(kind, args.out_dir), resume=True, out_dir=args.out_dir))
-    return read(default=kind(**preset(args)))
+# ---------------------------------------------------------------- games
+def game(args, num_envs=1, device="cpu", **options):
+    """B games of what a run is about; raises ValueError as `envs.make` does."""
+    return envs.make(args.env, args.task, num_envs, device, **game_options(args), **options)
 
 
-def check_numbers(args, may_be_zero="", at_most_one=""):
-    """Raise ValueError unless every number among the arguments is finite, above 0, and fits into 64 bits.
-
-    `may_be_zero` and `at_most_one` name the fields, separated by spaces, that may be 0 or must not exceed 1.
-    """
-    for name, value in asdict(args).items():
-        zero, one = name in may_be_zero.split(), name in at_most_one.split()
-        for number in value if isinstance(value, tuple) else (value,):
-            if type(number) not in (int, float):
-                continue
-            whole = MOST_SEEDS if name == "num_seeds" else sys.maxsize
-            most = 1 if one else whole if type(number) is int else sys.float_info.max
-            if not (number > 0 or (zero and number == 0)) or not number <= most:
-                words = "at most 1" if one else "finite" if type(number) is float else f"at most {most}"
-                least = "at least 0" if zero else "above 0"
-                raise ValueError(f"--{name.replace('_', '-')} must be {least} and {words}, not {number}")
-
-
-def saved_args(kind, folder):
-    """The arguments, a dataclass `kind`, with which the run in `folder` was begun; ValueError if there are none."""
-    path = Path(folder) / "config.json"
+def game_options(args):
+    """What `--env-kwargs` and `--team-reward` say to the environment, a dictionary; ValueError if it is no JSON."""
     try:
-        saved, found = json.loads(path.read_text())["args"], kind()
-        if saved.keys() != asdict(found).keys():
-            raise KeyError
-        for field in fields(kind):
-            like, choices = type(getattr(found, field.name)), typing.get_args(field.type)
-            value = tuple(saved[field.name]) if like is tuple else saved[field.name]
-            if type(value) is not like and {type(value), like} != {int, float}:
-                raise TypeError
-            if typing.get_origin(field.type) is typing.Literal and value not in choices:
-                raise ValueError
-            setattr(found, field.name, value)
-        return found
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"no run to resume in {folder or '--out-dir'}") from None
-    except MISFITS:
-        raise ValueError(f"{path} is damaged, or of another version: the run cannot be resumed") from None
-
-
-def choose_device(name):
-    """The torch device for auto, cpu or cuda; ValueError for another name, or for cuda where there is none."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"unknown device {name!r}: choose auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+        options = json.loads(args.env_kwargs or "{}")
+        if not isinstance(options, dict):
+            raise ValueError
+    except (ValueError, RecursionError):
+        like = '{"N": 3}'
+        raise ValueError(f"--env-kwargs must be a JSON object such as '{like}', not {args.env_kwargs[:80]!r}") from None
+    return options | ({"team_reward": args.team_reward} if ":" in args.env else {})
 
 
 # ---------------------------------------------------------------- the folder
@@ -439,95 +431,6 @@ def start_tracking(script, args):
     except ImportError:
         raise ValueError("--track needs Weights & Biases: pip install wandb") from None
     return wandb.init(project="offline-coordination", group=script, config=asdict(args))
-
-
-# ---------------------------------------------------------------- checkpoints
-def save_checkpoint(folder, content):
-    save_tensors(Path(folder) / "checkpoint.pt", content)
-
-
-def read_checkpoint(folder, script, device):
-    """The content of `checkpoint.pt`, or None if the run was stopped before it wrote one.
-
-    Raises:
-        ValueError: the file is damaged, or no checkpoint of this script.
-    """
-    path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        return None
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it to start the run again") from None
-    try:
-        rows = dict(saved)["rows"]
-        good = (
-            saved["script"] == script and isinstance(saved["act"], str | None) and isinstance(saved["parts"], dict)
-            and all(isinstance(saved[name], int) and saved[name] >= 0 for name in ("step", "timed"))
-            and all(math.isfinite(saved[name]) and saved[name] >= 0 for name in ("seconds", "wall"))
-            and all(isinstance(row["step"], int) and row.keys() == rows[0].keys() for row in rows)
-            and all(isinstance(number, int | float) for row in rows for number in row.values())
-        )  # fmt: skip
-    except MISFITS:
-        good = False
-    if not good:
-        raise of_another_run(folder)
-    return saved
-
-
-def read_model(path, world, sizes, device):
-    """The world model in a file, or in the folder of a run, which `save_tensors` wrote: {"about": ..., "world": state}.
-
-    Args:
-        world: what it must be a model of, in words; they stand in about["world"].
-        sizes: the names of what else must stand in `about`, beside the list "seeds".
-    Returns:
-        What is known about it, a dictionary, and its state.
-    Raises:
-        ValueError: there is none, or it is damaged, or of another world.
-    """
-    path = Path(path) / "world_model.pt" if Path(path).is_dir() else Path(path)
-    if not path.exists():
-        raise ValueError(f"no world model {path}: --world-model takes the folder of a run that has learned one")
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        about, state = saved["about"], dict(saved["world"])
-        made, wanted = (", ".join(map(str, words)) for words in (about["world"], world))
-        if not all(isinstance(seed, int) for seed in about["seeds"]) or not set(sizes) <= about.keys():
-            raise KeyError
-    except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise ValueError(f"{path} is no world model, or damaged ({type(error).__name__})") from None
-    if made != wanted:
-        raise ValueError(f"{path} is a model of another world ({made}), not of this one ({wanted})")
-    return about, state
-
-
-def of_another_run(folder):
-    return ValueError(f"{folder}/checkpoint.pt is of another run: delete it to start this one again")
-
-
-def snapshot(part):
-    """The state of a module, an optimiser or a generator, or of a list or dictionary of these."""
-    if isinstance(part, dict):
-        return {name: snapshot(each) for name, each in part.items()}
-    if isinstance(part, list | tuple):
-        return [snapshot(each) for each in part]
-    return part.get_state() if hasattr(part, "get_state") else part.state_dict()
-
-
-def restore(part, state):
-    """Put what `snapshot` returned back; raises one of `MISFITS` if it does not fit."""
-    if isinstance(part, dict):
-        if part.keys() != state.keys():
-            raise KeyError
-        part, state = list(part.values()), [state[name] for name in part]
-    if isinstance(part, list | tuple):
-        for each, its in zip(part, state, strict=True):
-            restore(each, its)
-    elif hasattr(part, "set_state"):
-        part.set_state(state.cpu())
-    else:
-        part.load_state_dict(state)
 
 
 # ---------------------------------------------------------------- chance

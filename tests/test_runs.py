@@ -111,7 +111,7 @@ def main(args):
 
 
 def parse(argv=None):
-    args = runs.parse(Args, lambda args: {"steps": 12} if args.kind == "slow" else {"steps": 6}, argv, __doc__)
+    args = runs.parse(Args, lambda args: {"steps": 12} if args.kind == "slow" else {"steps": 6}, argv, __doc__, known=("toy",))
     runs.check_numbers(args, may_be_zero="seed model_steps")
     return args
 

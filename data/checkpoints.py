@@ -1,0 +1,108 @@
+"""Checkpoints and world models: files of tensors and plain values, read without unpickling, checked field by field."""
+
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+
+from data.arguments import MISFITS
+from data.results import save_tensors
+
+
+def save_checkpoint(folder, content):
+    save_tensors(Path(folder) / "checkpoint.pt", content)
+
+
+def read_checkpoint(folder, script, device):
+    """The content of `checkpoint.pt`, or None if the run was stopped before it wrote one.
+
+    Raises:
+        ValueError: the file is damaged, or no checkpoint of this script.
+    """
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): delete it to start the run again") from None
+    try:
+        rows = dict(saved)["rows"]
+        good = (
+            saved["script"] == script and isinstance(saved["act"], str | None) and isinstance(saved["parts"], dict)
+            and all(isinstance(saved[name], int) and saved[name] >= 0 for name in ("step", "timed"))
+            and all(math.isfinite(saved[name]) and saved[name] >= 0 for name in ("seconds", "wall"))
+            and all(isinstance(word, str) for pair in saved["learned_from"].items() for word in pair)
+            and all(isinstance(row["step"], int) and row.keys() == rows[0].keys() for row in rows)
+            and all(isinstance(number, int | float) for row in rows for number in row.values())
+        )  # fmt: skip
+    except MISFITS:
+        good = False
+    if not good:
+        raise of_another_run(folder)
+    return saved
+
+
+def read_model(path, world, sizes, device):
+    """The world model in a file, or in the folder of a run, which `save_tensors` wrote: {"about": ..., "world": state}.
+
+    Args:
+        world: what it must be a model of, in words; they stand in about["world"].
+        sizes: the names of what else must stand in `about`, beside the list "seeds".
+    Returns:
+        What is known about it, a dictionary, and its state.
+    Raises:
+        ValueError: there is none, or it is damaged, or of another world.
+    """
+    path = Path(path) / "world_model.pt" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise ValueError(f"no world model {path}: --world-model takes the folder of a run that has learned one")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        about, state = saved["about"], dict(saved["world"])
+        made, wanted = (", ".join(map(str, words)) for words in (about["world"], world))
+        if not all(isinstance(seed, int) for seed in about["seeds"]) or not set(sizes) <= about.keys():
+            raise KeyError
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise ValueError(f"{path} is no world model, or damaged ({type(error).__name__})") from None
+    if made != wanted:
+        raise ValueError(f"{path} is a model of another world ({made}), not of this one ({wanted})")
+    return about, state
+
+
+def of_another_run(folder):
+    return ValueError(f"{folder}/checkpoint.pt is of another run: delete it to start this one again")
+
+
+def snapshot(part):
+    """The state of a module, an optimiser or a generator, or of a list or dictionary of these."""
+    if isinstance(part, dict):
+        return {name: snapshot(each) for name, each in part.items()}
+    if isinstance(part, list | tuple):
+        return [snapshot(each) for each in part]
+    return part.get_state() if hasattr(part, "get_state") else part.state_dict()
+
+
+def restore(part, state):
+    """Put what `snapshot` returned back; raises one of `MISFITS` if it does not fit."""
+    if isinstance(part, dict):
+        if part.keys() != state.keys():
+            raise KeyError
+        part, state = list(part.values()), [state[name] for name in part]
+    if isinstance(part, list | tuple):
+        for each, its in zip(part, state, strict=True):
+            restore(each, its)
+    elif hasattr(part, "set_state"):
+        part.set_state(state.cpu())
+    else:
+        part.load_state_dict(state)
+
+
+def fingerprint(tensors):
+    """A short word for the content of {name: tensor}: equal content, equal word, on any device."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]

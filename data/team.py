@@ -1,0 +1,51 @@
+"""A team to keep: the greedy teams of all seeds as one program that plays with torch alone."""
+
+import io
+
+import torch
+import torch.nn as nn
+from torch.export import Dim
+
+from data.results import save
+
+
+class Teams(nn.Module):
+    """The program: (obs (B, N, O), avail (B, N, A) if actions are discrete, memory (S, B, N, W)) -> actions, memory.
+
+    All S teams see the same B games and each says what it would do, (S, B, N) or (S, B, N, A). At a game's start its
+    memory is 0. The buffer `start` (S, 1, N, W) has the memory's shape, for one game.
+    """
+
+    def __init__(self, act, start, modules):
+        super().__init__()
+        self.act, self.modules_of_act = act, nn.ModuleList(modules)
+        self.register_buffer("start", start)
+
+    def forward(self, obs, *rest):
+        *avail, memory = rest
+        obs, *avail = (x.expand(len(self.start), *x.shape) for x in (obs, *avail))
+        return self.act(obs, *(avail or (None,)), memory)
+
+
+@torch.no_grad()
+def save_team(path, act, obs, avail, memory, seeds, modules=()):
+    """Export a team as a program and write it whole.
+
+    Args:
+        act: (obs (S, B, N, O), avail (S, B, N, A) bool or None, memory (S, B, N, W)) -> actions (S, B, N) or
+            (S, B, N, A), memory; the greedy actions, from plain observations.
+        obs, avail: one game's (N, O) and (N, A), for their shapes; avail is None where actions are continuous.
+        memory: W, how many numbers an agent keeps from step to step.
+        seeds: S.
+        modules: the networks in it.
+    """
+    games = 3  # an example; any number of games will do
+    N, device = len(obs), obs.device
+    start = torch.zeros(seeds, 1, N, memory, device=device, dtype=torch.get_default_dtype())
+    inputs = [x.expand(games, *x.shape) for x in (obs, avail) if x is not None] + [start.expand(-1, games, -1, -1)]
+    batch = tuple({0: Dim.DYNAMIC} for _ in inputs[:-1]) + ({1: Dim.DYNAMIC},)
+    inputs = tuple(x.clone() for x in inputs)
+    program = torch.export.export(Teams(act, start, modules), inputs, dynamic_shapes=(batch[0], batch[1:]))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    save(path, buffer.getvalue())
