@@ -22,17 +22,14 @@ import functools
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
@@ -42,12 +39,12 @@ from data.arguments import MISFITS, check_numbers, choose_device, parse, saved_a
 from data.checkpoints import (  # noqa: F401
     fingerprint, of_another_run, read_checkpoint, read_model, restore, save_checkpoint, snapshot,
 )  # fmt: skip
+from data.folder import device_name, provenance, refuse_taken, slug, take_folder  # noqa: F401
 from data.results import (  # noqa: F401
     draw_curves, over_seeds, save, save_csv, save_figure, save_json, save_tensors, table_text,
 )  # fmt: skip
 from data.team import save_team
 
-FILES = ("config.json", "checkpoint.pt", "metrics.csv", "summary.json")  # a folder with one of these is not empty
 MAY_CHANGE = {"resume", "out_dir", "device", "threads", "compile", "track"}  # what `--resume` lets a user change
 NO_MEMORY = re.compile("allocate memory|out of memory|bad_alloc|overflow|Storage size|numel", re.I)  # RuntimeErrors
 owned = None  # the folder of the run in this process, once it has taken one
@@ -139,10 +136,11 @@ class Run:
             ValueError: another run has taken the folder, or the checkpoint is of another run.
             OSError: the folder cannot be written.
         """
+        global owned
         self.act, self.table, self.parts = act, table, parts
         self.step, self.rows, self.seconds, self.timed = 0, [], 0.0, 0
         if self.folder is None:
-            self.folder = take_folder(self.script, self.args, self.device, self.subject)
+            self.folder = owned = take_folder(self.script, self.args, self.device, self.subject)
             self.began -= self.saved["wall"] if self.saved else 0
         if not self.reached(act):
             return False
@@ -365,63 +363,6 @@ def game_options(args):
         like = '{"N": 3}'
         raise ValueError(f"--env-kwargs must be a JSON object such as '{like}', not {args.env_kwargs[:80]!r}") from None
     return options | ({"team_reward": args.team_reward} if ":" in args.env else {})
-
-
-# ---------------------------------------------------------------- the folder
-def refuse_taken(folder):
-    """Raise ValueError if the folder holds a run, or what a run would overwrite, or cannot be made."""
-    home = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (home.is_dir() and os.access(home, os.W_OK)):
-        raise ValueError(f"{folder} cannot be made or written to: change --out-dir")
-    for file in FILES:
-        if (folder / file).exists():
-            found = "run already: --resume goes on with it" if file == "config.json" else f"{file} of another kind"
-            raise ValueError(f"{folder} holds a {found}; else delete it or change --out-dir")
-
-
-def take_folder(script, args, device, subject):
-    """Make the run's folder with its `config.json`, or the one to resume ours; returns its path.
-
-    Without `--out-dir` it is a new one, `runs/SCRIPT/SUBJECT-TIME`. Of two runs that want one folder, one gets it.
-    """
-    global owned
-    if not args.resume:
-        name, again = f"runs/{script}/{subject}-{time.strftime('%Y%m%d-%H%M%S')}", itertools.count(1)
-        folder = Path(args.out_dir or name)
-        while not args.out_dir:  # a folder that no run beside this one has taken
-            try:
-                folder.mkdir(parents=True)
-                args.out_dir = str(folder)
-            except FileExistsError:
-                folder = Path(f"{name}-{next(again)}")
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"script": script, "args": asdict(args)} | provenance(device)
-        save_json(folder / "config.json", content, new=True)
-    owned = Path(args.out_dir)
-    for part in owned.glob("*.part") if args.resume else ():  # left by a kill in the middle of writing
-        part.unlink(missing_ok=True)
-    return owned
-
-
-def provenance(device):
-    """What produced a result besides its arguments: the git commit ("unknown" outside a clone), versions, device."""
-    try:
-        words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git
-        commit = ""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {"git_commit": commit or "unknown", "versions": versions, "device": device_name(device)}
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-
-
-def slug(*words):
-    """A folder name of the words that are not empty; of a path its last part."""
-    words = [Path(word).stem if "/" in word or word.endswith((".h5", ".hdf5")) else word for word in words]
-    return "-".join(re.sub(r"[^\w.-]+", "_", word).strip("_")[:60] for word in words if word)
 
 
 def start_tracking(script, args):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, complains
 
-from data import results, runs
+from data import folder, results, runs
 
 TOY = '''"""A toy that keeps a run like any other script."""
 
@@ -634,7 +634,7 @@ def test_a_folder_that_cannot_be_made_is_seen_at_once(toy, tmp_path):
 
 def test_runs_without_a_folder_get_new_ones(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs.time, "strftime", lambda _: "now")
+    monkeypatch.setattr(folder.time, "strftime", lambda _: "now")
     folders = []
     for _ in range(3):
         run = runs.Run("toy", toy.Args(task="a/b c.h5"))
