@@ -291,7 +291,6 @@ def evaluate(policies, encode, args, step, episodes, device):
     if not episodes:
         return {}
     S, N, A, found = args.num_seeds, policies.N, policies.A, {}
-    game = runs.game(args, S * episodes, device)
     generators = [runs.stream(args.seed + s, 10 + step, device) for s in range(S)]
 
     def answer(obs, info, sampled):
@@ -301,16 +300,12 @@ def evaluate(policies, encode, args, step, episodes, device):
             clocks = torch.stack([blank.exponential_(generator=g).clone() for g in generators])
         return act(policies, encode, obs, avail, None, clocks)[0].flatten(0, 1), sampled
 
-    try:
+    with runs.evaluation(args, S * episodes, device, step) as game:
         for sampled in (False, True)[: 1 + policies.discrete]:
             played = play(game, answer, sampled, step)
             for name, score in (("return", played.returns), ("win_rate", played.won)):
                 if score is not None:
                     found["sampled_" * sampled + name] = score.view(S, episodes).double()
-    except FloatingPointError as error:
-        raise FloatingPointError(f"in the evaluation after {step} updates, {error}") from None
-    finally:
-        game.close()
     return found
 
 
@@ -336,8 +331,8 @@ def main(args):
             logs = learn(policies, adam, data, draw_rows(generators, data, args), args)
 
     scores = evaluate(policies, encode, args, args.steps, 10 * args.eval_episodes, device)
-    seen = dataset.obs[0, 0], None if dataset.avail_actions is None else dataset.avail_actions[0, 0]
-    run.keep_team(lambda *seen: act(policies, encode, *seen), *seen, 0, policies)
+    views, actions = dataset.obs.shape[2:], policies.A * policies.discrete
+    run.keep_team(lambda *seen: act(policies, encode, *seen), views, actions, 0, policies)
     return run.finish("BC", scores, dataset, run.best)
 
 

@@ -17,6 +17,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium
 import h5py
@@ -299,7 +300,7 @@ def _battles(task, name, episodes, seed):
                 parts.append(record(game, lambda t, obs, info: play(t, obs, info, generator), 1000 * seed + block))
                 bar.update(game.num_envs)
                 block += 1
-    return _concatenate(parts), ", ".join(said)
+    return concatenate(parts), ", ".join(said)
 
 
 def _bodies(env, task, name, episodes, seed):
@@ -316,7 +317,7 @@ def _bodies(env, task, name, episodes, seed):
                 more.setdefault("bends", {})[team] = {"mean sin θ2": round(float(bend.mean()), 4), "left out": left_out}
     how = f"most likely actions + N(0, {NOISE[env]}^2), clipped" if env in NOISE else "sampled actions, clipped"
     how = "uniformly random actions" if name == "random" else how
-    dataset = _concatenate(parts)
+    dataset = concatenate(parts)
     dataset.info |= more
     return dataset, f"{', '.join(said)}; {how}"
 
@@ -484,7 +485,7 @@ def read_behaviour(path, env="smac"):
     return play if spread is None else play_continuous, about
 
 
-def _concatenate(parts):
+def concatenate(parts):
     """Datasets of the same task, one after the other, padded to the longest episode of all."""
     longest, fields = max(part.mask.shape[1] for part in parts), {}
     for name in TENSORS:
@@ -547,29 +548,42 @@ def _bridge_optimal(episodes, limit, generator):
 
 @dataclass
 class Args:
-    env: str = "bridge"  # the environment: bridge, matrix, smac, halfcheetah, reacher or ant
+    env: str = "bridge"  # the environment, one of ours or package.module:factory
     task: str = ""  # its task: a map of smac, a body's views; for matrix also a payoff table as JSON
     dataset: str = ""  # the behaviour, by default the task's last; for matrix also probabilities as JSON
+    team: str = ""  # who plays in place of a named behaviour: random, or the folder of a run
+    noise: float = 0.0  # with --team: the share of random actions, or the deviation of what is added to continuous ones
+    env_kwargs: str = ""  # with --team: more for the environment, as JSON
+    team_reward: Literal["sum", "mean"] = "sum"  # of the agents' rewards, in an environment that is not ours
     episodes: int = 0  # how many episodes; 0 for the default
     seed: int = 0  # of the behaviour
     out: Path = Path("dataset.h5")  # the HDF5 file to write
 
 
 def main(args):
-    dataset = collect_dataset(
-        args.env, args.task, args.dataset or names(args.env, args.task)[-1], args.seed, args.episodes
-    )
+    from data import runs
+    from data.recorder import record_team
+
+    if args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, not {args.seed}")
+    options = runs.game_options(args)
+    if args.team or ":" in args.env:
+        team, episodes = args.team or "random", args.episodes or 500
+        dataset = record_team(args.env, args.task, team, episodes, args.seed, args.noise, options)
+    else:
+        name = args.dataset or names(args.env, args.task)[-1]
+        dataset = collect_dataset(args.env, args.task, name, args.seed, args.episodes)
     write(dataset, args.out)
-    print(f"{args.out}: {len(dataset.returns)} episodes, mean return {dataset.returns.mean():.4f}")
+    runs.say(f"{args.out}: {len(dataset.returns)} episodes, mean return {dataset.returns.mean():.4f}")
+
+
+def parse():
+    import tyro
+
+    return tyro.cli(Args, description=__doc__.splitlines()[0])
 
 
 if __name__ == "__main__":
-    import tyro
+    from data import runs
 
-    try:
-        main(tyro.cli(Args, description=__doc__.splitlines()[0]))
-    except KeyboardInterrupt:
-        print("interrupted: no file was written", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    runs.launch(main, parse)

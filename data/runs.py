@@ -11,13 +11,14 @@ A script's `main` holds the loop and learns; a `Run` keeps what must not get los
             run.record(logs, evaluate(...))                # a row of metrics.csv a seed, the checkpoint, a line
         if step < args.steps:
             logs = update(...)
-    run.keep_team(act, obs, avail, memory)                 # team.pt2, the greedy team
+    run.keep_team(act, (N, O), A, 0, policies)             # team.pt2, the greedy team
     run.finish("InSPO", evaluate(...), dataset)            # summary.json, the pictures, the table
 
     if __name__ == "__main__":
         runs.launch(main, parse)                           # one line and an exit code for whatever goes wrong
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -240,9 +241,9 @@ class Run:
             self.seconds += now - self.since - (compiled - self.compiled)
         self.since, self.compiled = now, compiled
 
-    def keep_team(self, act, obs, avail, memory, *modules):
+    def keep_team(self, act, views, actions, memory, *modules):
         """Write team.pt2, the greedy teams of all seeds as one program; see `data.team.save_team` for the arguments."""
-        save_team(self.folder / "team.pt2", act, obs, avail, memory, len(self.seeds), modules)
+        save_team(self.folder / "team.pt2", act, views, actions, memory, len(self.seeds), modules, self.device)
 
     def finish(self, method, scores, dataset=None, best=None, others=None, figures=None, xlabel="updates", **more):
         """Write summary.json and the pictures, then print the table; returns the summary.
@@ -351,6 +352,18 @@ def say(text):
 def game(args, num_envs=1, device="cpu", **options):
     """B games of what a run is about; raises ValueError as `envs.make` does."""
     return envs.make(args.env, args.task, num_envs, device, **game_options(args), **options)
+
+
+@contextlib.contextmanager
+def evaluation(args, num_envs, device, step, **options):
+    """The games of an evaluation after so many updates; at the end they are closed, and an error says when it was."""
+    games = game(args, num_envs, device, **options)
+    try:
+        yield games
+    except FloatingPointError as error:
+        raise FloatingPointError(f"in the evaluation after {step} updates, {error}") from None
+    finally:
+        games.close()
 
 
 def game_options(args):

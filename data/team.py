@@ -28,24 +28,25 @@ class Teams(nn.Module):
 
 
 @torch.no_grad()
-def save_team(path, act, obs, avail, memory, seeds, modules=()):
+def save_team(path, act, views, actions, memory, seeds, modules, device):
     """Export a team as a program and write it whole.
 
     Args:
         act: (obs (S, B, N, O), avail (S, B, N, A) bool or None, memory (S, B, N, W)) -> actions (S, B, N) or
             (S, B, N, A), memory; the greedy actions, from plain observations.
-        obs, avail: one game's (N, O) and (N, A), for their shapes; avail is None where actions are continuous.
+        views: N and O.
+        actions: A, or 0 where actions are continuous and nothing says which are available.
         memory: W, how many numbers an agent keeps from step to step.
         seeds: S.
         modules: the networks in it.
     """
-    games = 3  # an example; any number of games will do
-    N, device = len(obs), obs.device
+    games, N = 3, views[0]  # an example; any number of games will do
     start = torch.zeros(seeds, 1, N, memory, device=device, dtype=torch.get_default_dtype())
-    inputs = [x.expand(games, *x.shape) for x in (obs, avail) if x is not None] + [start.expand(-1, games, -1, -1)]
-    batch = tuple({0: Dim.DYNAMIC} for _ in inputs[:-1]) + ({1: Dim.DYNAMIC},)
-    inputs = tuple(x.clone() for x in inputs)
-    program = torch.export.export(Teams(act, start, modules), inputs, dynamic_shapes=(batch[0], batch[1:]))
+    seen = [torch.zeros(games, *views, device=device)]
+    seen += [torch.ones(games, N, actions, dtype=torch.bool, device=device)] if actions else []
+    rest = (*seen[1:], start.repeat(1, games, 1, 1))
+    shapes = {0: Dim.DYNAMIC}, (*({0: Dim.DYNAMIC} for _ in seen[1:]), {1: Dim.DYNAMIC})
+    program = torch.export.export(Teams(act, start, modules), (seen[0], *rest), dynamic_shapes=shapes)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     save(path, buffer.getvalue())
