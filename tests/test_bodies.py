@@ -274,7 +274,7 @@ def test_a_fallen_ant_terminates_its_episode(teams, monkeypatch):
     made = data.collect.envs.make
     monkeypatch.setattr(envs, "make", lambda *a, **k: made(*a, **k, time_limit=400))
     parts, *_ = play_body("ant", "partial", "random", 6, seed=1)
-    found = data.collect._concatenate(parts).check()
+    found = data.collect.concatenate(parts).check()
     fell = found.terminated.any(1)
     assert fell.any() and torch.equal(fell, ~found.truncated)
     last = found.lengths - 1
