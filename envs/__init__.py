@@ -19,6 +19,7 @@ There is no autoreset: a finished game stays put, pays 0, and starts again with
 """
 
 from envs.bridge import Bridge
+from envs.foreign import make_foreign
 from envs.mamujoco import VIEWS, MultiAgentMujoco
 from envs.matrix import MATRIX_TASKS, MatrixGame
 from envs.smac import MAPS, Smac
@@ -32,15 +33,18 @@ def make(env, task="", num_envs=1, device="cpu", **options):
     """Make B = `num_envs` games of one task.
 
     Args:
-        env: a key of `TASKS`.
+        env: a key of `TASKS`, or "package.module:factory" for a game that is not ours (see envs/foreign.py).
         task: one of `TASKS[env]`; for "matrix" also a payoff table written as JSON, such as "[[1, 0], [0, 2]]".
         options: passed on to the environment, such as `time_limit=20` for Bridge; for "smac" also `backend="sc2"`,
             the real StarCraft II in place of our simulator (see `envs/sc2.py`).
     Raises:
         ValueError: an unknown environment or task, a malformed payoff table, or no StarCraft II.
     """
+    if ":" in env:
+        return make_foreign(env, task, num_envs, device, **options)
     if env not in TASKS:
-        raise ValueError(f"unknown environment {env!r}: choose one of {', '.join(TASKS)}")
+        names = ", ".join(TASKS)
+        raise ValueError(f"unknown environment {env!r}: choose one of {names}, or package.module:factory")
     if env == "matrix":
         return MatrixGame(task or TASKS[env][0], num_envs, device, **options)
     if env == "smac":
