@@ -21,53 +21,38 @@ Commands, and the return you should see (last policy; one CPU core of a small se
       98 % of battles won greedily (return 19.8), 70 % by sampling (16.4), and still rising
   python algorithms/mappo.py --env smac --task 5m_vs_6m --steps 2000000                 4.5 minutes of CPU time, one
       seed: 94 % won greedily (19.4), 92 % by sampling (19.3), where no script wins a battle
-  python algorithms/mappo.py --env smac --task 3s_vs_5z --recall 4 --num-envs 128 --epochs 10 --lr 1e-3 --gamma 0.97
-      --gae-lambda 0.97 --steps 2097152 --eval-every 131072 --eval-episodes 32     10 minutes of CPU time, one seed:
-      all battles won, return 21.8; with the defaults (and 64 games) it stood at 12, no battle won, after 2.3 million.
-      6h_vs_8z with the same flags and --steps 4063232: 80 % won greedily (19.1), 59 % by sampling (18.0)
   python algorithms/mappo.py --env bridge --steps 500000 --num-seeds 3    71 s of CPU time: greedy -1.2433 (2 of 3
       seeds reach the best possible, -1.2355), sampled -1.2500
-  python algorithms/mappo.py --env ant --num-envs 64 --normalize --lr 3e-4 --epochs 10 --entropy 0 --steps 4587520
-      --eval-every 131072 --eval-episodes 4     30 minutes of CPU time, one seed: 3,771 by sampling (4 games)
-  python algorithms/mappo.py --env matrix --task m-ne --num-seeds 10 --steps 100000 --num-envs 32 --rollout 8
-      20, the best, in 10 of 10 seeds; xor 1, the best; but climbing 7 of 11, and penalty 2 of 10: where a mistake of
-      one agent is dear, both settle for what is safe
+algorithms/README.md has those of harder battles, the ant and matrix games, and the reasons for the choices below.
 
 In your own loop (this file alone will do; `Rollout` says what the tensors are):
   import torch, mappo
   S, L, B, N, A = 2, 8, 32, 2, 3                                   # seeds, steps, games, agents, actions
   args, generators = mappo.Args(hidden=32, lr=5e-3), [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = mappo.Team(N, A, 4, 6, True, args, generators)            # views of 4 entries, states of 6
-  adam, last, avail = mappo.optimizer(team, args), torch.zeros(S, B, N, A), torch.ones(S, B, N, A).bool()
+  adam, last, avail = mappo.Adam(team.parameters(), args.lr), torch.zeros(S, B, N, A), torch.ones(S, B, N, A).bool()
   for iteration in range(20):
       noise, steps = team.actor.noise(generators, L, B, N), []
       for t in range(L):                                           # who agrees earns 1; a game ends by its clock
           obs, state, after = torch.rand(S, B, N, 4), torch.rand(S, B, 6), torch.rand(S, B, 6)
-          x, action, log_prob = mappo.act(team.actor, obs, last, avail, noise[:, t])
+          x, action, log_prob, last = mappo.act(team.actor, obs, last, avail, noise[:, t])
           reward, over = (action[..., 0] == action[..., 1]).float(), torch.rand(S, B) < 0.2
-          last = mappo.remember(team.actor, last, action, over)    # in your games, start those that are over anew
+          last = last * ~over[..., None, None]                     # in your games, start those that are over anew
           steps.append((x, avail, action, log_prob, state, after, reward, torch.zeros_like(over), over))
       rollout = mappo.Rollout(*(torch.stack(each, 1) for each in zip(*steps)))
       logs = mappo.update(team, adam, rollout, mappo.draw_orders(generators, L * B, args), args)
 
 Differences from the authors' code, and choices made here:
-  1. The networks have no recurrence. An agent's input is its view, its own last action (--recall: its last few, from
-     which it can tell when its weapon is ready) and its number.
+  1. No recurrence: an agent's input is its view, its own last action (--recall: its last few) and its number.
   2. The critic sees the state once for the whole team, not once for each agent with that agent's features.
-  3. The value loss is not clipped: the Huber loss with delta 10 on normalised returns is the authors' other safeguard.
+  3. The value loss is not clipped: the Huber loss on normalised returns is the authors' other safeguard.
   4. Dead agents, who may only play action 0, count in no mean of the policy's loss or of the advantages.
   5. A time limit is not the end of the game: the return beyond it is taken from the critic, at the last state seen.
-  6. --normalize feeds views and states in units of their running mean and spread, as the authors do; only bodies, whose
-     entries differ by orders of magnitude, need it.
-  7. 256 games at once and 64 steps of each make a rollout: few large batches suit a simulator made of tensors.
-  8. Continuous actions are normal with mean tanh(.), so that the mean is always an action that can be played, and a
-     spread that does not depend on the view. A sample outside [-1, 1] is clipped when played; rho uses the sample.
-  9. Every evaluation restarts the games, so that a resumed run needs no record of the simulator's inside. A game that
-     was under way is cut off there, as at the end of any rollout.
- 10. With --compile the environment's steps and resets are graphs too (not the bodies'). On a CPU that is 1.7 times as
-     fast, after a minute or two of compiling, once on each machine; battles then differ from others by rounding.
-
-Seeds differ in all that is random here, but play in one environment: where it is random itself, what it draws for a
+  6. --normalize feeds views and states in units of their running mean and spread, as the authors do; bodies need it.
+  7. Continuous actions are normal with mean tanh(.) and a spread that does not depend on the view. A sample outside
+     [-1, 1] is clipped when played; rho uses the sample.
+  8. Every evaluation restarts the games, so that a resumed run needs no record of the simulator's inside.
+Seeds differ in all that is random here, but play in one environment: where that is random itself, what it draws for a
 seed depends on which seeds run beside it.
 
 Shapes: S seeds, B games of each, L steps of a rollout, M = L B, N agents, A actions (or the size of an agent's action),
@@ -95,7 +80,7 @@ class Args:
     # --- what to learn
     env: str = "smac"  # the environment
     task: str = ""  # its task; by default the environment's first
-    options: str = ""  # more for the environment, as JSON: '{"limits": {"joint1": [0, 3]}}' turns a joint no further
+    env_kwargs: str = ""  # more for the environment, as JSON: '{"limits": {"joint1": [0, 3]}}' turns a joint no further
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 1  # how many seeds train, all at once
@@ -104,7 +89,7 @@ class Args:
     eval_episodes: int = 64  # games per seed and evaluation, each played greedily and by sampling
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # CPU threads; networks this small gain little from more, and lose much on a busy machine
-    compile: bool = torch.cuda.is_available()  # compile play and update with torch.compile
+    compile: bool = torch.cuda.is_available()  # compile play, update and, except bodies, the environment
     out_dir: str = ""  # the run's folder; by default a new one in runs/mappo
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
@@ -125,7 +110,6 @@ class Args:
     hidden: int = 128  # units per hidden layer
     layers: int = 2  # hidden layers
     lr: float = 5e-4  # Adam's step size
-    lr_decay: bool = False  # let the step size fall linearly to 0
     max_grad_norm: float = 10.0  # longest gradient of one seed's actor or critic
     huber: float = 10.0  # the critic's errors beyond this many standard deviations count linearly
 
@@ -195,8 +179,12 @@ class Scale(nn.Module):
         self.register_buffer("mean", torch.zeros(seeds, 1, inputs))
         self.register_buffer("var", torch.ones(seeds, 1, inputs))
 
+    @property
+    def std(self):
+        return self.var.clamp(min=1e-4).sqrt()  # (S, 1, inputs)
+
     def forward(self, x):
-        return (x - self.mean) / self.var.clamp(min=1e-4).sqrt() if self.on else x  # (S, B, inputs)
+        return (x - self.mean) / self.std if self.on else x  # (S, B, inputs)
 
     def watch(self, x):
         """Take x (S, B, inputs) into the mean and the variance."""
@@ -239,26 +227,25 @@ class Actor(nn.Module):
         return log_density.sum(-1), (log_std + 0.5 + HALF_LOG_2PI).sum(-1)
 
     def noise(self, generators, *shape):
-        """What `sample` needs to be random, (S, *shape, A); each seed's from its own generator."""
-        blank = (torch.empty(*shape, self.outputs, device=g.device) for g in generators)
-        if self.discrete:
-            return torch.stack([x.exponential_(generator=g) for x, g in zip(blank, generators)]).clamp(min=1e-30)
-        return torch.stack([x.normal_(generator=g) for x, g in zip(blank, generators)])
+        """What makes `sample` random, (S, *shape, A): Gumbel or normal noise, each seed's from its own generator."""
+        draw = torch.Tensor.exponential_ if self.discrete else torch.Tensor.normal_
+        noise = torch.stack([draw(torch.empty(*shape, self.outputs, device=g.device), generator=g) for g in generators])
+        return -noise.clamp(min=1e-30).log() if self.discrete else noise
 
     def sample(self, out, noise):
-        """Actions drawn from the policy, (S, B, N) or (S, B, N, A); without noise (None) its most likely ones."""
-        if self.discrete:  # which exponential clock rings first is a draw from pi
-            return (out if noise is None else out - noise.log()).argmax(-1)
-        return out if noise is None else out + self.log_std[:, None].exp() * noise
+        """Actions drawn from the policy, (S, B, N) or (S, B, N, A); where the noise is 0, its most likely ones."""
+        if self.discrete:  # where log pi and Gumbel noise have their largest sum is a draw from pi
+            return (out + noise).argmax(-1)
+        return out + self.log_std[:, None].exp() * noise
 
 
 class Team(nn.Module):
     """All that S teams learn, and the running mean and spread of the returns that each critic predicts."""
 
-    def __init__(self, num_agents, num_actions, obs_dim, state_dim, discrete, args, generators):
+    def __init__(self, N, A, obs_dim, state_dim, discrete, args, generators):
         super().__init__()
-        N, A, S = num_agents, num_actions, len(generators)
-        self.actor = Actor(obs_dim + args.recall * A * discrete + N, A, discrete, args, generators)
+        S, inputs = len(generators), obs_dim + args.recall * A * discrete + N
+        self.actor = Actor(inputs, A, discrete, args, generators)
         self.critic = nn.Sequential(Scale(state_dim, S, args.normalize), *mlp(state_dim, 1, 1.0, args, generators))
         self.register_buffer("moments", torch.zeros(3, S, 1))  # decaying means of 1, R and R^2, which begin at 0
 
@@ -287,27 +274,22 @@ def look(obs, last):
 
 @torch.no_grad()
 def act(actor, obs, last, avail, noise):
-    """A step of play: inputs x (S, B, N, I), actions drawn by `noise` (S, B, N, A), their log-probability (S, B, N)."""
+    """A step of play, with `noise` (S, B, N, A) or, if it is 0, greedily.
+
+    Returns the inputs x (S, B, N, I), the actions, their log-probability (S, B, N), and everybody's last actions as
+    one-hot vectors (S, B, N, recall A), the newest first.
+    """
     x = look(obs, last)
     out = actor(x, avail)
     action = actor.sample(out, noise)
-    return x, action, actor.log_prob(out, action)[0]
-
-
-def remember(actor, last, action, over):
-    """Everybody's last actions as one-hot vectors (S, B, N, recall A), the newest first; none where `over` (S, B)."""
-    if not actor.discrete:
-        return last  # (S, B, N, 0)
-    newest = F.one_hot(action, actor.outputs).to(last.dtype)
-    return torch.cat([newest, last], -1)[..., : last.shape[-1]] * ~over[..., None, None]
+    if actor.discrete:  # otherwise they are (S, B, N, 0)
+        last = torch.cat([F.one_hot(action, actor.outputs).to(last.dtype), last], -1)[..., : last.shape[-1]]
+    return x, action, actor.log_prob(out, action)[0], last
 
 
 # ---------------------------------------------------------------- estimates
 def gae(reward, terminated, truncated, value, next_value, gamma, lam):
-    """The advantages A_t of generalised advantage estimation; all are (S, L, B).
-
-    next_value[:, t] is V of the state in which step t ended, before any restart.
-    """
+    """The advantages A_t, all (S, L, B); next_value[:, t] is V of the state in which step t ended, before a restart."""
     delta = reward + gamma * next_value * ~terminated - value
     carry = gamma * lam * ~(terminated | truncated)
     advantage, later = torch.empty_like(delta), torch.zeros_like(delta[:, 0])
@@ -357,9 +339,9 @@ class Adam(nn.Module):
     The arithmetic is torch's: on a CPU fused, elsewhere and in a graph op by op, for the compiler to fuse.
     """
 
-    def __init__(self, parameters, lr, eps=1e-8):
+    def __init__(self, parameters, lr):
         super().__init__()
-        self.moved, self.eps = list(parameters), eps
+        self.moved = list(parameters)
         self.means, self.squares = (nn.ParameterList(map(torch.zeros_like, self.moved)) for _ in range(2))
         self.counts = nn.ParameterList(p.new_zeros((), dtype=torch.float64) for p in self.moved)
         self.requires_grad_(False)
@@ -370,13 +352,8 @@ class Adam(nn.Module):
         fused = self.lr.device.type == "cpu" and not torch.compiler.is_compiling()
         state = (list(each) for each in (self.means, self.squares, (), self.counts))
         how = dict(fused=fused, foreach=not fused, capturable=not fused, amsgrad=False, maximize=False)
-        how |= dict(lr=self.lr, beta1=0.9, beta2=0.999, eps=self.eps, weight_decay=0.0)
+        how |= dict(lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-5, weight_decay=0.0)  # eps is the authors'
         adam_step(self.moved, list(gradients), *state, **how)
-
-
-def optimizer(team, args):
-    """The `Adam` of all that a team learns."""
-    return Adam(team.parameters(), args.lr, eps=1e-5)
 
 
 def limit_norm(gradients, longest):
@@ -387,8 +364,7 @@ def limit_norm(gradients, longest):
 
 
 def minibatch(team, adam, batch, pick, args):
-    """One gradient step of all seeds on the steps `pick` (S, m) of the batch; returns diagnostics, a dictionary of
-    (S,) tensors."""
+    """One gradient step of all seeds on the steps `pick` (S, m) of the batch; returns diagnostics, {name: (S,)}."""
     seed = torch.arange(len(pick), device=pick.device)[:, None]
     part = Batch(*(each[seed, pick] for each in batch))
     policy_loss, value_loss, entropy, kl = ppo_loss(team.actor, team.critic, part, args.clip, args.huber)
@@ -402,9 +378,7 @@ def minibatch(team, adam, batch, pick, args):
 
 def update(team, adam, rollout, orders, args, estimate=estimate, minibatch=minibatch):
     """Learn from a rollout, in minibatches, in these orders (epochs, S, M); returns the diagnostics of the last one.
-
-    `estimate` and `minibatch` can be given in compiled form.
-    """
+    `estimate` and `minibatch` can be given in compiled form."""
     batch = estimate(team, rollout, args)
     for order in orders:
         for pick in order.chunk(args.minibatches, 1):
@@ -419,13 +393,8 @@ def update(team, adam, rollout, orders, args, estimate=estimate, minibatch=minib
 HOME = Path(__file__).resolve().parents[1]
 if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists():  # not if this file was copied alone
     sys.path.insert(0, str(HOME))
-    import io
-    import json
-
-    import numpy as np
-
     import envs
-    from data import runs
+    from data import behaviours, runs
     from envs.play import play
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
@@ -440,38 +409,35 @@ class Games:
     """B games of each seed in one environment, and what the actors see of them."""
 
     def __init__(self, args, num_envs, device):
-        options = json.loads(args.options or "{}")
-        try:
-            self.env = envs.make(args.env, args.task, num_envs=args.num_seeds * num_envs, device=device, **options)
-        except TypeError as error:
-            raise ValueError(f"{args.env} does not take --options {args.options}: {error}") from None
         self.shape, self.recall = (args.num_seeds, num_envs), args.recall
+        self.env = env = runs.game(args, args.num_seeds * num_envs, device)
         self.restart(0)
-        self.discrete = self.avail.shape[-1] > 0
+        discrete = self.avail.shape[-1] > 0
+        self.sizes = env.num_agents, env.num_actions, env.obs_dim, env.state_dim, discrete  # as a `Team` takes them
+
+    def see(self, obs, info):
+        """Take in what the environment gives, with an axis for the seeds: obs (S, B, N, O), state (S, B, D), avail
+        (S, B, N, A), or (S, B, N, 0) where actions are continuous."""
+        seen = obs, info["state"], info.get("avail_actions", obs[..., :0].bool())
+        obs, state, self.avail = (x.unflatten(0, self.shape) for x in seen)
+        self.obs, self.state = (x.to(torch.get_default_dtype()) for x in (obs, state))
 
     def restart(self, seed):
         """Start all games anew; `seed` fixes all that the environment draws until the next restart."""
-        self.obs, self.state, self.avail = self.apart(*self.env.reset(seed=seed % 2**31))
-        # Everybody's last actions as one-hot vectors, the newest first: (S, B, N, recall A).
+        self.see(*self.env.reset(seed=seed % 2**31))
         self.last = self.obs.new_zeros(*self.obs.shape[:3], self.recall * self.avail.shape[-1])
 
     def restart_finished(self, over):
-        """Start the games `over` (S, B) anew."""
-        if over.device.type == "cpu" and not over.any():  # on a GPU to ask would be to wait
-            return
-        self.obs, self.state, self.avail = self.apart(*self.env.reset(options={"reset_mask": over.flatten()}))
+        """Start the games `over` (S, B) anew, without last actions."""
+        if over.device.type != "cpu" or over.any():  # on a GPU to ask would be to wait
+            self.see(*self.env.reset(options={"reset_mask": over.flatten()}))
+            self.last = self.last * ~over[..., None, None]
 
     def step(self, action):
         """Play actions (S, B, N) or (S, B, N, A); returns reward, terminated and truncated, each (S, B)."""
         obs, reward, terminated, truncated, info = self.env.step(together(action))
-        self.obs, self.state, self.avail = self.apart(obs, info)
+        self.see(obs, info)
         return (x.unflatten(0, self.shape) for x in (reward.to(self.obs.dtype), terminated, truncated))
-
-    def apart(self, obs, info):
-        """What an environment gives, with an axis for the seeds: obs (S, B, N, O), state (S, B, D), avail (S, B, N, A),
-        or (S, B, N, 0) where actions are continuous."""
-        dtype, avail = torch.get_default_dtype(), info.get("avail_actions", obs[..., :0].bool())
-        return (x.unflatten(0, self.shape) for x in (obs.to(dtype), info["state"].to(dtype), avail))
 
 
 def together(action):
@@ -480,23 +446,16 @@ def together(action):
     return action.clamp(-1, 1).float() if action.is_floating_point() else action
 
 
-def make_team(games, args, generators):
-    env = games.env
-    return Team(env.num_agents, env.num_actions, env.obs_dim, env.state_dim, games.discrete, args, generators)
-
-
 @torch.no_grad()
-def roll_out(games, team, generators, args, act=act, remember=remember):
-    """Go on with all games for L steps: a `Rollout`. `act` and `remember` can be given in compiled form."""
-    noise, steps = team.actor.noise(generators, args.rollout, games.shape[1], games.env.num_agents), []
+def roll_out(games, team, generators, args, act=act):
+    """Go on with all games for L steps: a `Rollout`. `act` can be given in compiled form."""
+    noise, steps = team.actor.noise(generators, args.rollout, *games.obs.shape[1:3]), []
     for t in range(args.rollout):
         avail, state = games.avail, games.state
-        x, action, log_prob = act(team.actor, games.obs, games.last, avail, noise[:, t])
+        x, action, log_prob, games.last = act(team.actor, games.obs, games.last, avail, noise[:, t])
         reward, terminated, truncated = games.step(action)
         steps.append((x, avail, action, log_prob, state, games.state, reward, terminated, truncated))
-        over = terminated | truncated
-        games.restart_finished(over)
-        games.last = remember(team.actor, games.last, action, over)
+        games.restart_finished(terminated | truncated)
     return Rollout(*(torch.stack(each, 1) for each in zip(*steps)))
 
 
@@ -508,67 +467,19 @@ def evaluate(team, args, step, episodes, device):
     """
     S, E, games = args.num_seeds, episodes, Games(args, 2 * episodes, device)
     generators = [runs.stream(args.seed + s, 10 + step, device) for s in range(S)]
-    nobody = torch.zeros(games.shape, dtype=torch.bool, device=device)
 
-    def act(obs, info, last):
-        obs, _, avail = games.apart(obs, info)
-        out, noise = team.actor(look(obs, last), avail), team.actor.noise(generators, E, games.env.num_agents)
-        action = torch.cat([team.actor.sample(out[:, :E], None), team.actor.sample(out[:, E:], noise)], 1)
-        return together(action), remember(team.actor, last, action, nobody)
+    def answer(obs, info, last):
+        games.see(obs, info)
+        noise = team.actor.noise(generators, E, obs.shape[1])
+        noise = torch.cat([torch.zeros_like(noise), noise], 1)  # half of the games are played greedily
+        _, action, _, last = act(team.actor, games.obs, last, games.avail, noise)
+        return together(action), last
 
-    played = play(games.env, act, games.last, step % 2**31)
+    played = play(games.env, answer, games.last, step % 2**31)
     games.env.close()
     scores = {"return": played.returns, "win_rate": played.won}
     scores = {name: x.view(S, 2, E).double() for name, x in scores.items() if x is not None}
     return {name: x[:, 0] for name, x in scores.items()} | {f"sampled_{name}": x[:, 1] for name, x in scores.items()}
-
-
-def save_snapshots(run, team, scores, args):
-    """Write each seed's actor as OUT/snapshots/STEP-seedSEED.npz, with what this evaluation measured.
-
-    float16, as `x @ weight0 + bias0`, ReLU, and so on; for continuous actions tanh at the end, and `log_std`.
-    """
-    step, commit = run.step * run.stride, runs.provenance(run.device)["git_commit"]
-    (run.folder / "snapshots").mkdir(exist_ok=True)
-    layers = [layer for layer in team.actor.body if isinstance(layer, Linear)]
-    for s, seed in enumerate(run.seeds):
-        arrays = {f"weight{k}": layer.weight[s] for k, layer in enumerate(layers)}
-        arrays |= {f"bias{k}": layer.bias[s, 0] for k, layer in enumerate(layers)}
-        spread = team.actor.scale.var[s].clamp(min=1e-4).sqrt()  # the first layer takes the inputs as they are
-        arrays["bias0"] = arrays["bias0"] - (team.actor.scale.mean[s] / spread @ arrays["weight0"])[0]
-        arrays["weight0"] = arrays["weight0"] / spread.T
-        if not team.actor.discrete:
-            arrays["log_std"] = team.actor.log_std[s, 0]
-        info = {
-            "env": args.env, "task": args.task, "seed": seed, "steps": step,
-            "inputs": ["obs", "last_action", "agent_id"] if team.actor.discrete else ["obs", "agent_id"],
-            "recall": args.recall, "activation": "relu", "output": "logits" if team.actor.discrete else "tanh",
-        }  # fmt: skip
-        measured = {name: value[s].item() for name, value in scores.items()}
-        info |= {name: measured.get(name) for name in ("return", "sampled_return", "win_rate", "sampled_win_rate")}
-        info |= {"eval_episodes": args.eval_episodes, "script": "mappo", "git_commit": commit}
-        content = io.BytesIO()
-        arrays = {name: value.detach().half().cpu().numpy() for name, value in arrays.items()}
-        np.savez_compressed(content, info=np.array(json.dumps(info)), **arrays)
-        runs.save(run.folder / "snapshots" / f"{step}-seed{seed}.npz", content.getvalue())
-
-
-def choose_behaviours(rows):
-    """Which evaluations of one seed become behaviour teams: {file name: step}.
-
-    The expert is the last policy. Medium is the earlier one that wins, by sampling, most nearly half as often; where
-    the expert never wins, the one whose return has come most nearly half of the way. The replay teams are up to ten,
-    evenly spaced from the first policy to medium.
-    """
-    half = (rows[0]["sampled_return"] + rows[-1]["sampled_return"]) / 2
-    score = "sampled_return"
-    if rows[-1].get("sampled_win_rate"):
-        score, half = "sampled_win_rate", rows[-1]["sampled_win_rate"] / 2
-    medium = min(range(len(rows) - 1), key=lambda k: abs(rows[k][score] - half))
-    count = min(10, medium + 1)
-    replay = [round(k * medium / max(1, count - 1)) for k in range(count)]
-    teams = {"expert": -1, "medium": medium} | {f"replay-{k}": place for k, place in enumerate(replay)}
-    return {f"{name}.npz": rows[place]["step"] for name, place in teams.items()}
 
 
 def main(args):
@@ -579,9 +490,9 @@ def main(args):
     least = args.num_envs * games.env.time_limit
     if args.eval_every < least:  # or no game would ever reach its end
         raise ValueError(f"--eval-every restarts the games: it must be {least} or more, or --num-envs smaller")
-    team = make_team(games, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
-    adam, generators = optimizer(team, args), [runs.stream(seed, 1, device) for seed in run.seeds]
-    playing, learning = ([run.compile(f) for f in each] for each in ((act, remember), (estimate, minibatch)))
+    team = Team(*games.sizes, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
+    adam, generators = Adam(team.parameters(), args.lr), [runs.stream(seed, 1, device) for seed in run.seeds]
+    graphs = [run.compile(function) for function in (act, estimate, minibatch)]
     if args.compile and hasattr(games.env, "compile"):
         games.env.compile(run.compile)
     run.begin(team=team, adam=adam, generators=generators)
@@ -595,39 +506,26 @@ def main(args):
             scores = evaluate(team, args, iteration * size, args.eval_episodes, device)
             scores = {name: value.mean(1) for name, value in scores.items()}
             if args.save_snapshots:
-                save_snapshots(run, team, scores, args)
+                behaviours.save_snapshots(run, team.actor, scores)
             run.record(logs, scores, f"{S * size * run.speed:7.0f} steps/s")
         if iteration < iterations:
             if run.scheduled():  # the next games depend on the iteration only, so a resumed run plays the same ones
                 games.restart(1_000_003 * args.seed + iteration + 1)
-            if args.lr_decay:
-                adam.lr.fill_(args.lr * (1 - iteration / iterations))
-            rollout = roll_out(games, team, generators, args, *playing)
+            rollout = roll_out(games, team, generators, args, graphs[0])
             orders = draw_orders(generators, size, args)
-            logs = update(team, adam, rollout, orders, args, *learning)
+            logs = update(team, adam, rollout, orders, args, *graphs[1:])
 
     scores = evaluate(team, args, iterations * size, 10 * args.eval_episodes, device)
-    more = {"env_steps_per_second": S * size * run.speed}
-    summary = run.finish("MAPPO", scores, best=games.env.best_return, xlabel="environment steps", **more)
     if args.save_snapshots:
-        (run.folder / "behaviour").mkdir(exist_ok=True)
-        for name, step in choose_behaviours([row for row in run.rows if row["seed"] == args.seed]).items():
-            source = run.folder / "snapshots" / f"{step}-seed{args.seed}.npz"
-            runs.save(run.folder / "behaviour" / name, source.read_bytes())
-            runs.say(f"behaviour/{name}: the policy of seed {args.seed} after {step} steps")
-    return summary
+        behaviours.keep_behaviours(run)
+    more = {"env_steps_per_second": S * size * run.speed}
+    return run.finish("MAPPO", scores, best=games.env.best_return, xlabel="environment steps", **more)
 
 
 def parse(argv=None):
     """Read the command line; where no flag speaks, the values of the resumed run hold."""
     args = runs.parse(Args, preset, argv, __doc__)
     runs.check_numbers(args, may_be_zero="seed gamma gae_lambda entropy layers min_std", at_most_one="gamma gae_lambda")
-    try:
-        usable = isinstance(json.loads(args.options or "{}"), dict)
-    except json.JSONDecodeError:
-        usable = False
-    if not usable:
-        raise ValueError(f"--options must be a JSON dictionary, not {args.options!r}")
     if args.minibatches > args.rollout * args.num_envs:
         raise ValueError(f"--minibatches {args.minibatches} of {args.rollout * args.num_envs} steps: choose fewer")
     return args

@@ -23,7 +23,6 @@ import gymnasium
 import h5py
 import numpy as np
 import torch
-import torch.nn.functional as F
 from gymnasium.spaces import Box
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ if __name__ == "__main__":  # let `python data/collect.py` find the packages bes
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
+from data.behaviours import read_behaviour
 from data.dataset import TENSORS, Dataset, write
 from data.readers import read
 from envs.matrix import read_payoff
@@ -373,13 +373,6 @@ def play_body(env, task, team, count, seed, greedy=False, verify=True, bar=None)
     """
     play, about = (None, {}) if team in WEIGHTLESS else read_behaviour(BEHAVIOUR / env / f"{team}.npz", env)
     trained = envs.make(env, about["task"]) if about else None  # lends its views
-    if about:
-        wanted = (trained.obs_dim + trained.num_agents, trained.num_actions)
-        if about["sizes"] != wanted:
-            raise ValueError(
-                f"{BEHAVIOUR / env / team}.npz does not fit {env} {about['task']}: it has (inputs, outputs) = "
-                f"{about['sizes']}, the environment calls for {wanted}"
-            )
     sign = BENDS.get(team.rsplit("-", 1)[0], 0) if verify else 0
     parts, kept, played = [], 0, 0
     while kept < count:
@@ -422,67 +415,6 @@ def play_body(env, task, team, count, seed, greedy=False, verify=True, bar=None)
 def _select(dataset, which):
     """The episodes `which` (E,) bool of a dataset without a list of wins."""
     return Dataset(*(None if x is None else x[which] for x in (getattr(dataset, name) for name in TENSORS)))
-
-
-def read_behaviour(path, env="smac"):
-    """A team's weights as a function that draws its actions, and what is known of it.
-
-    The file is one of those that `algorithms/mappo.py --save-snapshots` writes: arrays weight0, bias0, ... of a ReLU
-    network that all agents share, and a JSON text `info`. For continuous actions the network's output, through tanh,
-    is the mean of normal actions, and `log_std` the logarithm of their spread.
-
-    Args:
-        env: the environment that the team must be for.
-    Returns:
-        A function of (step, obs (B, N, O), info, generator) that returns actions (B, N), or (B, N, A), not clipped and
-        without a generator (None) the most likely ones; and a dictionary, the file's info and the network's `sizes`.
-    Raises:
-        ValueError: there is no such file, or it is damaged or for another environment.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            about = json.loads(str(file["info"]))
-            spread = torch.tensor(file["log_std"]).float().exp() if "log_std" in file else None
-            layers = [(file[f"weight{k}"], file[f"bias{k}"]) for k in range(sum("weight" in key for key in file))]
-    except FileNotFoundError:
-        flags = f"--env {env} --task {path.parent.name if env == 'smac' else envs.TASKS[env][0]}"
-        flags += " --normalize" * (env in TEAMS)
-        raise ValueError(
-            f"no {path.stem} team for {path.parent.name} ships with the repository: train one with "
-            f"`python algorithms/mappo.py {flags} --save-snapshots` (see {BEHAVIOUR}/README.md)"
-        ) from None
-    except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
-        raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
-    if about.get("env") != env or about.get("task") not in envs.TASKS[env] or (spread is None) != (env == "smac"):
-        raise ValueError(f"{path} holds a team for {about.get('env')} {about.get('task')}, not for {env}")
-    layers = [(torch.tensor(w).float(), torch.tensor(b).float()) for w, b in layers]
-    if not all(x.isfinite().all() for layer in layers for x in layer):
-        raise ValueError(f"{path} holds weights that are not finite")
-    about["sizes"] = (layers[0][0].shape[0], layers[-1][0].shape[1])
-    last, recall = None, about.get("recall", 1)
-
-    def network(x):
-        for w, b in layers[:-1]:
-            x = F.relu(x @ w + b)
-        return x @ layers[-1][0] + layers[-1][1]
-
-    def play_continuous(t, obs, info, generator):
-        mean = network(torch.cat([obs, torch.eye(obs.shape[1]).expand(len(obs), -1, -1)], -1)).tanh()  # (B, N, A)
-        return mean if generator is None else mean + spread * torch.randn(mean.shape, generator=generator)
-
-    def play(t, obs, info, generator):
-        nonlocal last
-        avail = info["avail_actions"]  # (B, N, A)
-        B, N, A = avail.shape
-        last = torch.zeros(B, N, recall * A) if t == 0 else last  # the newest first
-        logits = network(torch.cat([obs, last, torch.eye(N).expand(B, N, N)], -1)).masked_fill(~avail, -torch.inf)
-        if generator is not None:
-            logits = logits - torch.empty_like(logits).exponential_(generator=generator).log()
-        action = logits.argmax(-1)  # with these clocks, a draw from the policy
-        last = torch.cat([F.one_hot(action, A).float(), last], -1)[..., : recall * A]
-        return action
-
-    return play if spread is None else play_continuous, about
 
 
 def concatenate(parts):

@@ -42,7 +42,7 @@ from data.checkpoints import (  # noqa: F401
 )  # fmt: skip
 from data.folder import device_name, provenance, refuse_taken, slug, take_folder  # noqa: F401
 from data.results import (  # noqa: F401
-    draw_curves, over_seeds, save, save_csv, save_figure, save_json, save_tensors, table_text,
+    draw_curves, draw_open_loop, over_seeds, save, save_csv, save_figure, save_json, save_tensors, table_text,
 )  # fmt: skip
 from data.team import save_team
 
@@ -350,8 +350,13 @@ def say(text):
 
 # ---------------------------------------------------------------- games
 def game(args, num_envs=1, device="cpu", **options):
-    """B games of what a run is about; raises ValueError as `envs.make` does."""
-    return envs.make(args.env, args.task, num_envs, device, **game_options(args), **options)
+    """B games of what a run is about; raises ValueError as `envs.make` does, or for arguments that it does not know."""
+    try:
+        return envs.make(args.env, args.task, num_envs, device, **game_options(args), **options)
+    except TypeError as error:
+        if not args.env_kwargs:
+            raise
+        raise ValueError(f"{args.env} does not take --env-kwargs {args.env_kwargs}: {error}") from None
 
 
 @contextlib.contextmanager

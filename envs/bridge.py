@@ -22,7 +22,7 @@ from gymnasium.vector import VectorEnv
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 
-from envs.common import METADATA, check_actions, describe_discrete, games_to_reset
+from envs.common import METADATA, check_actions, describe_discrete, games_to_reset, pixels
 
 ROWS, COLUMNS = 3, 6
 WATER = ((0, 2), (0, 3), (2, 2), (2, 3))
@@ -73,6 +73,12 @@ class Bridge(VectorEnv):
             torch._dynamo.mark_static_address(memory)  # a CUDA graph may write there
         self._play, self._begin = compiler(self._play), compiler(self._begin)
 
+    def picture(self, actions=None):
+        """The first game as an array (height, width, 3)."""
+        figure = Figure(figsize=(4, 2), layout="constrained")
+        draw_state(figure.subplots(), self._observe()[1]["state"][0].cpu())
+        return pixels(figure)
+
     def _begin(self, mask):
         self.cells.copy_(torch.where(mask[:, None], self.start_cell, self.cells))
         self.elapsed.mul_(~mask)
@@ -102,15 +108,20 @@ def draw_strips(films, frames=9):
     figure = Figure(figsize=(1.55 * frames, 1.3 * len(films)), layout="constrained")
     for row, (name, film) in zip(figure.subplots(len(films), frames, squeeze=False), films.items()):
         for t, axes in enumerate(row):
-            axes.set(xlim=(-0.5, COLUMNS - 0.5), ylim=(ROWS - 0.5, -0.5), aspect="equal", xticks=[], yticks=[])
             axes.set_title(name if t == 0 else f"step {t}", fontweight="bold" if t == 0 else "normal")
-            for cell in itertools.product(range(ROWS), range(COLUMNS)):
-                colour = "#9cc3e0" if cell in WATER else "#f4efe4"
-                axes.add_patch(Rectangle((cell[1] - 0.5, cell[0] - 0.5), 1, 1, facecolor=colour, edgecolor="white"))
-            for agent, colour in zip(film[min(t, len(film) - 1)].view(2, 4).tolist(), ("#c0392b", "#2c3e87")):
-                axes.add_patch(Circle((agent[3], agent[2]), 0.4, fill=False, edgecolor=colour, linewidth=1.2))
-                axes.add_patch(Circle((agent[1], agent[0]), 0.29, facecolor=colour))
+            draw_state(axes, film[min(t, len(film) - 1)])
     return figure
+
+
+def draw_state(axes, state):
+    """Both agents on the grid, state (8,)."""
+    axes.set(xlim=(-0.5, COLUMNS - 0.5), ylim=(ROWS - 0.5, -0.5), aspect="equal", xticks=[], yticks=[])
+    for cell in itertools.product(range(ROWS), range(COLUMNS)):
+        colour = "#9cc3e0" if cell in WATER else "#f4efe4"
+        axes.add_patch(Rectangle((cell[1] - 0.5, cell[0] - 0.5), 1, 1, facecolor=colour, edgecolor="white"))
+    for agent, colour in zip(state.view(2, 4).tolist(), ("#c0392b", "#2c3e87")):
+        axes.add_patch(Circle((agent[3], agent[2]), 0.4, fill=False, edgecolor=colour, linewidth=1.2))
+        axes.add_patch(Circle((agent[1], agent[0]), 0.29, facecolor=colour))
 
 
 def _cell(row, column):

@@ -1,5 +1,6 @@
 """The few lines that every environment needs to be a Gymnasium vector environment."""
 
+import numpy as np
 import torch
 from gymnasium.spaces import Box, MultiDiscrete
 from gymnasium.vector import AutoresetMode
@@ -39,3 +40,12 @@ def check_actions(env, actions):
             f"actions must be integers of shape {(env.num_envs, env.num_agents)}, "
             f"not {actions.dtype} of shape {tuple(actions.shape)}"
         )
+
+
+def pixels(figure):
+    """A Matplotlib figure as an array (height, width, 3) uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

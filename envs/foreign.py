@@ -12,7 +12,8 @@ What `Games` does with a game:
   the end     when no agent is left: truncated if one of the last was cut off, else terminated
   the dead    see zeros, and may only play action 0, until the game is over
   reward      the sum of all agents' rewards, or their mean over all N, dead or alive (`team_reward`)
-What it refuses: agents that join later, images and other nested observations, mixed or compound actions, unbounded ones.
+What it refuses: agents that join later, images and other nested observations, and actions that are mixed, compound or
+unbounded.
 """
 
 import importlib
@@ -74,15 +75,17 @@ def make_foreign(name, task="", num_envs=1, device="cpu", team_reward="sum", **o
 
 def find(name):
     """The factory of a "package.module:factory", also in a module of the current folder."""
-    module, _, attribute = name.partition(":")
+    module, _, path = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that nothing of ours is hidden
     try:
-        factory = getattr(importlib.import_module(module), attribute, None)
+        factory = importlib.import_module(module)
     except (ImportError, ValueError, TypeError) as error:
         raise ValueError(f"--env {name}: there is no module {module!r} to import ({error})") from None
+    for part in path.split("."):
+        factory = getattr(factory, part, None)
     if not callable(factory):
-        raise ValueError(f"--env {name}: {module} has no function {attribute!r} that makes an environment")
+        raise ValueError(f"--env {name}: {module} has no function {path!r} that makes an environment")
     return factory
 
 
@@ -146,7 +149,8 @@ class Games(VectorEnv):
         reward, ended, cut = np.zeros(self.num_envs, np.float32), *np.zeros((2, self.num_envs), bool)
         for b in (~self.over).nonzero()[0]:
             game = self.games[b]
-            played = {agent: self.played(i, actions[b, i]) for i, agent in enumerate(self.names) if agent in game.agents}
+            living = [i for i, agent in enumerate(self.names) if agent in game.agents]
+            played = {self.names[i]: self.played(i, actions[b, i]) for i in living}
             obs, rewards, terminated, truncated, infos = game.step(played)
             self.see(b, obs, infos)
             self.steps[b] += 1
@@ -162,9 +166,12 @@ class Games(VectorEnv):
         for game in self.games:
             game.close()
 
-    def render(self):
-        """A picture of the first game, if it makes one."""
-        return self.games[0].render()
+    def picture(self, actions=None):
+        """The first game as its `render` draws it, an array (height, width, 3); ValueError if it does not."""
+        drawn = self.games[0].render()
+        if not isinstance(drawn, np.ndarray) or drawn.ndim != 3:
+            raise ValueError(f"{self.name} draws no pictures: try --env-kwargs '{{\"render_mode\": \"rgb_array\"}}'")
+        return drawn
 
     # ------------------------------------------------------------ one game
     def refuse(self, why):

@@ -37,6 +37,8 @@ step of HalfCheetah, 0.09 at the thousandth. Scores depend on MuJoCo's version t
 Shapes: B games, N agents, A motors of one agent, F entries, O entries of the longest view.
 """
 
+import os
+import sys
 from typing import NamedTuple
 
 import gymnasium
@@ -113,6 +115,25 @@ VIEWS = {
 }
 
 
+def draw_convention(states, seeds, title):
+    """How the arm bends in games of the reacher, over the place of the target: its entry 3, sin θ2, as a mean.
+
+    Args:
+        states: (S, E, T+1, 11) of E games of each seed.
+    Returns:
+        Whether it bends counter-clockwise, (S, E), and a picture with a field for each seed.
+    """
+    from matplotlib.figure import Figure
+
+    x, y, bend = (states[..., :-1, entry].mean(-1).cpu() for entry in (4, 5, 3))  # the target's place; mean sin θ2
+    figure = Figure(figsize=(2.6 * len(bend), 2.9), layout="constrained")
+    for s, axes in enumerate(figure.subplots(1, len(bend), squeeze=False)[0]):
+        axes.scatter(x[s], y[s], c=bend[s], cmap="coolwarm", vmin=-1, vmax=1, s=14)
+        axes.set(title=f"seed {seeds[s]}", aspect="equal", xlabel="target x", ylabel="target y")
+    figure.suptitle(f"{title}: mean sin θ2", fontsize=9)
+    return bend > 0, figure
+
+
 class MultiAgentMujoco(VectorEnv):
     """B bodies, each moved by a team of N agents.
 
@@ -128,7 +149,8 @@ class MultiAgentMujoco(VectorEnv):
         limits: how far joints turn, {name: (least, most)} in radians, where it is not as far as in Gymnasium's model:
             {"joint1": (0, 3)} gives the reacher an elbow that bends only counter-clockwise.
     Raises:
-        ValueError: an unknown task, limits of no joint or no interval; in `step`, actions of a wrong shape or not in [-1, 1].
+        ValueError: an unknown task, limits of no joint or no interval; in `step`, actions of a wrong shape or not in
+            [-1, 1].
         FloatingPointError: in `step`, a simulation has become unstable (MuJoCo itself also notes it in a file
             MUJOCO_LOG.TXT). Reset that game to go on.
     """
@@ -235,6 +257,22 @@ class MultiAgentMujoco(VectorEnv):
             self.mujoco.mj_forward(self.model, self.data[b])
         self._read()
         return self._observe()
+
+    def picture(self, actions=None):
+        """The first game through MuJoCo's renderer, as an array (height, width, 3).
+
+        Raises:
+            ValueError: no renderer works here.
+        """
+        remedy = "set MUJOCO_GL to egl or osmesa, and install that library"
+        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
+            raise ValueError(f"MuJoCo cannot draw without a display: {remedy}")
+        try:
+            with self.mujoco.Renderer(self.model, 240, 320) as renderer:
+                renderer.update_scene(self.data[0], camera="track" if self.body != "reacher" else -1)
+                return renderer.render()
+        except Exception as error:  # of OpenGL, which has many kinds
+            raise ValueError(f"MuJoCo cannot draw on this machine ({type(error).__name__}): {remedy}") from None
 
     def close_extras(self, **kwargs):
         self.plain.close()

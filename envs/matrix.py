@@ -4,13 +4,14 @@ They are where offline coordination fails first: with several equally good joint
 marginal in the dataset says nothing about which one its teammates will pick.
 """
 
+import itertools
 import json
 
 import torch
 from gymnasium.vector import VectorEnv
 from matplotlib.figure import Figure
 
-from envs.common import METADATA, check_actions, describe_discrete, games_to_reset
+from envs.common import METADATA, check_actions, describe_discrete, games_to_reset, pixels
 
 # task: payoff[action of agent 0][action of agent 1]
 MATRIX_TASKS = {
@@ -60,6 +61,20 @@ class MatrixGame(VectorEnv):
         """Let `compiler`, a function of functions, make one graph of what a step computes and one of a reset."""
         torch._dynamo.mark_static_address(self.over)  # a CUDA graph may write there
         self._play, self._begin = compiler(self._play), compiler(self._begin)
+
+    def picture(self, actions=None):
+        """The payoffs, and in red what the first game's agents chose, as an array (height, width, 3)."""
+        figure, table = Figure(figsize=(3, 3), layout="constrained"), self.payoff.cpu()
+        if table.dim() != 2:
+            raise ValueError(f"a payoff table of {table.dim()} agents cannot be drawn, only one of two")
+        axes = figure.subplots()
+        axes.imshow(table.tolist(), cmap="Blues", alpha=0.6)
+        for a, b in itertools.product(*map(range, table.shape)):
+            mine = actions is not None and actions[0].tolist() == [a, b]
+            colour = "#c0392b" if mine else "black"
+            axes.text(b, a, f"{table[a, b]:g}", ha="center", va="center", color=colour, weight="bold" if mine else None)
+        axes.set(xlabel="agent 1", ylabel="agent 0", xticks=[], yticks=[])
+        return pixels(figure)
 
     def _begin(self, mask):
         self.over.logical_and_(~mask)

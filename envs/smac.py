@@ -43,7 +43,7 @@ from PIL import Image
 if __name__ == "__main__":  # let `python envs/smac.py` find the package that this file belongs to
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from envs.common import METADATA, check_actions, describe_discrete, games_to_reset
+from envs.common import METADATA, check_actions, describe_discrete, games_to_reset, pixels
 
 SUBSTEPS, DT = 8, 1 / 16  # seconds; one step is 0.5 s of the game's "Normal" speed
 SIGHT, SHOOT = 9.0, 6.0  # how far an agent sees, and how far it may name a target
@@ -217,6 +217,23 @@ class Smac(VectorEnv):
         for name in MEMORY:
             torch._dynamo.mark_static_address(getattr(self, name))  # a CUDA graph may write there
         self._play, self._begin = compiler(self._play), compiler(self._begin)
+
+    def picture(self, actions=None):
+        """The first battle from above, as an array (height, width, 3): agents blue, enemies red, pale with few health
+        and shield left; the dead are crosses, and lines lead to what a unit shoots at."""
+        figure = Figure(figsize=(4, 4), layout="constrained")
+        axes, N = figure.subplots(), self.num_agents
+        x, y, health, shield, target = (each[:, 0].tolist() for each in
+                                        (self.x, self.y, self.health, self.shield, self.target))  # fmt: skip
+        whole = (self.unit.health + self.unit.shield)[:, 0].tolist()
+        axes.set(xlim=(0, MAP_SIZE), ylim=(0, MAP_SIZE), aspect="equal", xticks=[], yticks=[])
+        for u, name in enumerate(self.unit_names):
+            colour, alive = "#2c3e87" if u < N else "#c0392b", health[u] > 0
+            strength = 0.25 + 0.75 * (health[u] + shield[u]) / whole[u] if alive else 0.3
+            axes.plot(x[u], y[u], "o" if alive else "x", color=colour, alpha=min(1.0, strength), ms=8)
+            if alive and target[u] >= 0:
+                axes.plot([x[u], x[target[u]]], [y[u], y[target[u]]], color=colour, lw=0.6, alpha=0.5)
+        return pixels(figure)
 
     def _begin(self, fresh, shift):
         """Start the battles fresh (B,) anew, the units' places moved by shift (2, U, B)."""

@@ -328,7 +328,7 @@ def test_normalized_returns(teams):
 
 def test_describe_prints_the_scores_of_table_2(teams, tmp_path):
     out = tmp_path / "a.h5"
-    data.collect.main(data.collect.Args("halfcheetah", "", "good-medium", 6, 0, out))
+    data.collect.main(data.collect.Args("halfcheetah", "", "good-medium", episodes=6, out=out))
     found = data.read(out)
     assert found.info["task"] == "2x3"
     found.reward = torch.zeros_like(found.reward)

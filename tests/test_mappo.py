@@ -17,10 +17,11 @@ from gymnasium.vector import VectorEnv
 from updates import UPDATES
 
 import envs
+from data.behaviours import choose_behaviours, read_behaviour
 from envs.smac import MEMORY, POLICIES
 
 mappo = load_script("mappo")
-S, M, N, A, D, I = 3, 6, 4, 5, 7, 8
+S, M, N, A, D, W = 3, 6, 4, 5, 7, 8
 
 
 def stream(seed):
@@ -30,7 +31,7 @@ def stream(seed):
 def networks(discrete=True, hidden=9):
     """An actor, with larger outputs than at the start of a run, and a critic."""
     generators, args = [stream(s) for s in range(S)], mappo.Args(hidden=hidden)
-    actor = mappo.Actor(I, A, discrete, args, generators)
+    actor = mappo.Actor(W, A, discrete, args, generators)
     actor.body[-1].weight.data.mul_(100)
     return actor, mappo.mlp(D, 1, 1.0, args, generators)
 
@@ -38,7 +39,7 @@ def networks(discrete=True, hidden=9):
 def new_team(args, num_envs, *seeds):
     """Games, and a new team for them, made by a generator for each of these seeds."""
     games = mappo.Games(args, num_envs, "cpu")
-    return games, mappo.make_team(games, args, [stream(seed) for seed in seeds])
+    return games, mappo.Team(*games.sizes, args, [stream(seed) for seed in seeds])
 
 
 class Target(VectorEnv):
@@ -80,7 +81,7 @@ class Target(VectorEnv):
 def target_env(monkeypatch):
     real = envs.make
     monkeypatch.setattr(
-        envs, "make", lambda env, task="", **k: Target(**k) if env == "target" else real(env, task, **k)
+        envs, "make", lambda env, task, *sizes: Target(*sizes) if env == "target" else real(env, task, *sizes)
     )
 
 
@@ -126,7 +127,7 @@ def random_batch(seed=0):
     avail[..., 3] |= alive
     avail[..., 0] = ~alive
     action = (torch.rand(S, M, N, A, generator=g) * avail).argmax(-1)
-    x, state = torch.randn(S, M, N, I, generator=g), torch.randn(S, M, D, generator=g)
+    x, state = torch.randn(S, M, N, W, generator=g), torch.randn(S, M, D, generator=g)
     advantage, returns = torch.randn(2, S, M, generator=g)
     played = torch.randn(S, M, N, generator=g) - 1
     return mappo.Batch(x, avail, action, played, alive.to(x.dtype), state, advantage, 3 * returns)
@@ -189,20 +190,21 @@ def test_the_dead_and_what_is_forbidden_get_no_gradient(float64):
 
 def test_samples_follow_the_policy():
     actor, _ = networks()
-    x, avail = torch.randn(S, 1, 1, I, generator=stream(0)), torch.ones(S, 1, 1, A, dtype=torch.bool)
+    x, avail = torch.randn(S, 1, 1, W, generator=stream(0)), torch.ones(S, 1, 1, A, dtype=torch.bool)
     avail[..., 2] = False
     out = actor(x, avail)
     draws = actor.sample(out.expand(S, 40_000, 1, A), actor.noise([stream(s) for s in range(S)], 40_000, 1))
     shares = torch.nn.functional.one_hot(draws[..., 0], A).float().mean(1)
     assert (shares - out[:, 0, 0].exp()).abs().max() < 0.01
+    assert torch.equal(actor.sample(out, 0), out.argmax(-1))
 
 
 def test_continuous_actions_have_a_normal_density(float64):
     actor, _ = networks(discrete=False)
     actor.free_log_std.data = torch.randn(S, 1, A, generator=stream(1))
-    mean = actor(torch.randn(S, M, N, I, generator=stream(2)), None)
+    mean = actor(torch.randn(S, M, N, W, generator=stream(2)), None)
     action = actor.sample(mean, actor.noise([stream(s) for s in range(S)], M, N))
-    assert mean.abs().max() < 1 and torch.equal(actor.sample(mean, None), mean)
+    assert mean.abs().max() < 1 and torch.equal(actor.sample(mean, 0), mean)
     normal = torch.distributions.Normal(mean, actor.log_std.exp()[:, None])
     log_prob, entropy = actor.log_prob(mean, action)
     assert torch.allclose(log_prob, normal.log_prob(action).sum(-1), atol=1e-12)
@@ -227,13 +229,12 @@ def test_long_gradients_are_cut_for_each_seed_alone(float64):
 def test_a_minibatch_moves_by_its_loss_with_each_networks_gradient_cut(float64):
     """Against torch's own Adam and gradients, network by network and seed by seed."""
     args = mappo.Args(hidden=9, layers=2, max_grad_norm=0.3, lr=0.01, entropy=0.1, clip=0.1, huber=0.7)
-    team = mappo.Team(N, A, I - A - N, D, True, args, [stream(s) for s in range(S)]) if I > A + N else None
     team, batch = mappo.Team(N, A, 3, D, True, args, [stream(s) for s in range(S)]), random_batch()
     batch = batch._replace(x=torch.randn(S, M, N, 3 + A + N, generator=stream(9)))
     pick = torch.stack([torch.randperm(M, generator=stream(s))[:4] for s in range(S)])
     slow = copy.deepcopy(team)
     adams = {net: torch.optim.Adam(getattr(slow, net).parameters(), args.lr, eps=1e-5) for net in ("actor", "critic")}
-    adam, cut = mappo.optimizer(team, args), 0
+    adam, cut = mappo.Adam(team.parameters(), args.lr), 0
     for _ in range(3):
         found = mappo.minibatch(team, adam, batch, pick, args)
         part = mappo.Batch(*(torch.stack([each[s, pick[s]] for s in range(S)]) for each in batch))
@@ -291,10 +292,12 @@ def test_running_moments_are_weighted_means(float64):
 
 
 def act_out(games, team, action, over):
-    """Play these actions, start the games `over` anew, and remember, as a rollout does."""
+    """Play these actions in place of the policies' own, and start the games `over` anew, as a rollout does."""
+    team.actor.sample = lambda out, noise: action
+    *_, games.last = mappo.act(team.actor, games.obs, games.last, games.avail, 0)
+    del team.actor.sample
     games.step(action)
     games.restart_finished(over)
-    games.last = mappo.remember(team.actor, games.last, action, over)
 
 
 def test_actors_see_their_last_action_and_their_number():
@@ -336,7 +339,7 @@ def test_a_rollout_is_what_was_played():
         assert torch.equal(found.state[:, t].flatten(0, 1), info["state"])
         assert torch.equal(found.avail[:, t].flatten(0, 1), info["avail_actions"])
         out = team.actor(found.x[:, t], found.avail[:, t]).detach()
-        action = (out - noise[:, t].log()).argmax(-1)
+        action = (out + noise[:, t]).argmax(-1)
         assert torch.equal(found.action[:, t], action)
         assert torch.equal(found.log_prob[:, t], out.gather(-1, action[..., None])[..., 0])
         obs, reward, terminated, truncated, info = env.step(action.flatten(0, 1))
@@ -355,15 +358,14 @@ def test_a_rollout_is_what_was_played():
 def test_advantages_have_mean_0_and_spread_1_over_living_agents(monkeypatch):
     args, g = mappo.Args(env="bridge", num_envs=16, rollout=8), stream(0)
     games, team = new_team(args, 16, 0)
-    real = games.apart
+    see = games.see
 
-    def some_dead(obs, info):
-        obs, state, avail = real(obs, info)
-        avail = avail.clone()
-        avail[..., 1, 1:] &= torch.rand(1, 16, 1, generator=g) < 0.5
-        return obs, state, avail
+    def see_some_dead(obs, info):
+        see(obs, info)
+        games.avail = games.avail.clone()
+        games.avail[..., 1, 1:] &= torch.rand(1, 16, 1, generator=g) < 0.5
 
-    monkeypatch.setattr(games, "apart", some_dead)
+    monkeypatch.setattr(games, "see", see_some_dead)
     games.restart(0)
     batch = mappo.estimate(team, mappo.roll_out(games, team, [stream(1)], args), args)
     assert 0.2 < 1 - batch.alive[..., 1].mean() < 0.8 and (batch.alive[..., 0] == 1).all()
@@ -417,7 +419,7 @@ def test_what_the_compiler_makes_of_a_minibatch_agrees_with_eager(float64):
 
 # ---------------------------------------------------------------- whole runs
 TINY = ["--env", "bridge", "--num-envs", "8", "--rollout", "16", "--steps", "2000", "--eval-every", "500",
-        "--eval-episodes", "4", "--hidden", "16", "--minibatches", "3", "--lr-decay"]  # fmt: skip
+        "--eval-episodes", "4", "--hidden", "16", "--minibatches", "3"]  # fmt: skip
 
 
 def weights(folder):
@@ -530,7 +532,7 @@ def test_continuous_actions_find_their_target(tmp_path, target_env):
 
 
 def numpy_team(path):
-    """A function (..., I) -> (..., A) made of the file's arrays only, and its info."""
+    """A function (..., W) -> (..., A) made of the file's arrays only, and its info."""
     file = np.load(path, allow_pickle=False)
     assert all(file[name].dtype == np.float16 for name in file if name != "info")
 
@@ -602,22 +604,81 @@ def test_continuous_snapshots_have_a_spread(tmp_path, target_env, normalize):
 def test_which_policies_become_behaviours():
     wins = [0, 0.1, 0.2, 0.45, 0.7, 0.9]
     rows = [{"step": 10 * k, "sampled_return": -k, "sampled_win_rate": w} for k, w in enumerate(wins)]
-    assert mappo.choose_behaviours(rows) == {
+    assert choose_behaviours(rows) == {
         "expert.npz": 50, "medium.npz": 30, "replay-0.npz": 0, "replay-1.npz": 10, "replay-2.npz": 20,
         "replay-3.npz": 30,
     }  # fmt: skip
     rows = [{"step": k, "sampled_return": 100.0 + k} for k in range(101)]  # half of the way, not of the return
-    chosen = mappo.choose_behaviours(rows)
+    chosen = choose_behaviours(rows)
     assert chosen["medium.npz"] == 50 and chosen["expert.npz"] == 100
     replay = [chosen[f"replay-{k}.npz"] for k in range(10)]
     assert len(chosen) == 12 and replay[0] == 0 and replay[-1] == 50
     assert all(5 <= b - a <= 6 for a, b in zip(replay, replay[1:]))
     rows = [{"step": k, "sampled_return": float(k), "sampled_win_rate": 0.0} for k in range(3)]  # it never wins
-    assert mappo.choose_behaviours(rows)["medium.npz"] == 1
+    assert choose_behaviours(rows)["medium.npz"] == 1
 
 
-def test_options_reach_the_environment():
-    args = mappo.parse(["--env", "bridge", "--options", '{"time_limit": 7}'])
+def test_a_snapshot_plays_for_the_collector_as_the_actor_does(tmp_path):
+    """Greedily, in battles, through the file and `read_behaviour`; its weights are rounded."""
+    out = tmp_path / "run"
+    words = [*TINY, "--env", "smac", "--task", "3m", "--eval-episodes", "2", "--recall", "2", "--normalize"]
+    args = mappo.parse([*words, "--save-snapshots", "--out-dir", str(out)])
+    mappo.main(args)
+    games, team = new_team(args, 20, 0)
+    team.load_state_dict(weights(out))
+    play, about = read_behaviour(out / "behaviour" / "expert.npz", "smac")
+    assert (about["task"], about["recall"], about["steps"]) == ("3m", 2, 2048)
+    agreed = []
+    for t in range(12):
+        scores = team.actor(mappo.look(games.obs, games.last), games.avail)[0].detach()  # (B, N, A)
+        action = play(t, games.obs[0], {"avail_actions": games.avail[0]}, None)
+        clear = scores.topk(2).values.diff()[..., 0].abs() > 5e-3
+        agreed.append((action == scores.argmax(-1))[clear])
+        act_out(games, team, action[None], torch.zeros(1, 20, dtype=torch.bool))
+    assert len(torch.cat(agreed)) > 100 and torch.cat(agreed).all()
+
+
+MEDIUM = ROOT / "data" / "behaviour" / "3m" / "medium.npz"
+UNFIT = {  # how a team's file is changed, and what is said of it
+    "a list for its info": (lambda a, i: a.update(info=np.array("[1, 2]")), "is damaged"),
+    "no info": (lambda a, i: a.pop("info"), "is damaged"),
+    "brackets": (lambda a, i: a.update(info=np.array("[" * 5000)), "is damaged"),
+    "no steps": (lambda a, i: i.pop("steps"), "is damaged"),
+    "a task that is a list": (lambda a, i: i.update(task=["3m"]), "holds a team for smac"),
+    "recall as a text": (lambda a, i: i.update(recall="1"), "is damaged"),
+    "recall below 0": (lambda a, i: i.update(recall=-1), "is damaged"),
+    "another recall": (lambda a, i: i.update(recall=2), "does not fit smac 3m"),
+    "a bias that is missing": (lambda a, i: a.pop("bias1"), "is damaged"),
+    "no weights": (lambda a, i: [a.pop(name) for name in list(a) if name != "info"], "is damaged"),
+    "layers that do not meet": (lambda a, i: a.update(weight1=a["weight1"][:-1]), "is damaged"),
+    "a wide bias": (lambda a, i: a.update(bias2=a["bias2"][None]), "is damaged"),
+    "a bias of two dimensions": (lambda a, i: a.update(bias2=np.zeros((9, 9))), "is damaged"),
+    "text for weights": (lambda a, i: a.update(weight0=np.full((3, 3), "x")), "is damaged"),
+    "too few inputs": (lambda a, i: a.update(weight0=a["weight0"][1:]), "does not fit smac 3m"),
+    "a spread": (lambda a, i: a.update(log_std=np.zeros(9)), "holds a team for smac 3m, not for smac"),
+    "a spread of another size": (lambda a, i: a.update(log_std=np.zeros(8)), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_teams_file_that_is_unfit_is_refused_in_one_line(tmp_path, name):
+    change, said = UNFIT[name]
+    with np.load(MEDIUM) as file:
+        arrays = dict(file)
+    info = json.loads(str(arrays["info"]))
+    np.savez(tmp_path / "whole.npz", **arrays)
+    read_behaviour(tmp_path / "whole.npz")
+    change(arrays, info)
+    if str(arrays.get("info", "")).startswith("{"):
+        arrays["info"] = np.array(json.dumps(info))
+    np.savez(tmp_path / "team.npz", **arrays)
+    with pytest.raises(ValueError, match=said) as error:
+        read_behaviour(tmp_path / "team.npz")
+    assert "\n" not in str(error.value) and "team.npz" in str(error.value)
+
+
+def test_env_kwargs_reach_the_environment():
+    args = mappo.parse(["--env", "bridge", "--env-kwargs", '{"time_limit": 7}'])
     assert mappo.Games(args, 2, "cpu").env.time_limit == 7
 
 
@@ -625,7 +686,7 @@ def test_options_reach_the_environment():
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--env", "chess"], "unknown environment 'chess'"),
+        (["--env", "chess"], "unknown environment: choose --env matrix, bridge, smac"),
         (["--steps", "-5"], "--steps must be above 0"),
         (["--resume", "--out-dir", "nowhere/at/all"], "no run to resume in nowhere/at/all"),
     ],
@@ -642,9 +703,9 @@ def test_bad_input_ends_in_one_line(tmp_path, words, said):
         (["--env", "matrix", "--task", "nim"], "matrix has no task 'nim'"),
         (["--env", "bridge", "--eval-every", "100"], "it must be 12800 or more"),
         (["--env", "matrix", "--num-envs", "1", "--rollout", "2"], "--minibatches 4 of 2 steps"),
-        (["--env", "bridge", "--options", "[3]"], "--options must be a JSON dictionary"),
-        (["--env", "bridge", "--options", '{"limits'], "--options must be a JSON dictionary"),
-        (["--env", "bridge", "--options", '{"limits": 3}'], "bridge does not take --options"),
+        (["--env", "bridge", "--env-kwargs", "[3]"], "--env-kwargs must be a JSON object"),
+        (["--env", "bridge", "--env-kwargs", '{"limits'], "--env-kwargs must be a JSON object"),
+        (["--env", "bridge", "--env-kwargs", '{"limits": 3}'], "bridge does not take --env-kwargs"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(tmp_path, words, said):

@@ -102,20 +102,19 @@ def mappo(device="cpu", compiled=plain, flags=()):
     script = load_script("mappo")
     args = script.parse([*flags, "--no-compile"])
     games, seeds = script.Games(args, args.num_envs, device), range(args.num_seeds)
-    team = script.make_team(games, args, [runs.stream(s, 0) for s in seeds]).to(device)
-    adam, generators = script.optimizer(team, args), [runs.stream(s, 1, device) for s in seeds]
-    playing, learning = ([*map(compiled, each)] for each in ((script.act, script.remember),
-                                                             (script.estimate, script.minibatch)))  # fmt: skip
+    team = script.Team(*games.sizes, args, [runs.stream(s, 0) for s in seeds]).to(device)
+    adam, generators = script.Adam(team.parameters(), args.lr), [runs.stream(s, 1, device) for s in seeds]
+    act, estimate, minibatch = map(compiled, (script.act, script.estimate, script.minibatch))
     if hasattr(games.env, "compile"):
         games.env.compile(compiled)
     played = []
 
     def play():
-        played[:] = [script.roll_out(games, team, generators, args, *playing)]
+        played[:] = [script.roll_out(games, team, generators, args, act)]
 
     def learn():
         orders = script.draw_orders(generators, args.rollout * args.num_envs, args)
-        script.update(team, adam, played[0], orders, args, *learning)
+        script.update(team, adam, played[0], orders, args, estimate, minibatch)
 
     return Made({"play": play, "update": learn}, [team, adam])
 
@@ -124,13 +123,13 @@ def moma(device="cpu", compiled=plain, flags=()):
     script = load_script("moma_ppo")
     args = script.parse([*flags, "--no-compile"])
     data, whole = script.arrange(load(args, device), args)
-    survey, seeds = script.survey_of(data, args), range(args.num_seeds)
-    agents = script.Agents(data, survey, args, [runs.stream(s, 0) for s in seeds]).to(device)
-    world = script.World(survey, args, [runs.stream(s, 2) for s in seeds]).to(device)
+    seeds = range(args.num_seeds)
+    agents = script.Agents(data, args, [runs.stream(s, 0) for s in seeds]).to(device)
+    world = script.World(data, args, [runs.stream(s, 2) for s in seeds]).to(device)
     adam, model_adam = script.Adam(agents.parameters(), args.lr), script.Adam(world.parameters(), args.model_lr)
     generators, learning = [runs.stream(s, 1, device) for s in seeds], compiled(script.model_update)
     errors = dict.fromkeys(("state", "reward"), torch.zeros(args.num_seeds, args.members, device=device))
-    play, batch = script.dream(world.choose(script.best(errors, args)), survey, args), []
+    play, batch = script.dream(world.choose(script.best(errors, args)), data, args), []
     steps = [*map(compiled, (script.rehearsal_step, script.settle))]
     part, cloning = compiled(script.minibatch), compiled(script.clone_update)
 
@@ -139,7 +138,7 @@ def moma(device="cpu", compiled=plain, flags=()):
         learning(world, model_adam, data, rows, args)
 
     def rehearse():
-        batch[:] = script.rehearse(agents, play, data, survey, script.draw_noise(generators, data, args), args, *steps)
+        batch[:] = script.rehearse(agents, play, data, script.draw_noise(generators, data, args), args, *steps)
 
     def update():
         orders = script.draw_orders(generators, args.rollouts * args.horizon, args)
@@ -147,7 +146,7 @@ def moma(device="cpu", compiled=plain, flags=()):
 
     def clone():
         rows = script.draw_rows(generators, data.steps, args.batch_size)
-        cloning(agents, adam, data, survey, rows, args)
+        cloning(agents, adam, data, rows, args)
 
     updates = {"model update": learn, "rollouts": rehearse, "MAPPO update": update, "warm-up": clone}
     return Made(updates, [world, agents])
@@ -218,7 +217,7 @@ def evaluate_mappo(device):
     script = load_script("mappo")
     args = script.parse("--env bridge --num-seeds 2 --hidden 16 --no-compile".split())
     games = script.Games(args, 2, device)
-    team = script.make_team(games, args, [runs.stream(s, 0) for s in range(2)]).to(device)
+    team = script.Team(*games.sizes, args, [runs.stream(s, 0) for s in range(2)]).to(device)
     return lambda: script.evaluate(team, args, 0, 2, torch.device(device))
 
 
@@ -227,9 +226,8 @@ def evaluate_moma(device):
     script = load_script("moma_ppo")
     args = script.parse(["--num-seeds", "2", "--no-compile"])
     data, _ = script.arrange(load(args, device), args)
-    survey = script.survey_of(data, args)
-    agents = script.Agents(data, survey, args, [runs.stream(s, 0) for s in range(2)]).to(device)
-    return lambda: script.evaluate(agents, data, survey, args, 0, 2, torch.device(device))
+    agents = script.Agents(data, args, [runs.stream(s, 0) for s in range(2)]).to(device)
+    return lambda: script.evaluate(agents, args, 0, 2, torch.device(device))
 
 
 def evaluate_bc(device):
