@@ -26,16 +26,14 @@ The cap c and the limit l are one number in the paper. rho is cut at e^10, and A
 the spread of all rollouts of an update. The price of entropy alpha begins at 0, and after each minibatch becomes
 max(0, alpha + 0.001 (H_least - H)): there is no bonus as long as the team's joint entropy H is above H_least.
 
-Commands, and the return you should see (last policy, greedy; one CPU core of a small server, torch 2.13):
+Commands, and the return you should see (last policy, greedy; one CPU core of a small server, torch 2.13). All tasks,
+datasets and trials: algorithms/README.md.
   python algorithms/moma_ppo.py                          the coordination game, unfavourable data, 10 seeds at once, 8 s
-      of CPU time: 1 in 10 of 10 seeds, and so with --dataset neutral and favourable
-  python algorithms/bc.py                                the yardstick, each agent clones its own actions, 6 s: 0; on
-      neutral data 0.6 +- 0.16, on favourable data 1
+      of CPU time: 1 in 10 of 10 seeds; cloning (bc.py) has 0
   python algorithms/moma_ppo.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 9 minutes:
-      normalised 1.01 +- 0.02 (cloning 0.89); --task independent 0.97 +- 0.02 (0.71), leader-only 0.91 +- 0.02 (0.83)
+      normalised 1.01 +- 0.02 (cloning 0.89)
   python algorithms/moma_ppo.py --env ant --dataset medium           four agents share an ant, a leg each, 34 minutes:
-      2,700 +- 64 (the data 1,719, cloning 2,332); on full-replay 3,789 +- 45 (2,644; 3,480); --task partial, where
-      three of them see their own leg only, 1,212 +- 82 on full-replay (cloning 814)
+      2,700 +- 64 (the data 1,719, cloning 2,332)
   ... --world-model runs/moma_ppo/OTHER                              with the model of another run of the same body
   ... --penalty aleatoric | --reward-penalty 0 --state-penalty 0 | --no-box | --horizon 5 | --simulator    ablations
 
@@ -46,57 +44,39 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   reward, steps, views = -state.abs().sum(1), row[age < T], torch.tensor([[0, 1], [1, 2]])  # each agent sees 2 entries
   data = moma.Data(state, action, reward, 0 * reward, reward, age, steps, row[age == 0], steps, steps, views, None)
   args = moma.Args(num_seeds=S, rollouts=32, horizon=5)
-  streams, survey = [torch.Generator().manual_seed(s) for s in range(S)], moma.survey_of(data, args)
-  agents, world = moma.Agents(data, survey, args, streams), moma.World(survey, args, streams)
+  streams = [torch.Generator().manual_seed(s) for s in range(S)]
+  agents, world = moma.Agents(data, args, streams), moma.World(data, args, streams)
   adam, model_adam = moma.Adam(agents.parameters(), args.lr), moma.Adam(world.parameters(), args.model_lr)
   for step in range(200):
       moma.model_update(world, model_adam, data, moma.draw_rows(streams, data.train, args.members, 64), args)
-  play = moma.dream(world.choose(moma.best(moma.validate(world, data, survey, S), args)), survey, args)
+  play = moma.dream(world.choose(moma.best(moma.validate(world, data, S), args)), data, args)
   for step in range(20):
-      batch, logs = moma.rehearse(agents, play, data, survey, moma.draw_noise(streams, data, args), args)
+      batch, logs = moma.rehearse(agents, play, data, moma.draw_noise(streams, data, args), args)
       logs |= moma.update(agents, adam, batch, moma.draw_orders(streams, batch.returns.shape[1], args), args)
 
 Where the paper and its authors' code disagree, this is the paper's:
   1. The reward is the ensemble's mean, not one member's; a game ends by the vote of the members, not by the agents'
      heads of the one drawn.
   2. eps_g is compared with its limit before it is capped, and before s^ and r^ are put into the box. In the code it is
-     capped first, so that no rollout ever stops for it (--no-adaptive).
+     capped first, so that no rollout ever stops for it (--no-adaptive). No preset of ours makes use of it either.
   3. In the ant each agent drives the leg it sees (see envs/mamujoco.py).
-Other differences from the code, and choices made here:
-  4. The model predicts the global state once, not every agent's view of it. eps_g still counts an entry as often as the
-     agents see it, and the reward once for each agent, so that lambda_g and the limit keep their meaning. What no agent
-     sees, or never is anything but 0, does not count in eps_g.
-  5. The model's inputs, actions too, are in units of the data's mean and spread, and it predicts changes in units of
-     theirs (--no-normalize: raw numbers and the next state itself). So are the agents' inputs and the critics' returns.
-     Where a team hardly varies its actions, a model that sees them raw does not learn what they do.
-  6. 10 % of the *episodes* are held out; the members kept are those whose mean prediction errs least on them, with
-     states and rewards in units of the spread of what is to be predicted.
-  7. A rollout that ends early makes room for a new one, so that an update always sees rollouts x horizon steps. The
-     last one may be cut short, which zeta tells. No preset makes use of --adaptive: in the game k is 1, on the reacher
-     no rollout was stopped in a full run (all-observant, 3 seeds, every 50th update), and on the ant it is off.
+Choices made here, and in brackets the flags for what the paper or its code has. Why, and what each is worth, is told
+under the same numbers in algorithms/README.md.
+  4. The model predicts the global state once. In eps_g an entry counts as often as the agents see it.
+  5. All that networks see and predict is in units of the data's spread, and they predict changes (--no-normalize).
+  6. Whole episodes are held out, and members ranked by how their means err there.
+  7. A rollout that ends early makes room for a new one, so that an update always sees rollouts x horizon steps.
   8. The policies' entropy and the penalty on actions are exact means, not weighted by rho.
-  9. The networks are smaller than the code's (its model: 4 layers of 1,024), and step sizes larger; they fall to 0.
- 10. The clip of L(V) is in units of the spread of the data's returns, not of the reward. w(s) and b(s) read the state,
-     as the paper writes, not everybody's views. w(s) may be negative, as in the code; the paper says QMIX, where it
-     may not, and V would rise with each V_i.
+  9. Networks are smaller than the code's, and step sizes larger; they fall to 0.
+ 10. The clip of L(V) is in units of the returns' spread; w(s) may be negative, as in the code, though not in QMIX.
  11. Policies begin with the spread of the recorded actions, not with 1: beyond it the model only guesses.
- 12. On the reacher the box is half as wide again on either side, for rewards below only (--box-margin 0: the paper's):
-     agents learn to use what the data by chance never passed. On the ant V(s_{t+1}) of the model's states stays below
-     the best that a recorded rest of an episode was worth, and half of their range (--no-bound-values: the paper's):
-     else it may run away where no reward contradicts it.
- 13. Bodies rehearse for 25 steps (reacher) or 50 (ant), not for 10: so V matters less, and few updates do. Half of
-     the reacher's rollouts and a tenth of the ant's begin where an episode did (--first 0: the paper's). Agents have no
-     memory (--memory 10: the paper's), which makes an update three times as dear.
- 14. The ant's agents first clone the data for 3,000 updates, in which V learns the data's returns (--warmup 0: the
-     paper's). These returns take a time limit for the end of the game, unlike Eq. 8, where V(s_{t+1}) stands for what a
-     rollout leaves out.
- 15. The ant's model draws its next states (--no-sample-states: the code's), for without noise agents look better than
-     they are. Whether it fell is told by the predicted s' (--end-from step: the paper's). Each member judges its own
-     s'_e, neither drawn nor in the box: a state that falls by its noise alone does not end a rollout. Models of bodies
-     are learned with --beta-nll 0.5 (Seitzer et al., ICLR 2022; 0: the paper's): where a foot may touch the ground or
-     not sigma is large, and the plain likelihood neglects the mean.
- 16. The ant's limit, penalties, --no-adaptive and least entropy are ours: the paper's appendix was out of reach. The
-     game has no penalties, as in the code. algorithms/README.md tells what each of 12 to 15 is worth.
+ 12. The reacher's box is wider than the data (--box-margin 0); on the ant V(s') is bounded (--no-bound-values).
+ 13. Bodies rehearse for 25 or 50 steps (--horizon 10), some of them from where episodes begin (--first 0), and agents
+     have no memory (--memory 10).
+ 14. The ant's agents first clone the data (--warmup 0), and V learns its returns, which take a time limit for the end.
+ 15. Bodies' models learn with --beta-nll 0.5 (0), the ant's draws its next states (--no-sample-states) and tells a fall
+     by s'_e, neither drawn nor in the box (--end-from step).
+ 16. The ant's limit, penalties, --no-adaptive and least entropy are ours. The game has no penalties, as in the code.
 
 Seeds differ in all that is random here, but share the held-out episodes, and are evaluated in one environment.
 
@@ -210,75 +190,22 @@ class Data(NamedTuple):
     avail: torch.Tensor | None  # (N, A) bool, the available actions; None where actions are continuous
 
 
-class Survey(NamedTuple):
-    """What the dataset says of the world as a whole: the units in which networks see it, and the box that holds it."""
+def units(x, on, least=0.0, mean=None):
+    """The mean, if it is not given, and the spread of each entry of x (M, ...); 0 and 1 with --no-normalize, not `on`.
 
-    mean: torch.Tensor  # (D,) of states
-    std: torch.Tensor  # (D,)
-    move_mean: torch.Tensor  # (D,) of what a step changes in them
-    move_std: torch.Tensor  # (D,)
-    action_mean: torch.Tensor  # (X,)
-    action_std: torch.Tensor  # (X,)
-    reward_mean: torch.Tensor  # ()
-    reward_std: torch.Tensor  # ()
-    return_mean: torch.Tensor  # () of what the rest of an episode is worth
-    return_std: torch.Tensor  # ()
-    low: torch.Tensor  # (D,) the box
-    high: torch.Tensor  # (D,)
-    reward_low: torch.Tensor  # ()
-    reward_high: torch.Tensor  # ()
-    value_high: torch.Tensor  # () the bound of --bound-values
-    weight: torch.Tensor  # (D + 1,) how many agents see an entry of the state, and the reward
-
-
-def survey_of(data, args):
-    """The `Survey` of a dataset."""
-    state, steps = data.state, data.steps
-    reward, togo, one = data.reward[steps], data.togo[steps], data.reward.new_ones(())
-    std, move = state.std(0, correction=0), state[steps + 1] - state[steps]
-    action_std, action_mean = torch.std_mean(data.action[steps].flatten(1), 0, correction=0)
-    low, high, least, most = state.amin(0), state.amax(0), reward.amin(), reward.amax()
-    spread, same = togo.std(correction=0), least == most  # a constant reward varies by not even a rounding error
-    seen = torch.zeros_like(F.pad(low, (0, 1))).index_add_(0, data.columns.flatten(), one.expand(data.columns.numel()))
-    seen = seen[:-1].masked_fill((low == 0) & (high == 0), 0)
-    on = args.normalize
-    return Survey(
-        state.mean(0) if on else torch.zeros_like(std), std.clamp(min=1e-3) if on else torch.ones_like(std),
-        move.mean(0), move.std(0, correction=0), action_mean, action_std.clamp(min=1e-3),
-        torch.where(same, least, reward.mean()), torch.where(same, 0, reward.std(correction=0)),
-        togo.mean() if on else 0 * one, torch.where(spread > 1e-6, spread, one) if on else one,
-        low, high, least, most, togo.max() + (togo.max() - togo.min()) / 2,
-        torch.cat([seen, len(data.columns) * one[None]]),
-    )  # fmt: skip
-
-
-def normal(state, survey):
-    """States as the networks see them."""
-    return (state - survey.mean) / survey.std
-
-
-def views(state, data, survey):
-    """What the agents see of states (S, B, ..., D): (S, N, B, ..., O)."""
-    return F.pad(normal(state, survey), (0, 1))[..., data.columns].movedim(-2, 1)
-
-
-def begin(rows, data, survey, memory):
-    """States (S, B, D) and histories (S, N, B, H, O + A) with which rollouts begin in the rows (S, B)."""
-    past = rows[..., None] + torch.arange(-memory, 0, device=rows.device)  # (S, B, H)
-    known = past >= (rows - data.age[rows])[..., None]  # of the same episode
-    past = past.clamp(min=0)
-    tokens = torch.cat([views(data.state[past], data, survey), data.action[past].movedim(-2, 1)], -1)
-    return data.state[rows], tokens * known[:, None, ..., None]
-
-
-def push(history, obs, played):
-    """Histories (S, N, B, H, O + A) one step later; (S, N, B, O) and (S, N, B, A) become their newest."""
-    newest = torch.cat([obs, played], -1)[..., None, :]
-    return torch.cat([history, newest], -2)[..., 1:, :] if history.shape[-2] else history
+    A spread is at least `least`.
+    """
+    mean, low, std = x.mean(0) if mean is None else mean, x.amin(0), x.std(0, correction=0)
+    same = low == x.amax(0)  # a constant varies by not even a rounding error
+    mean, std = torch.where(same, low, mean), torch.where(same, 0, std).clamp(min=least)
+    return (mean, std) if on else (torch.zeros_like(mean), torch.ones_like(std))
 
 
 class Noise(NamedTuple):
-    """All that a rehearsal draws: given it, k steps in B places for each seed are a function without chance."""
+    """All that a rehearsal draws: given it, k steps in B places for each seed are a function without chance.
+
+    That of one step has the same shapes without k.
+    """
 
     rows: torch.Tensor  # (S, k, B) where in the data a rollout begins, if one does
     member: torch.Tensor  # (S, k, B) whose next state is taken
@@ -286,28 +213,25 @@ class Noise(NamedTuple):
     state: torch.Tensor | None  # (S, k, B, D) with --sample-states
 
 
-def uniform(generators, *shape):
-    """Uniform numbers in [0, 1), (S, *shape), each seed's from its own generator."""
-    return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
+def draw(generators, how, *shape):
+    """Random numbers (S, *shape), each seed's from its own generator: uniform_, normal_ or exponential_ ones."""
+    return torch.stack([getattr(torch.empty(shape, device=g.device), how)(generator=g) for g in generators])
 
 
 def draw_noise(generators, data, args):
     """The `Noise` of one rehearsal."""
     (N, A), k, B = data.action.shape[1:], args.horizon, args.rollouts
-    where = uniform(generators, k, B)
+    where = draw(generators, "uniform_", k, B)
     rows = data.steps[(where * len(data.steps)).long()]
     if args.first:
         opening = data.openings[(where * len(data.openings)).long()]
-        rows = torch.where(uniform(generators, k, B) < args.first, opening, rows)
-    member, state = (uniform(generators, k, B) * args.elites).long(), None
-    blank = [torch.empty(k, N, B, A, device=g.device) for g in generators]
+        rows = torch.where(draw(generators, "uniform_", k, B) < args.first, opening, rows)
+    member = (draw(generators, "uniform_", k, B) * args.elites).long()
     if data.avail is None:
-        action = torch.stack([x.normal_(generator=g) for x, g in zip(blank, generators)])
-    else:  # exponential clocks
-        action = torch.stack([x.exponential_(generator=g) for x, g in zip(blank, generators)]).clamp(min=1e-30)
-    if args.sample_states:
-        blank = [data.state.new_empty(k, B, data.state.shape[1]) for _ in generators]
-        state = torch.stack([x.normal_(generator=g) for x, g in zip(blank, generators)])
+        action = draw(generators, "normal_", k, N, B, A)
+    else:
+        action = draw(generators, "exponential_", k, N, B, A).clamp(min=1e-30)  # above 0, for their logarithms
+    state = draw(generators, "normal_", k, B, data.state.shape[1]) if args.sample_states else None
     return Noise(rows, member, action, state)
 
 
@@ -357,18 +281,25 @@ class Guess(NamedTuple):
 class World(nn.Module):
     """n models for each seed: Gaussians over the next state and the reward, and a probability that the game ends."""
 
-    def __init__(self, survey, args, generators):
+    def __init__(self, data, args, generators):
         super().__init__()
-        D, X, each = len(survey.mean), len(survey.action_mean), [g for g in generators for _ in range(args.members)]
+        D, X, each = data.state.shape[1], data.action[0].numel(), [g for g in generators for _ in range(args.members)]
         self.for_state = mlp(D + X, 2 * D, args.model_hidden, args.model_layers, each)
         self.for_reward = mlp(D + X, 2, args.reward_hidden, args.model_layers, each)
         self.end_from_state = args.end_from == "state"
         inputs = D if self.end_from_state else D + X
         self.for_end = mlp(inputs, 1, args.reward_hidden, min(2, args.model_layers), each)
-        self.register_buffer("keep", torch.full_like(survey.mean, args.normalize))  # 1: it predicts changes
-        for name in ("mean", "std", "move_mean", "move_std", "action_mean", "action_std", "reward_mean", "reward_std"):
-            value = getattr(survey, name)  # without --normalize a mean of 0 and a spread of 1
-            self.register_buffer(name, value.clone() if args.normalize else torch.full_like(value, "std" in name))
+        self.register_buffer("keep", torch.full_like(data.state[0], args.normalize))  # 1: it predicts changes
+        steps, on = data.steps, args.normalize
+        action = data.action[steps].flatten(1)
+        for name, (mean, std) in {
+            "": units(data.state, on, 1e-3),  # (D,)
+            "move_": units(data.state[steps + 1] - data.state[steps], on),  # (D,) what a step changes
+            "action_": units(action, on, 1e-3, torch.std_mean(action, 0)[1]),  # (X,) to the digit as in earlier runs
+            "reward_": units(data.reward[steps], on),  # ()
+        }.items():
+            self.register_buffer(name + "mean", mean)
+            self.register_buffer(name + "std", std)
 
     def forward(self, state, action, next_state=None):
         """(U, B, D), (U, B, X) -> `Guess`; given the true next states (U, B, D), these tell whether the game ends."""
@@ -394,60 +325,80 @@ class World(nn.Module):
         return chosen
 
 
+class Memory(nn.Module):
+    """What Q agents remember: attention over their last H views and actions, then a weighted mean. No preset has it."""
+
+    def __init__(self, inputs, steps, W, generators):
+        super().__init__()
+        self.embed, self.attend = Linear(inputs, W, generators), Linear(W, 3 * W, generators)
+        self.gain = nn.Parameter(torch.ones(len(generators), 1, W))
+        self.shift = nn.Parameter(torch.zeros(len(generators), 1, W))
+        self.judge = nn.Parameter(Linear(W, W, generators).weight.detach().clone())  # (Q, W, W), without a bias
+        self.wanted = nn.Parameter(torch.stack([torch.randn(1, W, generator=g) for g in generators]))  # (Q, 1, W)
+        angle = torch.arange(steps)[:, None] / 10_000 ** (torch.arange(0, W, 2) / W)
+        position = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)  # (H, W)
+        self.register_buffer("position", position.to(torch.get_default_dtype()), persistent=False)
+
+    def forward(self, history):
+        """(Q, B, H, O + A) -> (Q, B, W)."""
+        Q, B, H = history.shape[:3]
+        # Embedding and attention, two linear layers in a row, are multiplied into one: a third of the arithmetic. The
+        # part that depends on the place only enters as the weights of a one-hot place.
+        entries, places = self.embed.weight, self.embed.bias + self.position  # (Q, O + A, W), (Q, H, W)
+        embed = torch.cat([entries, places], 1)
+        attend = torch.cat([entries @ self.attend.weight, self.attend(places)], 1).chunk(3, -1)
+        place = torch.eye(H, dtype=history.dtype, device=history.device).expand(Q, B, H, H)
+        tokens = torch.cat([history, place], -1).flatten(1, 2)  # (Q, B H, O + A + H)
+        x, query, key, value = (torch.bmm(tokens, weight).view(Q, B, H, -1) for weight in (embed, *attend))
+        x = x + F.scaled_dot_product_attention(query, key, value)
+        x = F.layer_norm(x, x.shape[-1:]).flatten(1, 2) * self.gain + self.shift  # (Q, B H, W)
+        score = (torch.bmm(x, self.judge).tanh() * self.wanted).sum(-1).view(Q, B, H)
+        return (score.softmax(-1)[..., None] * x.view(Q, B, H, -1)).sum(2)
+
+
 class Agents(nn.Module):
     """All that S teams learn by rehearsal: N memories, policies and values each, nothing shared, and a mixer.
 
     In all methods (S, N, B, ...) is laid out as Q = S N networks.
     """
 
-    def __init__(self, data, survey, args, generators):
+    def __init__(self, data, args, generators):
         super().__init__()
-        self.S, (self.N, self.O), H, W = len(generators), data.columns.shape, args.memory, args.width
+        self.S, (self.N, self.O), self.H = len(generators), data.columns.shape, args.memory
         self.A, self.discrete = data.action.shape[-1], data.avail is not None
         each = [g for g in generators for _ in range(self.N)]
-        self.embed = None
-        if H:
-            self.embed, self.attend = Linear(self.O + self.A, W, each), Linear(W, 3 * W, each)
-            self.gain = nn.Parameter(torch.ones(len(each), 1, W))
-            self.shift = nn.Parameter(torch.zeros(len(each), 1, W))
-            self.judge = nn.Parameter(Linear(W, W, each).weight.detach().clone())  # (Q, W, W), without a bias
-            self.wanted = nn.Parameter(torch.stack([torch.randn(1, W, generator=g) for g in each]))  # (Q, 1, W)
-            place, half = torch.arange(H)[:, None], torch.arange(0, W, 2)
-            angle = place / 10_000 ** (half / W)
-            position = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :W]  # (H, W)
-            self.register_buffer("position", position.to(torch.get_default_dtype()), persistent=False)
-        inputs = self.O + W * bool(H)
+        self.memory = Memory(self.O + self.A, self.H, args.width, each) if self.H else None
+        inputs = self.O + args.width * bool(self.H)
         self.policy = mlp(inputs, self.A * (1 if self.discrete else 2), args.hidden, 2, each, scale=0.1)
         self.values = mlp(inputs, 1, args.hidden, 2, each)
         self.mixer = mlp(data.state.shape[-1], self.N + 1, args.hidden, 2, generators)
-        self.register_buffer("return_mean", survey.return_mean.clone())
-        self.register_buffer("return_std", survey.return_std.clone())
-        if self.discrete:
-            self.register_buffer("avail", data.avail, persistent=False)  # (N, A)
-        # Actions begin about as far apart as the recorded ones: beyond those the model only guesses.
-        spread = survey.action_std.view(self.N, 1, self.A).clamp(min=math.exp(-6), max=1)
-        self.register_buffer("log_spread", spread.log(), persistent=False)
-        self.register_buffer("alpha", torch.zeros(self.S, device=spread.device))  # the price of entropy
+        self.register_buffer("alpha", torch.zeros(self.S))  # the price of entropy
+        # What the data say, anew in each run. Actions begin about as far apart as the recorded ones: beyond those the
+        # model only guesses.
+        togo, (mean, std) = data.togo[data.steps], units(data.state, args.normalize, 1e-3)
+        return_mean, return_std = units(togo, args.normalize)
+        spread = data.action[data.steps].std(0, correction=0)[:, None].clamp(min=math.exp(-6), max=1)  # (N, 1, A)
+        for name, value in dict(
+            mean=mean, std=std, view_mean=F.pad(mean, (0, 1))[data.columns],  # (D,), (D,), (N, O)
+            view_std=F.pad(std, (0, 1), value=1)[data.columns],  # (N, O)
+            return_mean=return_mean, return_std=torch.where(return_std > 1e-6, return_std, 1),
+            highest=togo.max() + (togo.max() - togo.min()) / 2,  # the bound of --bound-values
+            log_spread=spread.log(), columns=data.columns, avail=data.avail,
+        ).items():  # fmt: skip
+            self.register_buffer(name, value, persistent=False)
+
+    def normal(self, state):
+        """States (S, B, ..., D) in units of the data's."""
+        return (state - self.mean) / self.std
+
+    def see(self, state):
+        """What the agents see of states (S, B, ..., D), in the same units: (S, N, B, ..., O)."""
+        return F.pad(self.normal(state), (0, 1))[..., self.columns].movedim(-2, 1)
 
     def remember(self, obs, history):
         """An agent's input: its memory of the last H steps, then its view; (Q, B, inputs)."""
         obs = obs.flatten(0, 1)
-        if self.embed is None:
-            return obs
-        Q, (B, H) = len(obs), history.shape[2:4]
-        # Embedding and attention, two linear layers in a row, are multiplied into one: a third of the arithmetic. The
-        # part that depends on the place only enters as the weights of a one-hot place.
-        entries, places = self.embed.weight, self.embed.bias + self.position  # (Q, O + A, W), (Q, H, W)
-        embed = torch.cat([entries, places], 1)
-        attend = torch.cat([entries @ self.attend.weight, self.attend(places)], 1).chunk(3, -1)
-        place = torch.eye(H, dtype=obs.dtype, device=obs.device).expand(Q, B, H, H)
-        tokens = torch.cat([history.flatten(0, 1), place], -1).flatten(1, 2)  # (Q, B H, O + A + H)
-        x, query, key, value = (torch.bmm(tokens, weight).view(Q, B, H, -1) for weight in (embed, *attend))
-        x = x + F.scaled_dot_product_attention(query, key, value)
-        x = F.layer_norm(x, x.shape[-1:]).flatten(1, 2) * self.gain + self.shift  # (Q, B H, W)
-        score = (torch.bmm(x, self.judge).tanh() * self.wanted).sum(-1).view(Q, B, H)
-        memory = (score.softmax(-1)[..., None] * x.view(Q, B, H, -1)).sum(2)  # (Q, B, W)
-        return torch.cat([memory, obs], -1)
+        return torch.cat([self.memory(history.flatten(0, 1)), obs], -1) if self.H else obs
 
     def act(self, x):
         """Log-probabilities of all actions (S, N, B, A), or means and log-deviations (S, N, B, 2A)."""
@@ -458,7 +409,7 @@ class Agents(nn.Module):
         return torch.cat([mean, (self.log_spread + log_std).clamp(-6, 0)], -1)
 
     def value(self, x, state):
-        """Eq. 9: V of states (S, B, D), in units of the reward, (S, B)."""
+        """Eq. 9: V of normal states (S, B, D), in units of the reward, (S, B)."""
         own = self.values(x)[..., 0].unflatten(0, (self.S, self.N))  # (S, N, B)
         weight, bias = self.mixer(state).transpose(1, 2).split([self.N, 1], 1)
         return self.return_mean + self.return_std * ((weight * own).sum(1) + bias[:, 0])
@@ -478,7 +429,7 @@ class Agents(nn.Module):
         mean, log_std = out.chunk(2, -1)
         return mean if noise is None else mean + log_std.exp() * noise
 
-    def play(self, action):
+    def carry_out(self, action):
         """Actions as the world and the memory see them, (S, N, B, A): one-hot, or clipped."""
         return F.one_hot(action, self.A).to(self.return_std.dtype) if self.discrete else action.clamp(-1, 1)
 
@@ -510,21 +461,18 @@ def model_update(world, adam, data, rows, args):
     return losses.detach().view(S, -1)
 
 
-def evenly(rows, most):
-    """At most so many of the rows, evenly spaced."""
-    return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device).long()]
-
-
 @torch.no_grad()
-def validate(world, data, survey, S):
+def validate(world, data, S):
     """Errors of the members on held-out steps, (S, n) each; 1: no better than always guessing the mean change."""
-    rows, U = evenly(data.held, SAMPLE), len(world.for_end[0].weight)
-    state, action = (x[rows].flatten(1).expand(U, -1, -1) for x in (data.state, data.action))
-    guess, vary = world(state, action), survey.move_std > 0
-    error = ((guess.state - data.state[rows + 1]) / survey.move_std.clamp(min=1e-8))[..., vary]
+    count, U = len(data.held), len(world.for_end[0].weight)
+    rows = data.held[torch.linspace(0, count - 1, min(SAMPLE, count), device=data.held.device).long()]
+    guess = world(*(x[rows].flatten(1).expand(U, -1, -1) for x in (data.state, data.action)))
+    _, move_std = units(data.state[data.steps + 1] - data.state[data.steps], True)
+    _, reward_std = units(data.reward[data.steps], True)
+    vary = move_std > 0
+    error = ((guess.state - data.state[rows + 1]) / move_std.clamp(min=1e-8))[..., vary]
     for_state = (error**2).mean(-1).sqrt().mean(1) if vary.any() else error.sum((1, 2))
-    unit = torch.where(survey.reward_std > 0, survey.reward_std, torch.ones_like(survey.reward_std))
-    for_reward = ((guess.reward - data.reward[rows]) / unit).abs().mean(1)
+    for_reward = ((guess.reward - data.reward[rows]) / torch.where(reward_std > 0, reward_std, 1)).abs().mean(1)
     wrong = ((guess.end > 0) != (data.done[rows] > 0)).to(error.dtype).mean(1)
     return {name: x.view(S, -1) for name, x in (("state", for_state), ("reward", for_reward), ("end", wrong))}
 
@@ -537,14 +485,33 @@ def best(errors, args):
 
 
 # ---------------------------------------------------------------- act 2: rollouts
-def dream(world, survey, args):
+def begin(agents, data, rows):
+    """States (S, B, D) and histories (S, N, B, H, O + A) with which rollouts begin in the rows (S, B)."""
+    past = rows[..., None] + torch.arange(-agents.H, 0, device=rows.device)  # (S, B, H)
+    known = past >= (rows - data.age[rows])[..., None]  # of the same episode
+    past = past.clamp(min=0)
+    tokens = torch.cat([agents.see(data.state[past]), data.action[past].movedim(-2, 1)], -1)
+    return data.state[rows], tokens * known[:, None, ..., None]
+
+
+def push(history, obs, played):
+    """Histories (S, N, B, H, O + A) one step later; (S, N, B, O) and (S, N, B, A) become their newest."""
+    newest = torch.cat([obs, played], -1)[..., None, :]
+    return torch.cat([history, newest], -2)[..., 1:, :] if history.shape[-2] else history
+
+
+def dream(world, data, args):
     """The model as a world to play in: a function of states (S, B, D), joint actions (S, B, X), members (S, B), and of
     the noise (S, B, D) that the next states have with --sample-states.
 
     It returns the next states, the penalised rewards, where the game ends, and where the model is sure (S, B).
     """
-    root, room = survey.weight.sqrt(), args.box_margin * (survey.high - survey.low)
-    worst = survey.reward_low - args.box_margin * (survey.reward_high - survey.reward_low)
+    (low, high), (worst, top) = data.state.aminmax(dim=0), data.reward[data.steps].aminmax()  # the box
+    weight = data.columns.flatten().bincount(minlength=len(low) + 1)  # how often each entry is seen; the last, the 0s
+    weight[:-1][(low == 0) & (high == 0)] = 0
+    weight[-1] = len(data.columns)  # the reward counts once for each agent
+    root, room = weight.sqrt(), args.box_margin * (high - low)
+    low, high, worst = low - room, high + room, worst - args.box_margin * (top - worst)
 
     def step(state, action, member, noise=None):
         S, n = len(state), args.elites
@@ -559,8 +526,7 @@ def dream(world, survey, args):
         # Eq. 3, of what the members say, before the box
         eps_r, eps_g = each.reward.var(1), gram_norm(torch.cat([each.state, each.reward[..., None]], -1) * root)
         if args.box:
-            next_state = torch.minimum(torch.maximum(next_state, survey.low - room), survey.high + room)
-            reward = torch.minimum(torch.maximum(reward, worst), survey.reward_high)
+            next_state, reward = next_state.clamp(low, high), reward.clamp(worst, top)
         if args.penalty == "epistemic":  # Eq. 4
             reward = reward - args.reward_penalty * eps_r.clamp(max=args.penalty_cap)
             reward = reward - args.state_penalty * eps_g.clamp(max=args.penalty_cap)
@@ -585,7 +551,7 @@ class Batch(NamedTuple):
     obs: torch.Tensor  # (S, N, B, O)
     history: torch.Tensor  # (S, N, B, H, O + A)
     action: torch.Tensor  # (S, N, B) or (S, N, B, A)
-    state: torch.Tensor  # (S, B, D)
+    state: torch.Tensor  # (S, B, D) normal
     log_prob: torch.Tensor  # (S, B) of the joint action when it was played
     value: torch.Tensor  # (S, B) of then
     advantage: torch.Tensor  # (S, B)
@@ -593,27 +559,27 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def rehearsal_step(agents, play, data, survey, state, history, again, member, noise, shock, args):
+def rehearsal_step(agents, play, data, state, history, noise, args):
     """One step in the world `play`, from states (S, B, D) and histories (S, N, B, H, O + A).
 
     It returns what `settle` needs of it, and the states and histories from which to go on: a place whose rollout is
-    over begins another one, in the row `again` (S, B).
+    over begins another one, in the row that the step's `Noise` tells.
     """
-    obs, seen = views(state, data, survey), normal(state, survey)
+    obs, normal = agents.see(state), agents.normal(state)
     x = agents.remember(obs, history)
-    out, value = agents.act(x), agents.value(x, seen)
-    action = agents.sample(out, noise)
+    out, value = agents.act(x), agents.value(x, normal)
+    action = agents.sample(out, noise.action)
     log_prob, _ = agents.log_prob(out, action)
-    played = agents.play(action)
-    next_state, reward, end, sure = play(state, played.transpose(1, 2).flatten(2), member, shock)
+    played = agents.carry_out(action)
+    next_state, reward, end, sure = play(state, played.transpose(1, 2).flatten(2), noise.member, noise.state)
     next_history = push(history, obs, played)
-    x = agents.remember(views(next_state, data, survey), next_history)
-    next_value = agents.value(x, normal(next_state, survey))
+    x = agents.remember(agents.see(next_state), next_history)
+    next_value = agents.value(x, agents.normal(next_state))
     if args.bound_values and not args.simulator:
-        next_value = next_value.clamp(max=survey.value_high)  # from below, bad teams would look good
-    step = obs, history, action, seen, log_prob, value, reward, next_value
+        next_value = next_value.clamp(max=agents.highest)  # from below, bad teams would look good
+    step = obs, history, action, normal, log_prob, value, reward, next_value
     step += 1 - end.to(reward.dtype), sure.to(reward.dtype)  # Eq. 5: m, and zeta as far as the model tells
-    over, (fresh_state, fresh_history) = end | ~sure, begin(again, data, survey, args.memory)
+    over, (fresh_state, fresh_history) = end | ~sure, begin(agents, data, noise.rows)
     next_state = torch.where(over[..., None], fresh_state, next_state)
     return step, next_state, torch.where(over[:, None, :, None, None], fresh_history, next_history)
 
@@ -641,6 +607,7 @@ def settle(agents, steps, args):
     log_prob, value, reward, next_value, m, zeta = (torch.stack(x, 2) for x in each[4:])  # (S, B, k)
     zeta = F.pad(zeta[..., :-1], (0, 1))  # Eq. 5: a rollout's k-th step is its last
     advantage, returns = gae(reward, value, next_value, m, zeta, args.gamma, args.gae_lambda)
+    # How often the model was not sure where the game went on, of the steps before the k-th
     stopped = ((1 - zeta[..., :-1]) * m[..., :-1]).sum((1, 2)) / max(1, zeta[0, :, 1:].numel())
     logs = {"model_reward": reward.mean((1, 2)), "stopped": stopped, "ended": 1 - m.mean((1, 2))}
     std, mean = torch.std_mean(advantage, (1, 2), keepdim=True, correction=0)
@@ -649,17 +616,16 @@ def settle(agents, steps, args):
     return Batch(*mine, state, *flat), logs
 
 
-def rehearse(agents, play, data, survey, noise, args, rehearsal_step=rehearsal_step, settle=settle):
+def rehearse(agents, play, data, noise, args, rehearsal_step=rehearsal_step, settle=settle):
     """Play k steps in B places for each seed in the world `play`; returns a `Batch` of B k steps, and what to log (S,).
 
     `rehearsal_step` and `settle` can be given in compiled form.
     """
-    state, history = begin(noise.rows[:, 0], data, survey, args.memory)
-    steps, k = [], args.horizon
-    for t in range(k):
-        again, shock = noise.rows[:, (t + 1) % k], None if noise.state is None else noise.state[:, t]
-        chance = again, noise.member[:, t], noise.action[:, t], shock
-        step, state, history = rehearsal_step(agents, play, data, survey, state, history, *chance, args)
+    state, history = begin(agents, data, noise.rows[:, 0])
+    noise, steps = noise._replace(rows=noise.rows.roll(-1, 1)), []  # a step's row is where the next one may begin
+    for t in range(args.horizon):
+        now = Noise(*(None if x is None else x[:, t] for x in noise))
+        step, state, history = rehearsal_step(agents, play, data, state, history, now, args)
         steps.append(step)
     return settle(agents, steps, args)
 
@@ -687,12 +653,15 @@ def ppo_loss(agents, batch, clip, action_penalty):
     return total, {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "kl": kl}
 
 
-def clone_loss(agents, obs, history, action, state, togo):
-    """For each seed (S,): independent behavioural cloning, -log pi_i(a_i) of the recorded actions, summed over agents;
-    and how far V is from what the recorded rest of the episode was worth."""
-    x = agents.remember(obs, history)
-    value_loss = 0.5 * (((agents.value(x, state) - togo) / agents.return_std) ** 2).mean(1)
-    return -agents.log_prob(agents.act(x), action)[0].mean(1), value_loss
+def clone_loss(agents, data, rows):
+    """The warm-up's losses on the steps that begin in the rows (S, B), for each seed (S,): independent behavioural
+    cloning, -log pi_i(a_i) of the recorded actions, summed over agents; and how far V is from what the recorded rest of
+    the episode was worth."""
+    state, history = begin(agents, data, rows)
+    x, action = agents.remember(agents.see(state), history), data.action[rows].transpose(1, 2)  # (S, N, B, A)
+    log_prob, _ = agents.log_prob(agents.act(x), action.argmax(-1) if agents.discrete else action)
+    error = (agents.value(x, agents.normal(state)) - data.togo[rows]) / agents.return_std
+    return -log_prob.mean(1), 0.5 * (error**2).mean(1)
 
 
 # ---------------------------------------------------------------- update
@@ -755,14 +724,9 @@ def update(agents, adam, batch, orders, args, minibatch=minibatch):
     return logs
 
 
-def clone_update(agents, adam, data, survey, rows, args):
-    """One update of the warm-up, of clones and of a critic of the data's returns, on the steps that begin in the rows
-    (S, B); returns the policies' loss (S,)."""
-    state, history = begin(rows, data, survey, args.memory)
-    action = data.action[rows].transpose(1, 2)  # (S, N, B, A)
-    action = action.argmax(-1) if agents.discrete else action
-    inputs = views(state, data, survey), history, action, normal(state, survey), data.togo[rows]
-    policy_loss, value_loss = clone_loss(agents, *inputs)
+def clone_update(agents, adam, data, rows, args):
+    """One update of the warm-up on the steps that begin in the rows (S, B); returns the policies' loss (S,)."""
+    policy_loss, value_loss = clone_loss(agents, data, rows)
     descend(adam, policy_loss + value_loss, args)
     return policy_loss.detach()
 
@@ -774,6 +738,7 @@ if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists()
     import data as datasets
     import envs
     from data import layout, runs
+    from envs.mamujoco import draw_convention
     from envs.play import play
     from envs.simulator import open_loop, simulator
 elif __name__ == "__main__":
@@ -812,14 +777,11 @@ def arrange(dataset, args):
             raise ValueError(f"in {args.dataset} the available actions change, which the model does not learn")
         avail, action = avail[0], F.one_hot(action, avail.shape[-1]).to(dtype) * rows["acted"][:, None, None]
     if args.holdout and E < 2 and not (args.simulator or args.world_model):
-        raise ValueError(
-            f"{args.dataset} has one episode, so none can be held out to judge the model by: take more episodes, or "
-            f"--holdout 0"
-        )
+        had = f"{args.dataset} has one episode, so none can be held out to judge the model by"
+        raise ValueError(f"{had}: take more episodes, or --holdout 0")
     count = min(E - 1, max(1, round(args.holdout * E))) if args.holdout else 0
     chosen = torch.randperm(E, generator=runs.stream(0, 4))[:count].to(steps.device)
-    episode = rows["first"].cumsum(0)[steps] - 1  # (M,)
-    out = torch.zeros(E, dtype=torch.bool, device=steps.device).index_fill_(0, chosen, True)[episode]
+    out = torch.isin(rows["first"].cumsum(0)[steps] - 1, chosen)  # (M,) whether a step's episode is held out
     togo = torch.zeros_like(rows["reward"]).index_copy_(0, steps, layout.togo(dataset, args.gamma))
     return Data(
         state, action, rows["reward"], rows["done"], togo, layout.age(dataset.lengths)[0], steps,
@@ -833,73 +795,71 @@ def world_of(data, args):
     return [args.env, task, f"{data.state.shape[1]} entries", f"{data.action[0].numel()} action entries"]
 
 
-def read_world(run, path, data, survey, args):
+def read_world(run, path, data, args):
     """The elites of another run's world model, for this run's seeds, and numbers about them."""
-    about, state = runs.read_model(path, world_of(data, args), ("sizes", "elites", "open_loop"), run.device)
-    known, n = about["seeds"], about["elites"]
-    if not set(run.seeds) <= set(known) or n != args.elites:
-        had = f"{path} has {n} elites of the seeds {known}"
-        raise ValueError(f"{had}: choose --seed, --num-seeds and --elites among them")
+    about, state = runs.read_model(path, world_of(data, args), run.seeds, args.elites, run.device)
+    known, n = about["seeds"], args.elites
     try:
         sizes = replace(args, members=n, **about["sizes"])
-        world = World(survey, sizes, [runs.stream(0, 0)] * len(known)).to(run.device)
+        world = World(data, sizes, [runs.stream(0, 0)] * len(known)).to(run.device)
         world.load_state_dict(state)
     except (RuntimeError, TypeError):
         raise ValueError(f"{path} is damaged: its weights do not fit its sizes") from None
     return world.choose([known.index(seed) * n + e for seed in run.seeds for e in range(n)]), about
 
 
-def learn_world(run, dataset, data, survey, args):
+def learn_world(run, dataset, data, args):
     """Act 1: learn the model; returns the elites of each seed, S elites models, and numbers about them."""
-    S, seeds = args.num_seeds, run.seeds
-    world = World(survey, args, [runs.stream(seed, 2) for seed in seeds]).to(run.device)
+    S, n, seeds = args.num_seeds, args.elites, run.seeds
+    world = World(data, args, [runs.stream(seed, 2) for seed in seeds]).to(run.device)
     adam, generators = Adam(world.parameters(), args.model_lr), [runs.stream(seed, 3, run.device) for seed in seeds]
     learn, loss = run.compile(model_update), torch.full((S, args.members), math.nan)
     run.begin("model step", "world_model.csv", world=world, adam=adam, generators=generators)
     for step in run.steps(args.model_steps, args.model_eval_every):
         if run.due():
-            errors = validate(world, data, survey, S)
+            errors = validate(world, data, S)
             run.record({"loss": loss}, {f"{name}_error": value for name, value in errors.items()}, "held out")
         if step < args.model_steps:
             adam.lr.fill_(args.model_lr * (1 - step / args.model_steps))
             loss = learn(world, adam, data, draw_rows(generators, data.train, args.members, args.model_batch), args)
 
-    errors = validate(world, data, survey, S)
+    errors = validate(world, data, S)
     which = best(errors, args)
     chosen, left = world.choose(which), layout.age(dataset.lengths)[1][data.held]  # steps to come
-    k = min(args.horizon, int(left.max()))
-    starts = evenly(data.held[left >= k], SAMPLE // 4)
-    curve, still = open_loop(chosen, len(which), data.state, data.action.flatten(1), starts, k, S)
+    curve, still = open_loop(chosen, (S, n), data.state, data.action.flatten(1), data.held, left, args.horizon)
+    runs.save_figure(run.folder / "world_model.png", runs.draw_open_loop(curve, still, seeds, run.subject))
     sizes = {name: getattr(args, name) for name in ("model_hidden", "reward_hidden", "model_layers", "end_from")}
-    about = {"world": world_of(data, args), "dataset": args.dataset, "elites": args.elites, "sizes": sizes}
+    about = {"world": world_of(data, args), "dataset": args.dataset, "elites": n, "sizes": sizes}
     about |= {f"{name}_error": value.flatten()[which].mean().item() for name, value in errors.items()}
     about |= {"open_loop": curve.mean(0).tolist(), "open_loop_still": still.tolist(), "steps": args.model_steps}
-    rows = [{"step": t + 1, "seed": seed, "error": curve[s, t].item(), "still": still[t].item()}
-            for t in range(k) for s, seed in enumerate(seeds)]  # fmt: skip
-    columns, title = {"error": "model", "still": "nothing moves"}, f"open loop, {run.subject}"
-    figure = runs.draw_curves(rows, columns, {}, title, "steps", "error / spread")
-    runs.save_figure(run.folder / "world_model.png", figure)
     return chosen, about | {"seeds": seeds, "updates_per_second": run.speed}
 
 
-def evaluate(agents, data, survey, args, step, episodes, device, film=False):
+def act(agents, obs, avail, memory):
+    """What the teams do in B games of each seed, greedily, and their memory (S, B, N, H (O + A)): obs (S, B, N, O) ->
+    (S, B, N) or (S, B, N, A). Which actions are available, here `avail`, never changes, so that the agents know it."""
+    obs = ((obs.to(agents.view_mean.dtype) - agents.view_mean) / agents.view_std).transpose(1, 2)  # (S, N, B, O)
+    history = memory.transpose(1, 2).unflatten(-1, (agents.H, agents.O + agents.A))  # (S, N, B, H, O + A)
+    action = agents.sample(agents.act(agents.remember(obs, history)))
+    played = agents.carry_out(action)
+    memory = push(history, obs, played).flatten(-2).transpose(1, 2)
+    return (action if agents.discrete else played.float()).transpose(1, 2), memory
+
+
+def evaluate(agents, args, step, episodes, device, film=False):
     """Play the teams of all seeds in one batch of games, greedily.
 
     Returns {"return": (S, E)} and, if asked for, the environment's own states (S, E, T+1, D').
     """
     S, game = args.num_seeds, envs.make(args.env, args.task, args.num_seeds * episodes, device)
-    mean, std = (F.pad(x, (0, 1), value=v)[data.columns] for x, v in ((survey.mean, 0), (survey.std, 1)))  # (N, O)
 
-    def act(obs, info, history):
-        view = ((obs.to(mean.dtype) - mean) / std).unflatten(0, (S, episodes)).transpose(1, 2)  # (S, N, E, O)
-        action = agents.sample(agents.act(agents.remember(view, history)))
-        played = agents.play(action)
-        action = (action if agents.discrete else played.float()).transpose(1, 2).flatten(0, 1)  # (S E, N, ...)
-        return action, push(history, view, played)
+    def answer(obs, info, memory):
+        action, memory = act(agents, obs.unflatten(0, (S, episodes)), None, memory)
+        return action.flatten(0, 1), memory
 
-    history = mean.new_zeros(S, agents.N, episodes, args.memory, agents.O + agents.A)
+    memory = agents.mean.new_zeros(S, episodes, agents.N, agents.H * (agents.O + agents.A))
     try:
-        played = play(game, act, history, step, film)
+        played = play(game, answer, memory, step, film)
     except FloatingPointError as error:
         raise FloatingPointError(f"in the evaluation after {step} updates, {error}") from None
     finally:
@@ -908,44 +868,27 @@ def evaluate(agents, data, survey, args, step, episodes, device, film=False):
     return {"return": played.returns.view(S, episodes)}, states
 
 
-def draw_convention(states, seeds, title):
-    """How the arm bent in reacher's games, states (S, E, T+1, D'): counter-clockwise or not, (S, E), and a picture."""
-    from matplotlib.figure import Figure
-
-    x, y, bend = (states[..., :-1, entry].mean(-1).cpu() for entry in (4, 5, 3))  # the target's place; mean sin θ2
-    figure = Figure(figsize=(2.6 * len(bend), 2.9), layout="constrained")
-    for s, axes in enumerate(figure.subplots(1, len(bend), squeeze=False)[0]):
-        axes.scatter(x[s], y[s], c=bend[s], cmap="coolwarm", vmin=-1, vmax=1, s=14)
-        axes.set(title=f"seed {seeds[s]}", aspect="equal", xlabel="target x", ylabel="target y")
-    figure.suptitle(f"{title}: mean sin θ2", fontsize=9)
-    return bend > 0, figure
-
-
 def main(args):
     """Train, evaluate and fill the run folder; returns what summary.json holds."""
     run = runs.Run("moma_ppo", args)
     device, S = run.device, args.num_seeds
     dataset = datasets.load(args.env, args.task, args.dataset, device, episodes=args.episodes)
     data, whole = arrange(dataset, args)
-    survey = survey_of(data, args)
-    agents = Agents(data, survey, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
+    agents = Agents(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
     adam, generators = Adam(agents.parameters(), args.lr), [runs.stream(seed, 1, device) for seed in run.seeds]
-    steps, about = [rehearsal_step, settle], None
     runs.say(f"{len(dataset.returns)} episodes, {len(data.steps)} steps, mean return {dataset.returns.mean():.2f}")
-    if survey.reward_low == survey.reward_high:
-        runs.say(f"note: every step of {args.dataset} earns {survey.reward_low:g}; only the game's end matters")
+    least, most = data.reward[data.steps].aminmax()
+    if least == most:
+        runs.say(f"note: every step of {args.dataset} earns {least:g}; only the game's end matters")
 
     # Act 1: a world to play in
     if args.simulator:
         game = envs.make(args.env, args.task, S * args.rollouts, device)
-        world = simulator(game, (S, args.rollouts), whole, data.columns)
+        world, about, steps = simulator(game, (S, args.rollouts), whole, data.columns), None, (rehearsal_step, settle)
     else:
         path = args.out_dir if run.reached() else args.world_model
-        if path:
-            model, about = read_world(run, path, data, survey, args)
-        else:
-            model, about = learn_world(run, dataset, data, survey, args)
-        world, steps = dream(model, survey, args), [*map(run.compile, steps)]
+        model, about = read_world(run, path, data, args) if path else learn_world(run, dataset, data, args)
+        world, steps = dream(model, data, args), (run.compile(rehearsal_step), run.compile(settle))
         errors = " ".join(f"{x:.3f}" for x in about["open_loop"])
         runs.say(f"world model: {args.elites} elites, open-loop error after 1, 2, ... steps: {errors}")
 
@@ -956,25 +899,25 @@ def main(args):
         content = {"world": model.state_dict(), "about": about | {"seeds": run.seeds}}
         runs.save_tensors(run.folder / "world_model.pt", content)
     names = ("model_reward", "stopped", "ended", "policy_loss", "value_loss", "entropy", "kl")
-    logs = {name: torch.full((S,), math.nan, device=device) for name in names}
+    logs = dict.fromkeys(names, torch.full((S,), math.nan, device=device))
     for step in run.steps(args.steps, args.eval_every):
         if run.due():
             run.check(logs)
-            scores, _ = evaluate(agents, data, survey, args, step, args.eval_episodes, device)
+            scores, _ = evaluate(agents, args, step, args.eval_episodes, device)
             line = f"in the model {logs['model_reward'].mean():8.3f} a step" if step else ""
             run.record(logs | {"alpha": agents.alpha}, {name: x.mean(1) for name, x in scores.items()}, line)
         if step == 0 and args.warmup:
             runs.say(f"cloning first, {args.warmup} updates")
             for _ in range(args.warmup):
-                clone(agents, adam, data, survey, draw_rows(generators, data.steps, args.batch_size), args)
+                clone(agents, adam, data, draw_rows(generators, data.steps, args.batch_size), args)
         if step < args.steps:
             adam.lr.fill_(args.lr * (1 - step / args.steps))
-            batch, logs = rehearse(agents, world, data, survey, draw_noise(generators, data, args), args, *steps)
+            batch, logs = rehearse(agents, world, data, draw_noise(generators, data, args), args, *steps)
             orders = draw_orders(generators, batch.returns.shape[1], args)
             logs |= update(agents, adam, batch, orders, args, learn)
 
     E, figures, more, reacher = 10 * args.eval_episodes, {}, {"world_model": about}, args.env == "reacher"
-    scores, states = evaluate(agents, data, survey, args, args.steps, E, device, reacher)
+    scores, states = evaluate(agents, args, args.steps, E, device, reacher)
     if reacher:
         bend, figures["convention.png"] = draw_convention(states, run.seeds, f"MOMA-PPO on {run.subject}")
         more["counterclockwise"] = runs.over_seeds(bend)

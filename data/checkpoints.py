@@ -44,16 +44,16 @@ def read_checkpoint(folder, script, device):
     return saved
 
 
-def read_model(path, world, sizes, device):
+def read_model(path, world, seeds, elites, device):
     """The world model in a file, or in the folder of a run, which `save_tensors` wrote: {"about": ..., "world": state}.
 
     Args:
         world: what it must be a model of, in words; they stand in about["world"].
-        sizes: the names of what else must stand in `about`, beside the list "seeds".
+        seeds, elites: for which seeds it must have models, and how many for each.
     Returns:
-        What is known about it, a dictionary, and its state.
+        What is known about it, a dictionary with "world", "seeds", "elites", "sizes" and "open_loop", and its state.
     Raises:
-        ValueError: there is none, or it is damaged, or of another world.
+        ValueError: there is none, or it is damaged, or of another world, or of other seeds.
     """
     path = Path(path) / "world_model.pt" if Path(path).is_dir() else Path(path)
     if not path.exists():
@@ -62,12 +62,16 @@ def read_model(path, world, sizes, device):
         saved = torch.load(path, map_location=device, weights_only=True)
         about, state = saved["about"], dict(saved["world"])
         made, wanted = (", ".join(map(str, words)) for words in (about["world"], world))
-        if not all(isinstance(seed, int) for seed in about["seeds"]) or not set(sizes) <= about.keys():
+        known, count = about["seeds"], about["elites"]
+        if not all(isinstance(seed, int) for seed in known) or not {"sizes", "open_loop"} <= about.keys():
             raise KeyError
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ValueError(f"{path} is no world model, or damaged ({type(error).__name__})") from None
     if made != wanted:
         raise ValueError(f"{path} is a model of another world ({made}), not of this one ({wanted})")
+    if not set(seeds) <= set(known) or count != elites:
+        had = f"{path} has {count} elites of the seeds {known}"
+        raise ValueError(f"{had}: choose --seed, --num-seeds and --elites among them")
     return about, state
 
 

@@ -87,6 +87,14 @@ def draw_curves(rows, columns, levels, title, xlabel, ylabel="return"):
     return figure
 
 
+def draw_open_loop(errors, still, seeds, subject):
+    """The errors of a learned world left to itself for 1..k steps, (S, k), and those if nothing moved, (k,)."""
+    rows = [{"step": t + 1, "seed": seed, "error": errors[s, t].item(), "still": still[t].item()}
+            for t in range(len(still)) for s, seed in enumerate(seeds)]  # fmt: skip
+    columns = {"error": "model", "still": "nothing moves"}
+    return draw_curves(rows, columns, {}, f"open loop, {subject}", "steps", "error / spread")
+
+
 def table_text(columns, scores, levels, score="return"):
     """A table: mean ± standard error over seeds of each score, then the plain numbers in `levels`.
 

@@ -41,21 +41,26 @@ def simulator(game, shape, whole, columns):
 
 
 @torch.no_grad()
-def open_loop(world, U, state, action, rows, k, S):
+def open_loop(world, shape, state, action, rows, left, k, most=500):
     """The error of models' states after 1..k steps of recorded actions, in units of the entries' spread.
 
     Args:
         world: U models: a function of states (U, B, D) and joint actions (U, B, X) whose result has the next `state`.
+        shape: (S, U / S), for how many seeds they are, and how many for each.
         state, action: (R, D) and (R, X), as they were recorded.
-        rows: (B,) those in which to begin; each has k steps to come.
-        S: how many seeds the models are of.
+        rows, left: (M,) those in which to begin, and how many steps are to come there.
+        k: the most steps; fewer where no row has so many to come.
+        most: of the rows that have k steps to come, it takes at most so many, evenly spaced.
     Returns:
         The root mean square over starts, a seed's models and entries that vary, (S, k), and if nothing moved, (k,).
     """
+    (S, n), k = shape, min(k, int(left.max()))
+    rows = rows[left >= k]
+    rows = rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device).long()]  # (B,)
     spread, errors, still = state.std(0, correction=0), [], []
-    vary, begin, now = spread > 0, state[rows], state[rows].expand(U, -1, -1)
+    vary, begin, now = spread > 0, state[rows], state[rows].expand(S * n, -1, -1)
     for t in range(k):
-        now, true = world(now, action[rows + t].expand(U, -1, -1)).state, state[rows + t + 1]
+        now, true = world(now, action[rows + t].expand(S * n, -1, -1)).state, state[rows + t + 1]
         error, stayed = (((x - true) / spread.clamp(min=1e-8))[..., vary] ** 2 for x in (now, begin))
         errors.append(error.view(S, -1).mean(1).sqrt() if vary.any() else error.new_zeros(S))
         still.append(stayed.mean().sqrt() if vary.any() else error.new_zeros(()))

@@ -56,19 +56,18 @@ def words(folder, *more, **changes):
 
 
 def setting(folder, *more, **changes):
-    """Arguments, data, what they say of the world, and agents of a tiny run."""
+    """Arguments, data and agents of a tiny run."""
     args = moma.parse(words(folder, *more, **changes))
     found, _ = moma.arrange(data.load(args.env, args.task, args.dataset), args)
-    survey = moma.survey_of(found, args)
-    return args, found, survey, moma.Agents(found, survey, args, [runs.stream(s, 0) for s in range(args.num_seeds)])
+    return args, found, moma.Agents(found, args, [runs.stream(s, 0) for s in range(args.num_seeds)])
 
 
 def generators(count=S, purpose=1):
     return [runs.stream(s, purpose) for s in range(count)]
 
 
-def rehearse(args, found, survey, agents, play):
-    return moma.rehearse(agents, play, found, survey, moma.draw_noise(generators(), found, args), args)
+def rehearse(args, found, agents, play):
+    return moma.rehearse(agents, play, found, moma.draw_noise(generators(), found, args), args)
 
 
 # ---------------------------------------------------------------- equations
@@ -108,16 +107,32 @@ def test_gram_form_is_the_norm_of_the_covariance(float64):
 
 def test_entries_count_as_often_as_the_agents_see_them(tmp_path, float64):
     """eps_g is that of the agents' views and rewards, laid side by side as in the authors' code."""
-    args, found, survey, _ = setting(tmp_path, elites=3)
+    args, found, _ = setting(tmp_path, "--no-box", elites=3, num_seeds=1, reward_penalty=0, state_penalty=1)
     torch.manual_seed(0)
-    each, reward = torch.randn(1, 3, 4, found.state.shape[1]), torch.randn(1, 3, 4, 1)
-    views = each[..., found.columns].flatten(3)  # (1, n, B, N O)
-    side_by_side = moma.gram_norm(torch.cat([views, reward, reward], -1))
-    weighed = moma.gram_norm(torch.cat([each, reward], -1) * survey.weight.sqrt())
-    assert torch.allclose(side_by_side, weighed, atol=1e-12)
-    hidden = found._replace(columns=found.columns.masked_fill(found.columns == 6, 0))  # now nobody sees entry 6
-    more = moma.survey_of(hidden, args).weight - survey.weight
-    assert more[[6, 0]].tolist() == [-survey.weight[6], survey.weight[6]] and survey.weight[6] > 0 == more[-1]
+    each, reward = torch.randn(3, 4, found.state.shape[1]), torch.randn(3, 4)
+    rest = found.state[:4][None], torch.zeros(1, 4, 2), torch.zeros(1, 4, dtype=torch.long)
+
+    def eps_g(columns):
+        play = moma.dream(
+            lambda *_: moma.Guess(each, each, reward, reward, reward), found._replace(columns=columns),
+            replace(args, penalty_cap=1e6),
+        )  # fmt: skip
+        return reward.mean(0) - play(*rest)[1][0]
+
+    def side_by_side(columns, each):
+        views = each[..., columns].flatten(2)  # (n, B, N O)
+        return moma.gram_norm(torch.cat([views, reward[..., None], reward[..., None]], -1)[None])[0]
+
+    hidden = found.columns.masked_fill(found.columns == 6, 0)  # now nobody sees entry 6
+    for columns in (found.columns, hidden):
+        assert torch.allclose(eps_g(columns), side_by_side(columns, each), atol=1e-12)
+    assert not torch.allclose(eps_g(found.columns), eps_g(hidden))
+    # An entry that never is anything but 0 does not count, whatever the members say of it.
+    (dead,) = (found.state == 0).all(0).nonzero()[:, 0].tolist()
+    idle = found.columns.masked_fill(found.columns == 6, dead)
+    said = each.index_fill(2, torch.tensor([dead]), 0)
+    assert torch.allclose(eps_g(idle), side_by_side(idle, said), atol=1e-12)
+    assert not torch.allclose(eps_g(idle), side_by_side(idle, each))
 
 
 def stub(spread=0.0, jump=0.0, end=(-1, -1, -1), std=(0.5, 0.5, 0.5)):
@@ -138,15 +153,22 @@ def stub(spread=0.0, jump=0.0, end=(-1, -1, -1), std=(0.5, 0.5, 0.5)):
     return world
 
 
+def boxed(found, first=None, reward=None):
+    """The data, but the first entry of their states and their rewards lie in these intervals."""
+    if first:
+        found = found._replace(state=found.state.clone())
+        found.state[:, 0] = torch.linspace(*first, len(found.state))
+    return found._replace(reward=torch.linspace(*reward, len(found.reward)), steps=torch.arange(len(found.reward)))
+
+
 def test_a_step_in_the_model(tmp_path):
-    args, found, survey, _ = setting(tmp_path, elites=3, **{"num-seeds": 1})
+    args, found, _ = setting(tmp_path, elites=3, **{"num-seeds": 1})
     state, action, drawn = found.state[:4][None], torch.zeros(1, 4, 2), torch.tensor([[0, 1, 2, 2]])
-    low, high = (x.index_fill(0, torch.tensor([0]), y) for x, y in ((survey.low, -9), (survey.high, 9)))
-    survey = survey._replace(low=low, high=high, reward_low=torch.tensor(-9.0), reward_high=torch.tensor(9.0))
+    found = boxed(found, (-9, 9), (-9, 9))
 
     def step(spread=0.0, *more, **kind):
         changed = moma.parse(words(tmp_path, *more, elites=3))
-        return moma.dream(stub(spread, **kind), survey, changed)(state, action, drawn)
+        return moma.dream(stub(spread, **kind), found, changed)(state, action, drawn)
 
     after, reward, over, sure = step(0.3)
     assert torch.allclose(after[0, :, 0], state[0, :, 0] + 0.3 * torch.tensor([-1.0, 0, 1, 1]))
@@ -170,8 +192,8 @@ def test_a_step_in_the_model(tmp_path):
 
 
 def test_the_aleatoric_penalty_is_that_of_the_least_certain_member(tmp_path):
-    args, found, survey, _ = setting(tmp_path, "--penalty", "aleatoric", "--aleatoric", "0.3", "--no-box", elites=3)
-    play, B = moma.dream(stub(std=(0.1, 0.9, 0.2)), survey, args), 4
+    args, found, _ = setting(tmp_path, "--penalty", "aleatoric", "--aleatoric", "0.3", "--no-box", elites=3)
+    play, B = moma.dream(stub(std=(0.1, 0.9, 0.2)), found, args), 4
     state = found.state[: S * B].view(S, B, -1)
     _, reward, *_ = play(state, torch.zeros(S, B, 2), torch.zeros(S, B, dtype=torch.long))
     assert torch.allclose(reward, torch.tensor(-1 - 0.3 * 0.9 * math.sqrt(found.state.shape[1] + 1)))
@@ -179,8 +201,8 @@ def test_the_aleatoric_penalty_is_that_of_the_least_certain_member(tmp_path):
 
 @pytest.mark.parametrize("votes, ends", [((1, 1, -1, -1), False), ((1, 1, 1, -1), True), ((1, -1, -1, -1), False)])
 def test_half_of_the_votes_are_no_majority(tmp_path, votes, ends):
-    args, found, survey, _ = setting(tmp_path, members=4, elites=4, num_seeds=1)
-    play = moma.dream(stub(end=votes, std=(1, 1, 1, 1)), survey, args)
+    args, found, _ = setting(tmp_path, members=4, elites=4, num_seeds=1)
+    play = moma.dream(stub(end=votes, std=(1, 1, 1, 1)), found, args)
     for drawn in range(4):  # whoever is drawn
         end = play(found.state[:1][None], torch.zeros(1, 1, 2), torch.full((1, 1), drawn))[2]
         assert end.item() == ends
@@ -188,55 +210,58 @@ def test_half_of_the_votes_are_no_majority(tmp_path, votes, ends):
 
 def test_members_disagree_before_the_box_makes_them_equal(tmp_path):
     """Members that all leave the box on one side end at the same place in it, but are no surer for that."""
-    args, found, survey, _ = setting(tmp_path, elites=3, num_seeds=1, box_margin=0, reward_penalty=1, state_penalty=1)
-    survey = survey._replace(reward_low=torch.tensor(7.0), reward_high=torch.tensor(8.0))
+    args, found, _ = setting(tmp_path, elites=3, num_seeds=1, box_margin=0, reward_penalty=1, state_penalty=1)
+    found = boxed(found, reward=(7, 8))
     rest = found.state[:4][None], torch.zeros(1, 4, 2), torch.zeros(1, 4, dtype=torch.long)
     for spread, sure in ((0.3, True), (2.0, False)):
-        after, reward, _, found_sure = moma.dream(stub(spread, jump=100.0), survey, args)(*rest)
-        assert torch.equal(after[0], survey.high.expand(4, -1))
+        after, reward, _, found_sure = moma.dream(stub(spread, jump=100.0), found, args)(*rest)
+        assert torch.equal(after[0], found.state.amax(0).expand(4, -1))
         want = 7 - min(spread**2, 2) - min(3 * spread**2, 2)  # the members' reward is -1 and more
         assert torch.allclose(reward, torch.tensor(float(want)), atol=1e-4) and (found_sure == sure).all()
 
 
 def test_a_state_outside_the_box_is_clipped_to_it(tmp_path):
-    args, found, survey, _ = setting(tmp_path, elites=3, **{"num-seeds": 1, "box-margin": 0})
+    args, found, _ = setting(tmp_path, elites=3, **{"num-seeds": 1, "box-margin": 0})
     rest = found.state[:4][None], torch.zeros(1, 4, 2), torch.zeros(1, 4, dtype=torch.long)
-    for jump, bound in ((100.0, survey.high), (-100.0, survey.low)):
-        after = moma.dream(stub(0.0, jump), survey, args)(*rest)[0]
+    low, high = found.state.aminmax(dim=0)
+    for jump, bound in ((100.0, high), (-100.0, low)):
+        after = moma.dream(stub(0.0, jump), found, args)(*rest)[0]
         assert torch.equal(after[0], bound.expand(4, -1))
         wide = moma.parse(words(tmp_path, "--box-margin", "0.5", elites=3))
-        after = moma.dream(stub(0.0, jump), survey, wide)(*rest)[0]
-        beyond = bound + (0.5 if jump > 0 else -0.5) * (survey.high - survey.low)
+        after = moma.dream(stub(0.0, jump), found, wide)(*rest)[0]
+        beyond = bound + (0.5 if jump > 0 else -0.5) * (high - low)
         assert torch.equal(after[0], beyond.expand(4, -1))
     free = moma.parse(words(tmp_path, "--no-box", elites=3))
-    assert torch.equal(moma.dream(stub(0.0, 100.0), survey, free)(*rest)[0], rest[0] + 100)
-    survey = survey._replace(reward_low=torch.tensor(-0.5), reward_high=torch.tensor(0.0))  # below it the members' -1
-    assert torch.equal(moma.dream(stub(), survey, args)(*rest)[1], torch.full((1, 4), -0.5))
-    assert torch.equal(moma.dream(stub(), survey, wide)(*rest)[1], torch.full((1, 4), -0.75))
+    assert torch.equal(moma.dream(stub(0.0, 100.0), found, free)(*rest)[0], rest[0] + 100)
+    found = boxed(found, reward=(-0.5, 0))  # below it the members' -1
+    assert torch.equal(moma.dream(stub(), found, args)(*rest)[1], torch.full((1, 4), -0.5))
+    assert torch.equal(moma.dream(stub(), found, wide)(*rest)[1], torch.full((1, 4), -0.75))
 
 
 def test_the_memory_is_attention_step_by_step(tmp_path, float64):
-    args, _, _, agents = setting(tmp_path)
+    args, _, agents = setting(tmp_path)
     torch.manual_seed(0)
     obs, history = torch.randn(S, N, 3, agents.O), torch.randn(S, N, 3, 3, agents.O + 1)
-    x = agents.remember(obs, history)
+    x, memory = agents.remember(obs, history), agents.memory
     for q in range(S * N):
         s, i = divmod(q, N)
         for b in range(3):
-            tokens = history[s, i, b] @ agents.embed.weight[q] + agents.embed.bias[q] + agents.position  # (H, W)
-            query, key, value = (tokens @ agents.attend.weight[q] + agents.attend.bias[q]).chunk(3, -1)
+            tokens = history[s, i, b] @ memory.embed.weight[q] + memory.embed.bias[q] + memory.position  # (H, W)
+            query, key, value = (tokens @ memory.attend.weight[q] + memory.attend.bias[q]).chunk(3, -1)
             h = tokens + (query @ key.T / args.width**0.5).softmax(-1) @ value
             h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
-            h = h * agents.gain[q] + agents.shift[q]
-            score = ((h @ agents.judge[q]).tanh() @ agents.wanted[q, 0]).softmax(0)
+            h = h * memory.gain[q] + memory.shift[q]
+            score = ((h @ memory.judge[q]).tanh() @ memory.wanted[q, 0]).softmax(0)
             assert torch.allclose(x[q, b], torch.cat([score @ h, obs[s, i, b]]), atol=1e-12)
 
 
 @torch.no_grad()
 def test_a_mixers_weight_may_be_negative(tmp_path, float64):
     """Eq. 9, one number at a time: V falls as the value of an agent with a negative weight rises."""
-    _, found, survey, agents = setting(tmp_path)
+    _, found, agents = setting(tmp_path)
     torch.manual_seed(0)
+    togo = found.togo[found.steps]
+    unit = togo.std(correction=0)
     x, state = torch.randn(S * N, 5, agents.policy[0].weight.shape[1]), torch.randn(S, 5, found.state.shape[1])
     agents.mixer[-1].bias[:, 0, 0] = -3
     weights, own = agents.mixer(state), agents.values(x)[..., 0].unflatten(0, (S, N))
@@ -245,15 +270,15 @@ def test_a_mixers_weight_may_be_negative(tmp_path, float64):
     for s in range(S):
         for b in range(5):
             mixed = sum(weights[s, b, i] * own[s, i, b] for i in range(N)) + weights[s, b, N]
-            assert value[s, b] == pytest.approx((survey.return_mean + survey.return_std * mixed).item(), abs=1e-12)
+            assert value[s, b] == pytest.approx((togo.mean() + unit * mixed).item(), abs=1e-12)
     agents.values[-1].bias.view(S, N)[:, 0] += 1
-    assert torch.allclose(agents.value(x, state) - value, survey.return_std * weights[..., 0])
+    assert torch.allclose(agents.value(x, state) - value, unit * weights[..., 0])
 
 
 def test_ppo_loss_is_a_slow_loop(tmp_path, float64):
-    args, found, survey, agents = setting(tmp_path)
+    args, found, agents = setting(tmp_path)
     torch.manual_seed(0)
-    batch, _ = rehearse(args, found, survey, agents, known_world)
+    batch, _ = rehearse(args, found, agents, known_world)
     with torch.no_grad():
         for parameter in agents.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -285,8 +310,8 @@ def test_ppo_loss_is_a_slow_loop(tmp_path, float64):
 
 
 def test_advantages_are_in_their_own_units_and_entropy_has_a_price_when_it_is_low(tmp_path, float64):
-    args, found, survey, agents = setting(tmp_path, rollouts=50, batch_size=150, least_entropy=-1)
-    batch, _ = rehearse(args, found, survey, agents, known_world)
+    args, found, agents = setting(tmp_path, rollouts=50, batch_size=150, least_entropy=-1)
+    batch, _ = rehearse(args, found, agents, known_world)
     std, mean = torch.std_mean(batch.advantage, 1, correction=0)
     assert torch.allclose(mean, torch.zeros(S)) and torch.allclose(std, torch.ones(S), atol=0.02)
     pick, adam = torch.arange(150).expand(S, -1), moma.Adam(agents.parameters(), 0.0)
@@ -306,9 +331,9 @@ def known_world(state, action, member, noise):
 
 
 def test_sampled_states_are_the_members_gaussians(tmp_path, float64):
-    args, found, survey, agents = setting(tmp_path, "--sample-states", "--no-box", "--no-adaptive")
-    world = moma.World(survey, replace(args, members=args.elites), generators())
-    play, B, D = moma.dream(world, survey, args), 5, found.state.shape[1]
+    args, found, agents = setting(tmp_path, "--sample-states", "--no-box", "--no-adaptive")
+    world = moma.World(found, replace(args, members=args.elites), generators())
+    play, B, D = moma.dream(world, found, args), 5, found.state.shape[1]
     state, action = found.state[found.steps[: S * B]].view(S, B, D), torch.randn(S, B, 2)
     member, noise = torch.randint(args.elites, (S, B)), torch.randn(S, B, D)
     drawn, *_ = play(state, action, member, noise)
@@ -320,7 +345,7 @@ def test_sampled_states_are_the_members_gaussians(tmp_path, float64):
     assert torch.equal(play(state, action, member, None)[0], play(state, action, member, 0 * noise)[0])
 
     seen = []
-    rehearse(args, found, survey, agents, lambda *step: seen.append(step[3]) or play(*step))
+    rehearse(args, found, agents, lambda *step: seen.append(step[3]) or play(*step))
     shock = torch.stack(seen)  # (k, S, B, D)
     assert (
         shock.std() == pytest.approx(1, abs=0.1) and (shock[0] != shock[1]).all() and (shock[:, 0] != shock[:, 1]).all()
@@ -334,8 +359,8 @@ def without_values(agents):
 
 
 def test_rollouts_in_a_known_linear_world_give_the_known_returns(tmp_path, float64):
-    args, found, survey, agents = setting(tmp_path, "--no-normalize")
-    batch, _ = rehearse(args, found, survey, without_values(agents), known_world)
+    args, found, agents = setting(tmp_path, "--no-normalize")
+    batch, _ = rehearse(args, found, without_values(agents), known_world)
     B, k = args.rollouts, args.horizon
     state, returns = (x.unflatten(1, (B, k)) for x in (batch.state, batch.returns))
     action, obs, history = (x.unflatten(2, (B, k)) for x in (batch.action, batch.obs, batch.history))
@@ -360,6 +385,22 @@ def test_rollouts_in_a_known_linear_world_give_the_known_returns(tmp_path, float
                 assert returns[s, b, t] == pytest.approx(want.item(), abs=1e-12)
 
 
+@torch.no_grad()
+def test_values_are_of_states_in_units_of_the_data(tmp_path, float64):
+    """The value of a state when it was played, and of the one that a rollout of one step leads to."""
+    args, found, agents = setting(tmp_path, horizon=1)
+    noise = moma.draw_noise(generators(), found, args)
+    batch, _ = moma.rehearse(agents, known_world, found, noise, args)
+    state, played = found.state[noise.rows[:, 0]], batch.action.clamp(-1, 1)
+    after, reward, *_ = known_world(state, played.transpose(1, 2).flatten(2), None, None)
+    mean, std = found.state.mean(0), found.state.std(0, correction=0).clamp(min=1e-3)
+    x = agents.remember(batch.obs, batch.history)
+    assert torch.allclose(batch.state, (state - mean) / std)
+    assert torch.allclose(batch.value, agents.value(x, (state - mean) / std))
+    x = agents.remember(agents.see(after), moma.push(batch.history, batch.obs, played))
+    assert torch.allclose(batch.returns, reward + args.gamma * agents.value(x, (after - mean) / std))
+
+
 @pytest.mark.parametrize("why", ["end", "unsure"])
 def test_a_rollout_that_is_over_makes_room_for_another(tmp_path, float64, why):
     """Returns do not look across, and the next rollout begins in the data with that place's history."""
@@ -369,8 +410,8 @@ def test_a_rollout_that_is_over_makes_room_for_another(tmp_path, float64, why):
         no = torch.zeros_like(over)
         return state + 100, torch.ones(over.shape), *((over, ~no) if why == "end" else (no, ~over))
 
-    args, found, survey, agents = setting(tmp_path, "--no-normalize", horizon=4)
-    batch, logs = rehearse(args, found, survey, without_values(agents), world)
+    args, found, agents = setting(tmp_path, "--no-normalize", horizon=4)
+    batch, logs = rehearse(args, found, without_values(agents), world)
     B, k = args.rollouts, args.horizon
     state, returns = (x.unflatten(1, (B, k)) for x in (batch.state, batch.returns))
     history, seen = batch.history.unflatten(2, (B, k)), 0
@@ -384,7 +425,7 @@ def test_a_rollout_that_is_over_makes_room_for_another(tmp_path, float64, why):
                 if t and state[s, b, t - 1, 6] > found.state[:, 6].median():
                     row = (found.state == state[s, b, t]).all(-1).nonzero()[0, 0]
                     assert row in found.steps
-                    fresh = moma.begin(row.view(1, 1), found, survey, args.memory)[1]
+                    fresh = moma.begin(agents, found, row.view(1, 1))[1]
                     assert torch.equal(history[s, :, b, t], fresh[0, :, 0])
                     seen += 1
                 elif t:
@@ -394,11 +435,11 @@ def test_a_rollout_that_is_over_makes_room_for_another(tmp_path, float64, why):
 
 def test_histories_never_cross_the_start_of_an_episode(tmp_path):
     """Also where an episode is shorter than the memory, and at the first rows of all."""
-    args, found, survey, agents = setting(tmp_path, memory=10)
+    args, found, agents = setting(tmp_path, memory=10)
     dataset = data.read(args.dataset)
     rows = found.steps.view(2, -1)
-    state, history = moma.begin(rows, found, survey, 10)
-    seen = moma.views(found.state[None], found, survey)[0].unflatten(1, (len(dataset.returns), -1))  # (N, E, T+1, O)
+    state, history = moma.begin(agents, found, rows)
+    seen = agents.see(found.state[None])[0].unflatten(1, (len(dataset.returns), -1))  # (N, E, T+1, O)
     assert history.shape == (2, N, rows.shape[1], 10, agents.O + 1)
     E, T = dataset.mask.shape
     flat = history.transpose(1, 2).flatten(0, 1).view(E, T, N, 10, -1)
@@ -413,7 +454,7 @@ def test_histories_never_cross_the_start_of_an_episode(tmp_path):
                 assert torch.allclose(flat[e, t, :, h], want, atol=1e-6)
 
 
-def played_views(game, args, found, survey, agents):
+def played_views(game, args, agents):
     """What the agents see in each step of an evaluation, (T, E, N, O), and the views (T, E, N, O) that were given."""
     seen, given, remember, reset, step = [], [], agents.remember, game.reset, game.step
     agents.remember = lambda obs, history: seen.append(obs[0].transpose(0, 1)) or remember(obs, history)
@@ -421,21 +462,21 @@ def played_views(game, args, found, survey, agents):
     game.step = lambda actions: (lambda found: given.append(found[0]) or found)(step(actions))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(envs, "make", lambda *_: game)
-        moma.evaluate(agents, found, survey, args, 0, game.num_envs, torch.device("cpu"))
+        moma.evaluate(agents, args, 0, game.num_envs, torch.device("cpu"))
     return torch.stack(seen), torch.stack(given)[: len(seen)]
 
 
 @pytest.mark.parametrize("task", ["all-observant", "independent", "leader-only"])
 def test_views_are_made_from_the_state(tmp_path, task):
     path = reach(tmp_path, task)
-    args, found, survey, agents = setting(tmp_path, task=task, dataset=path, num_seeds=1)
+    args, found, agents = setting(tmp_path, task=task, dataset=path, num_seeds=1)
     dataset = data.read(path)
     obs = layout.rows(dataset)["obs"]
     assert torch.equal(found.state[..., found.columns], obs) and found.state.shape[1] == 11
-    views = moma.views(found.state[None], found, survey)[0].transpose(0, 1)  # (R, N, O)
+    views = agents.see(found.state[None])[0].transpose(0, 1)  # (R, N, O)
     std, mean = torch.std_mean(obs, 0, correction=0)
     assert torch.allclose(views, (obs - mean) / std.clamp(min=1e-3), atol=1e-5)
-    seen, given = played_views(envs.make("reacher", task, 3, time_limit=4), args, found, survey, agents)
+    seen, given = played_views(envs.make("reacher", task, 3, time_limit=4), args, agents)
     assert torch.allclose(seen, (given - mean) / std.clamp(min=1e-3), atol=1e-5)  # so it is when they play
 
 
@@ -448,11 +489,11 @@ def test_a_short_views_padding_is_no_part_of_the_world(tmp_path):
         dataset.info |= {"env": "ant", "task": task, "references": {"random": 0.0, "expert": 1.0}}
         path = tmp_path / f"{task}.h5"
         data.write(dataset, path)
-        args, found, survey, agents = setting(tmp_path, env="ant", task=task, dataset=path, num_seeds=1)
-        views = moma.views(found.state[None], found, survey)[0].transpose(0, 1)  # (R, N, O)
+        args, found, agents = setting(tmp_path, env="ant", task=task, dataset=path, num_seeds=1)
+        views = agents.see(found.state[None])[0].transpose(0, 1)  # (R, N, O)
         assert (views[:, -1, -1] == 0).all() == (task == "partial")  # the last agent sees 4 entries
         std, mean = torch.std_mean(layout.rows(dataset)["obs"], 0, correction=0)
-        seen, given = played_views(envs.make("ant", task, 3, time_limit=5), args, found, survey, agents)
+        seen, given = played_views(envs.make("ant", task, 3, time_limit=5), args, agents)
         assert torch.allclose(seen, (given - mean) / std.clamp(min=1e-3), atol=1e-4)
         sizes.append(moma.world_of(found, args))
     assert sizes[0] == sizes[1] and "27 entries" in sizes[0]
@@ -481,6 +522,25 @@ def test_the_simulator_is_the_true_world(tmp_path, env, task):
     assert torch.equal(end[0], found.done[rows] > 0)
 
 
+@torch.no_grad()
+def test_a_team_that_plays_remembers_what_it_saw_and_did(tmp_path, float64):
+    """From the environment's own views, and with a memory laid out for it, it does what it does in a rehearsal."""
+    args, found, agents = setting(tmp_path, memory=2)
+    for parameter in agents.parameters():
+        parameter *= 3  # so that the memory matters
+    obs_and_action, B = agents.O + A, 5
+    history, memory = torch.zeros(S, N, B, 2, obs_and_action), torch.zeros(S, B, N, 2 * obs_and_action)
+    for rows in torch.randint(len(found.state), (4, S, B), generator=torch.Generator().manual_seed(0)):
+        state = found.state[rows]
+        seen = agents.see(state)
+        want = agents.act(agents.remember(seen, history))[..., :A].clamp(-1, 1)  # (S, N, B, A)
+        forgetful, _ = moma.act(agents, state[..., found.columns], None, 0 * memory)
+        action, memory = moma.act(agents, state[..., found.columns], None, memory)
+        assert action.dtype == torch.float32 and torch.allclose(action.double(), want.transpose(1, 2), atol=1e-6)
+        history = torch.stack([history[..., 1, :], torch.cat([seen, want], -1)], -2)
+    assert (forgetful - action).abs().max() > 1e-3
+
+
 # ---------------------------------------------------------------- the model
 def linear_system(folder):
     """Episodes of s' = 0.9 s + 0.1 a for the reacher's shapes: what a model should learn at once."""
@@ -499,16 +559,16 @@ def linear_system(folder):
 
 
 def test_the_model_learns_a_linear_world_and_the_best_members_are_kept(tmp_path):
-    args, found, survey, _ = setting(tmp_path, dataset=linear_system(tmp_path), model_steps=400, model_eval_every=400,
+    args, found, _ = setting(tmp_path, dataset=linear_system(tmp_path), model_steps=400, model_eval_every=400,
                                      model_batch=64, model_hidden=32, model_lr=3e-3)  # fmt: skip
     args.out_dir = str(tmp_path / "run")
     run, dataset = runs.Run("moma_ppo", args), data.read(args.dataset)
-    chosen, about = moma.learn_world(run, dataset, found, survey, args)
+    chosen, about = moma.learn_world(run, dataset, found, args)
     rows = list(csv.DictReader((tmp_path / "run" / "world_model.csv").open()))
     assert float(rows[0]["state_error"]) > 0.8 and about["state_error"] < 0.35 and about["reward_error"] < 0.35
     assert all(a < b for a, b in zip(about["open_loop"], about["open_loop_still"]))
     assert about["end_error"] == 0
-    kept = sum(moma.validate(chosen, found, survey, S)[name] for name in ("state", "reward"))  # (S, elites)
+    kept = sum(moma.validate(chosen, found, S)[name] for name in ("state", "reward"))  # (S, elites)
     for s in range(S):
         last = [
             float(r["state_error"]) + float(r["reward_error"])
@@ -523,9 +583,10 @@ def test_open_loop_errors_are_a_slow_loop(float64):
     torch.manual_seed(0)
     k, factors = 3, torch.tensor([0.5, 0.9, 1.1, 1.0])  # two seeds of two models
     state, action, rows = torch.randn(30, 3), torch.randn(30, 3), torch.tensor([0, 7, 11])
+    more, left = torch.tensor([0, 3, 7, 9, 11]), torch.tensor([4, 2, 3, 1, 3])  # of which two end too early
     state[:, 1] = 2.0
     model = lambda state, action: SimpleNamespace(state=factors[:, None, None] * state + action)  # noqa: E731
-    found, still = open_loop(model, 4, state, action, rows, k, 2)
+    found, still = open_loop(model, (2, 2), state, action, more, left, k)
     spread, errors, stayed = state.std(0, correction=0), torch.zeros(2, k), torch.zeros(k)
     for row in rows.tolist():
         for u in range(4):
@@ -654,17 +715,18 @@ def test_a_model_serves_all_tasks_of_its_body(tmp_path):
     assert two["about"]["seeds"] == [5] and one["about"]["seeds"] == [4, 5]
     assert torch.equal(one["world"]["for_end.0.weight"][2:], two["world"]["for_end.0.weight"])
     assert not (tmp_path / "two" / "world_model.csv").exists()
-    args, found, survey, _ = setting(tmp_path, task="leader-only", dataset=reach(tmp_path, "leader-only", 3), seed=4)
-    mean, run = survey.mean.clone(), SimpleNamespace(seeds=[4, 5], device=torch.device("cpu"))
-    world, _ = moma.read_world(run, tmp_path / "one", found, survey, args)
-    assert torch.equal(survey.mean, mean) and not torch.equal(world.mean, mean)  # the model keeps its own units
+    args, found, _ = setting(tmp_path, task="leader-only", dataset=reach(tmp_path, "leader-only", 3), seed=4)
+    run = SimpleNamespace(seeds=[4, 5], device=torch.device("cpu"))
+    world, _ = moma.read_world(run, tmp_path / "one", found, args)
+    assert torch.equal(world.mean, one["world"]["mean"])  # the model keeps its own units
+    assert not torch.equal(world.mean, found.state.mean(0))
 
 
 # ---------------------------------------------------------------- what helps on a laptop
 def test_rollouts_can_begin_where_episodes_do(tmp_path, float64):
     for first, wanted in ((1.0, True), (0.0, False)):
-        args, found, survey, agents = setting(tmp_path, "--no-normalize", first=first, rollouts=40)
-        batch, _ = rehearse(args, found, survey, agents, known_world)
+        args, found, agents = setting(tmp_path, "--no-normalize", first=first, rollouts=40)
+        batch, _ = rehearse(args, found, agents, known_world)
         begin = batch.state.unflatten(1, (40, args.horizon))[:, :, 0]  # (S, B, D)
         known = (begin[:, :, None] == found.state[found.openings]).all(-1).any(-1)
         assert known.all() == wanted and known.any()
@@ -673,15 +735,15 @@ def test_rollouts_can_begin_where_episodes_do(tmp_path, float64):
 
 def test_what_lies_beyond_a_rollout_is_worth_no_more_than_the_data_could_be(tmp_path, float64):
     for more, bounded in ((("--bound-values",), True), ((), False)):
-        args, found, survey, agents = setting(tmp_path, *more)
+        args, found, agents = setting(tmp_path, *more)
         with torch.no_grad():
             agents.mixer[-1].bias[..., -1] = 1e6
-        batch, _ = rehearse(args, found, survey, agents, known_world)
+        batch, _ = rehearse(args, found, agents, known_world)
         last = batch.returns.unflatten(1, (args.rollouts, args.horizon))[..., -1]
         reward = found.state.abs().sum(1).max() * 3
-        assert (last < reward + args.gamma * survey.value_high).all() == bounded
+        assert (last < reward + args.gamma * agents.highest).all() == bounded
     low, high = found.togo[found.steps].aminmax()
-    assert survey.value_high == high + (high - low) / 2
+    assert agents.highest == high + (high - low) / 2
 
 
 def test_togo_is_the_discounted_rest_of_the_episode(tmp_path, float64):
@@ -695,19 +757,14 @@ def test_togo_is_the_discounted_rest_of_the_episode(tmp_path, float64):
 
 
 def test_a_warm_up_teaches_the_actors_and_the_critic(tmp_path, float64):
-    args, found, survey, agents = setting(tmp_path, batch_size=64, lr=3e-3)
+    args, found, agents = setting(tmp_path, batch_size=64, lr=3e-3)
     found = found._replace(action=found.state[:, :2, None].contiguous())  # what each agent does is what it sees
     adam, rows, streams = moma.Adam(agents.parameters(), args.lr), found.steps.expand(S, -1), generators()
 
-    def losses():
-        state, history = moma.begin(rows, found, survey, args.memory)
-        inputs = moma.views(state, found, survey), history, found.action[rows].transpose(1, 2)
-        return moma.clone_loss(agents, *inputs, moma.normal(state, survey), found.togo[rows])  # (S,) each
-
-    before = [x.detach() for x in losses()]
+    before = [x.detach() for x in moma.clone_loss(agents, found, rows)]  # (S,) each
     for _ in range(60):
-        moma.clone_update(agents, adam, found, survey, moma.draw_rows(streams, found.steps, args.batch_size), args)
-    after = losses()
+        moma.clone_update(agents, adam, found, moma.draw_rows(streams, found.steps, args.batch_size), args)
+    after = moma.clone_loss(agents, found, rows)
     assert (after[0] < before[0] - 0.5).all() and (after[1] < 0.7 * before[1]).all()
     scores = []
     for warmup in (0, 30):
@@ -732,7 +789,7 @@ def test_step_sizes_fall_to_nothing(tmp_path, monkeypatch):
 
 def test_a_gradient_is_cut_for_each_part_alone(tmp_path, float64):
     """A member's, or a seed's, to the longest; the others' stay as they are."""
-    args, found, survey, agents = setting(tmp_path)
+    args, found, agents = setting(tmp_path)
     moved, given = [], torch.tensor([3.0, 0.2])
     adam = SimpleNamespace(moved=list(agents.parameters()), step=lambda gradients: moved.extend(gradients))
     total = sum(p.reshape(S, -1).sum(1) for p in adam.moved)  # (S,), whose gradients are all 1
@@ -745,8 +802,8 @@ def test_a_gradient_is_cut_for_each_part_alone(tmp_path, float64):
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_beta_weighs_each_error_by_its_sigma(beta, tmp_path, float64):
     """The mean's gradient is that of squared errors over sigma^2, times sigma^(2 beta), in units of the moves."""
-    args, found, survey, _ = setting(tmp_path)
-    world = moma.World(survey, replace(args, members=1), generators(3))
+    args, found, _ = setting(tmp_path)
+    world = moma.World(found, replace(args, members=1), generators(3))
     with torch.no_grad():
         world.for_state[-1].bias += torch.randn_like(world.for_state[-1].bias)  # sigmas that differ
     rows = found.steps[torch.randint(len(found.steps), (3, 7))]
@@ -767,8 +824,8 @@ def test_beta_weighs_each_error_by_its_sigma(beta, tmp_path, float64):
 
 def test_the_end_can_be_told_by_the_next_state(tmp_path, float64):
     """By the recorded one where the model learns, by the predicted one where it plays; neither teaches the other."""
-    args, found, survey, _ = setting(tmp_path)
-    world = moma.World(survey, replace(args, members=1, end_from="state"), generators(3))
+    args, found, _ = setting(tmp_path)
+    world = moma.World(found, replace(args, members=1, end_from="state"), generators(3))
     rows = found.steps[torch.randint(len(found.steps), (3, 7))]
     state, action, after = found.state[rows], found.action[rows].flatten(2), found.state[rows + 1]
     guess = world(state, action)
@@ -781,20 +838,21 @@ def test_the_end_can_be_told_by_the_next_state(tmp_path, float64):
 
 def test_a_state_that_falls_by_its_noise_alone_does_not_end(tmp_path):
     """With --end-from state each member judges what it predicts itself, neither drawn nor in the box."""
-    args, found, survey, _ = setting(tmp_path, "--sample-states", "--end-from", "state", elites=3, num_seeds=1)
-    top = survey.high[0] + args.box_margin * (survey.high[0] - survey.low[0])  # of the box, in the first entry
+    args, found, _ = setting(tmp_path, "--sample-states", "--end-from", "state", elites=3, num_seeds=1)
+    low, high = found.state[:, 0].aminmax()
+    top, std = high + args.box_margin * (high - low), found.state.std(0, correction=0)  # of the box, in the first entry
 
     def step(state, noise, most):
         """The next state and the end where a first entry above `most` ends the game."""
-        world = moma.World(survey, args, generators(1))
+        world = moma.World(found, args, generators(1))
         with torch.no_grad():
             for layer in world.for_end[::2]:  # the entry, as its positive and its negative part, is handed through
                 layer.weight.zero_(), layer.bias.zero_()
             world.for_end[0].weight[:, 0, :2] = torch.tensor([1.0, -1.0])
             world.for_end[2].weight[:, :2, :2] = torch.eye(2)
             world.for_end[4].weight[:, :2, 0] = torch.tensor([1.0, -1.0])
-            world.for_end[4].bias.fill_(-(most - survey.mean[0]) / survey.std[0])
-        play = moma.dream(world.choose([0, 1, 2]), survey, args)
+            world.for_end[4].bias.fill_(-(most - world.mean[0]) / world.std[0])
+        play = moma.dream(world.choose([0, 1, 2]), found, args)
         rest = torch.zeros(1, 4, 2), torch.zeros(1, 4, dtype=torch.long), torch.full_like(state, noise)
         after, _, end, _ = play(state, *rest)
         return after[..., 0], end
@@ -802,22 +860,22 @@ def test_a_state_that_falls_by_its_noise_alone_does_not_end(tmp_path):
     state = found.state[:4][None]
     after, end = step(state, 1e6, top - 0.01)
     assert (after > top - 0.01).all() and not end.any()  # it was drawn there, but nobody expected it
-    after, end = step(state + 9 * survey.std, 0.0, top + 0.01)
+    after, end = step(state + 9 * std, 0.0, top + 0.01)
     assert (after < top + 0.01).all() and end.all()  # all expect it there, but the box keeps it away
 
 
 def test_actions_enter_the_model_in_units_of_their_spread(tmp_path, float64):
-    args, found, survey, _ = setting(tmp_path)
+    args, found, _ = setting(tmp_path)
     one = replace(args, members=1)
-    world = moma.World(survey, one, generators(3))
-    small = moma.World(moma.survey_of(found._replace(action=0.01 * found.action), args), one, generators(3))
+    world = moma.World(found, one, generators(3))
+    small = moma.World(found._replace(action=0.01 * found.action), one, generators(3))
     state, action = found.state[:5].expand(3, -1, -1), torch.randn(3, 5, 2)
     for one, other in zip(world(state, action), small(state, 0.01 * action)):
         assert torch.allclose(one, other, atol=1e-6)
 
 
 def test_policies_begin_as_far_apart_as_the_data(tmp_path, float64):
-    _, found, _, agents = setting(tmp_path)
+    _, found, agents = setting(tmp_path)
     out = agents.act(torch.randn(S * N, 50, agents.policy[0].weight.shape[1]))
     spread = found.action[found.steps].std(0, correction=0)  # (N, A)
     assert torch.allclose(out[..., A:].mean((0, 2)).exp(), spread, rtol=0.2)
@@ -826,14 +884,14 @@ def test_policies_begin_as_far_apart_as_the_data(tmp_path, float64):
 # ---------------------------------------------------------------- bad input
 def test_every_flag_is_read():
     script, keeper = (ROOT / "algorithms" / "moma_ppo.py").read_text(), (ROOT / "data" / "runs.py").read_text()
-    kept = runs.MAY_CHANGE | {"seed"}  # what the keeper of a run reads
+    kept = runs.MAY_CHANGE | {"seed", "dataset", "env_kwargs", "team_reward"}  # what the keeper of a run reads
     unread = [field.name for field in fields(moma.Args)
               if f"args.{field.name}" not in script + keeper * (field.name in kept)]  # fmt: skip
     assert unread == []
 
 
 @pytest.mark.parametrize("flags, said", [
-    (("--env", "chess"), "choose --env matrix, reacher, ant or halfcheetah, not chess"),
+    (("--env", "chess"), "unknown environment: choose --env matrix, "),
     (("--env", "bridge"), "MOMA-PPO is for bodies, and games whose available actions never change: choose"),
     (("--env", "smac"), "choose --env matrix, reacher, ant or halfcheetah, not smac"),
     (("--task", "6x1"), "matrix has no task '6x1'"),
@@ -876,8 +934,9 @@ def test_a_model_of_another_task_or_seed_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="another world"):
         moma.main(moma.parse([*words(tmp_path, elites=2), "--world-model", str(tmp_path / "run")]))
-    with pytest.raises(ValueError, match=r"has 2 elites of the seeds \[0, 1\]"):
-        moma.main(moma.parse([*map(str, reuse), "--seed", "1"]))
+    for more in (("--seed", "1"), ("--members", "3", "--elites", "3")):
+        with pytest.raises(ValueError, match=r"has 2 elites of the seeds \[0, 1\]"):
+            moma.main(moma.parse([*map(str, reuse), *more]))
     file = tmp_path / "run" / "world_model.pt"
     saved = torch.load(file, weights_only=True)
     for harm, said in (
