@@ -60,11 +60,14 @@ O observation, D state, I actor inputs, E episodes of an evaluation.
 """
 
 import math
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is loaded, Ctrl-C ends the program without a traceback
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -78,15 +81,16 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 @dataclass
 class Args:
     # --- what to learn
-    env: str = "smac"  # the environment
+    env: str = "smac"  # the environment, one of ours or module:factory
     task: str = ""  # its task; by default the environment's first
     env_kwargs: str = ""  # more for the environment, as JSON: '{"limits": {"joint1": [0, 3]}}' turns a joint no further
+    team_reward: Literal["sum", "mean"] = "sum"  # of the agents' rewards, in an environment that is not ours
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 1  # how many seeds train, all at once
     steps: int = 1_000_000  # environment steps of each seed, all its games together; rounded up to whole rollouts
     eval_every: int = 100_000  # environment steps between evaluations; each writes a checkpoint, restarts the games
-    eval_episodes: int = 64  # games per seed and evaluation, each played greedily and by sampling
+    eval_episodes: int = 64  # games per seed and evaluation, each played greedily and by sampling; 0 for none
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # CPU threads; networks this small gain little from more, and lose much on a busy machine
     compile: bool = torch.cuda.is_available()  # compile play, update and, except bodies, the environment
@@ -401,8 +405,9 @@ elif __name__ == "__main__":
 
 
 def preset(args):
-    """The first task of the environment, where no flag names one."""
-    return dict(env=args.env, task=args.task or envs.TASKS.get(args.env, ("",))[0])
+    """The first task of the environment, where no flag names one; and sizes for games that are not ours, and slow."""
+    slow = dict(num_envs=8, rollout=128, steps=100_000, eval_every=20_000, eval_episodes=10, normalize=True)
+    return (slow if ":" in args.env else {}) | dict(env=args.env, task=args.task or envs.TASKS.get(args.env, ("",))[0])
 
 
 class Games:
@@ -465,6 +470,8 @@ def evaluate(team, args, step, episodes, device):
 
     Returns {"return", "sampled_return"} and, where games can be won, {"win_rate", "sampled_win_rate"}: (S, E) each.
     """
+    if not episodes:
+        return {}
     S, E, games = args.num_seeds, episodes, Games(args, 2 * episodes, device)
     generators = [runs.stream(args.seed + s, 10 + step, device) for s in range(S)]
 
@@ -518,14 +525,24 @@ def main(args):
     scores = evaluate(team, args, iterations * size, 10 * args.eval_episodes, device)
     if args.save_snapshots:
         behaviours.keep_behaviours(run)
+
+    def answer(obs, avail, last):
+        avail = obs[..., :0].bool() if avail is None else avail
+        _, action, _, last = act(team.actor, obs.to(last.dtype), last, avail, 0)
+        return action if team.actor.discrete else action.clamp(-1, 1).float(), last
+
+    N, A, O, _, discrete = games.sizes
+    run.keep_team(answer, (N, O), A * discrete, args.recall * A * discrete, team.actor)
     more = {"env_steps_per_second": S * size * run.speed}
     return run.finish("MAPPO", scores, best=games.env.best_return, xlabel="environment steps", **more)
 
 
 def parse(argv=None):
     """Read the command line; where no flag speaks, the values of the resumed run hold."""
-    args = runs.parse(Args, preset, argv, __doc__)
-    runs.check_numbers(args, may_be_zero="seed gamma gae_lambda entropy layers min_std", at_most_one="gamma gae_lambda")
+    args, zero = runs.parse(Args, preset, argv, __doc__), "seed eval_episodes gamma gae_lambda entropy layers min_std"
+    runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma gae_lambda")
+    if args.save_snapshots and not args.eval_episodes:
+        raise ValueError("--save-snapshots keeps what was evaluated: --eval-episodes must be at least 1")
     if args.minibatches > args.rollout * args.num_envs:
         raise ValueError(f"--minibatches {args.minibatches} of {args.rollout * args.num_envs} steps: choose fewer")
     return args

@@ -87,11 +87,14 @@ width, R rows (observations) of the dataset, M rows in which a step begins, E ep
 
 import copy
 import math
+import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is loaded, Ctrl-C ends the program without a traceback
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -106,16 +109,18 @@ SAMPLE = 2000  # held-out steps, evenly spaced, that stand for all of them
 @dataclass
 class Args:
     # --- what to learn
-    env: str = "matrix"  # the environment: matrix, reacher, ant or halfcheetah (for which nothing here was tuned)
+    env: str = "matrix"  # the environment: matrix, polynomial, reacher, ant, halfcheetah, or module:factory
     task: str = ""  # its task; by default the coordination game, or the environment's first
     dataset: str = "unfavourable"  # a dataset's name, or the path of a file
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
+    env_kwargs: str = ""  # more for the environment, as JSON
+    team_reward: Literal["sum", "mean"] = "sum"  # of the agents' rewards, in an environment that is not ours
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 10  # how many seeds train, all at once
     steps: int = 20  # updates of MAPPO, each with its own rollouts
     eval_every: int = 5  # updates between evaluations; each writes a checkpoint
-    eval_episodes: int = 10  # games per seed and evaluation
+    eval_episodes: int = 10  # games per seed and evaluation; 0 to train without an environment
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # CPU threads
     compile: bool = torch.cuda.is_available()  # compile updates and rehearsals with torch.compile
@@ -735,7 +740,6 @@ def clone_update(agents, adam, data, rows, args):
 HOME = Path(__file__).resolve().parents[1]
 if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists():  # not if this file was copied alone
     sys.path.insert(0, str(HOME))
-    import data as datasets
     import envs
     from data import layout, runs
     from envs.mamujoco import draw_convention
@@ -748,10 +752,11 @@ elif __name__ == "__main__":
 def preset(args):
     """What differs from the coordination game's values, above: sizes that a laptop trains in minutes."""
     env, task = args.env, args.task or ("coordination" if args.env == "matrix" else envs.TASKS.get(args.env, ("",))[0])
-    if env not in ("reacher", "ant", "halfcheetah"):
-        return dict(env=env, task=task)
+    if env in ("matrix", "polynomial"):
+        return dict(env=env, task=task) | (dict(dataset="peak-0.5") if env == "polynomial" else {})
     body = dict(
-        env=env, task=task, dataset={"reacher": "expert-mix", "ant": "full-replay"}.get(env, "good"), num_seeds=3,
+        env=env, task=task, num_seeds=3,
+        dataset={"reacher": "expert-mix", "ant": "full-replay", "halfcheetah": "good"}.get(env, ""),
         model_steps=3000, model_eval_every=500, model_batch=256, model_hidden=200, reward_hidden=200, model_layers=3,
         model_lr=5e-3, beta_nll=0.5, reward_penalty=0.05, state_penalty=0.1, box_margin=0.5, horizon=25, first=0.5,
         rollouts=80, steps=300, eval_every=50, lr=3e-4, batch_size=500, hidden=128, width=32,
@@ -851,19 +856,17 @@ def evaluate(agents, args, step, episodes, device, film=False):
 
     Returns {"return": (S, E)} and, if asked for, the environment's own states (S, E, T+1, D').
     """
-    S, game = args.num_seeds, envs.make(args.env, args.task, args.num_seeds * episodes, device)
+    if not episodes:
+        return {}, None
+    S = args.num_seeds
 
     def answer(obs, info, memory):
         action, memory = act(agents, obs.unflatten(0, (S, episodes)), None, memory)
         return action.flatten(0, 1), memory
 
     memory = agents.mean.new_zeros(S, episodes, agents.N, agents.H * (agents.O + agents.A))
-    try:
+    with runs.evaluation(args, S * episodes, device, step) as game:
         played = play(game, answer, memory, step, film)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"in the evaluation after {step} updates, {error}") from None
-    finally:
-        game.close()
     states = played.film["state"].unflatten(0, (S, episodes)) if film else None
     return {"return": played.returns.view(S, episodes)}, states
 
@@ -872,7 +875,7 @@ def main(args):
     """Train, evaluate and fill the run folder; returns what summary.json holds."""
     run = runs.Run("moma_ppo", args)
     device, S = run.device, args.num_seeds
-    dataset = datasets.load(args.env, args.task, args.dataset, device, episodes=args.episodes)
+    dataset = run.load(episodes=args.episodes)
     data, whole = arrange(dataset, args)
     agents = Agents(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
     adam, generators = Adam(agents.parameters(), args.lr), [runs.stream(seed, 1, device) for seed in run.seeds]
@@ -883,7 +886,7 @@ def main(args):
 
     # Act 1: a world to play in
     if args.simulator:
-        game = envs.make(args.env, args.task, S * args.rollouts, device)
+        game = runs.game(args, S * args.rollouts, device)
         world, about, steps = simulator(game, (S, args.rollouts), whole, data.columns), None, (rehearsal_step, settle)
     else:
         path = args.out_dir if run.reached() else args.world_model
@@ -894,6 +897,8 @@ def main(args):
 
     # Act 2: rehearsals in it
     learn, clone = run.compile(minibatch), run.compile(clone_update)
+    if about:
+        run.learned_from["the world model"] = runs.fingerprint(model.state_dict())
     run.begin(agents=agents, adam=adam, generators=generators)
     if about:
         content = {"world": model.state_dict(), "about": about | {"seeds": run.seeds}}
@@ -918,20 +923,21 @@ def main(args):
 
     E, figures, more, reacher = 10 * args.eval_episodes, {}, {"world_model": about}, args.env == "reacher"
     scores, states = evaluate(agents, args, args.steps, E, device, reacher)
-    if reacher:
+    if states is not None:
         bend, figures["convention.png"] = draw_convention(states, run.seeds, f"MOMA-PPO on {run.subject}")
         more["counterclockwise"] = runs.over_seeds(bend)
-    return run.finish("MOMA-PPO", scores, dataset, envs.make(args.env, args.task).best_return, None, figures, **more)
+    actions, memory = len(data.avail[0]) if agents.discrete else 0, agents.H * (agents.O + agents.A)
+    run.keep_team(lambda *seen: act(agents, *seen), dataset.obs.shape[2:], actions, memory, agents)
+    return run.finish("MOMA-PPO", scores, dataset, run.best, None, figures, **more)
 
 
 def parse(argv=None):
     """Read the command line; where no flag speaks, the environment's own values or those of the resumed run hold."""
-    args = runs.parse(Args, preset, argv, __doc__)
-    if args.env not in ("matrix", "reacher", "ant", "halfcheetah"):
-        kinds = "bodies, and games whose available actions never change"
-        raise ValueError(f"MOMA-PPO is for {kinds}: choose --env matrix, reacher, ant or halfcheetah, not {args.env}")
-    zero = "seed episodes holdout least_entropy first warmup reward_penalty state_penalty aleatoric gamma gae_lambda "
-    zero += "action_penalty memory beta_nll box_margin"
+    kinds = "MOMA-PPO is for bodies, and games whose available actions never change"
+    known = [env for env in envs.TASKS if env not in ("bridge", "smac")]
+    args = runs.parse(Args, preset, argv, __doc__, kinds, known)
+    zero = "seed eval_episodes episodes holdout least_entropy first warmup reward_penalty state_penalty aleatoric gamma "
+    zero += "gae_lambda action_penalty memory beta_nll box_margin"
     positive = replace(args, least_entropy=abs(args.least_entropy))
     runs.check_numbers(positive, may_be_zero=zero, at_most_one="gamma gae_lambda first beta_nll")
     if not 2 <= args.elites <= args.members:

@@ -63,8 +63,9 @@ def read_model(path, world, seeds, elites, device):
         about, state = saved["about"], dict(saved["world"])
         made, wanted = (", ".join(map(str, words)) for words in (about["world"], world))
         known, count = about["seeds"], about["elites"]
-        if not all(isinstance(seed, int) for seed in known) or not {"sizes", "open_loop"} <= about.keys():
-            raise KeyError
+        good = all(isinstance(number, int) for number in [count, *known]) and isinstance(about["sizes"], dict)
+        if not good or not all(isinstance(error, float) for error in about["open_loop"]):
+            raise TypeError
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise ValueError(f"{path} is no world model, or damaged ({type(error).__name__})") from None
     if made != wanted:

@@ -1,6 +1,7 @@
 """A team to keep: the greedy teams of all seeds as one program that plays with torch alone."""
 
 import io
+import warnings
 
 import torch
 import torch.nn as nn
@@ -48,5 +49,7 @@ def save_team(path, act, views, actions, memory, seeds, modules, device):
     shapes = {0: Dim.DYNAMIC}, (*({0: Dim.DYNAMIC} for _ in seen[1:]), {1: Dim.DYNAMIC})
     program = torch.export.export(Teams(act, start, modules), (seen[0], *rest), dynamic_shapes=shapes)
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    with warnings.catch_warnings():  # of weights that are parts of one tensor
+        warnings.simplefilter("ignore")
+        torch.export.save(program, buffer)
     save(path, buffer.getvalue())

@@ -893,7 +893,7 @@ def test_every_flag_is_read():
 @pytest.mark.parametrize("flags, said", [
     (("--env", "chess"), "unknown environment: choose --env matrix, "),
     (("--env", "bridge"), "MOMA-PPO is for bodies, and games whose available actions never change: choose"),
-    (("--env", "smac"), "choose --env matrix, reacher, ant or halfcheetah, not smac"),
+    (("--env", "smac"), "choose --env matrix, halfcheetah, reacher, ant, or package"),
     (("--task", "6x1"), "matrix has no task '6x1'"),
     (("--dataset", "best"), "choose favourable, neutral"),
     (("--dataset", "nowhere.h5"), "no dataset file nowhere.h5"),
