@@ -84,11 +84,14 @@ A actions, O observation, I inputs, D state, R rows (observations).
 
 import copy
 import math
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is loaded, Ctrl-C ends the program without a traceback
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -101,16 +104,18 @@ ILLEGAL = -1e10  # the logit of an action that is not available
 @dataclass
 class Args:
     # --- what to learn
-    env: str = "bridge"  # the environment: bridge, matrix or smac
+    env: str = "bridge"  # the environment: bridge, matrix, smac, or module:factory
     task: str = ""  # its task: a map of smac; for matrix a name, or any payoff table as JSON
     dataset: str = "mixed"  # a dataset's name, or the path of a file
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
+    env_kwargs: str = ""  # more for the environment, as JSON
+    team_reward: Literal["sum", "mean"] = "sum"  # of the agents' rewards, in an environment that is not ours
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 5  # how many seeds train, all at once
     steps: int = 4000  # updates; each is a sweep that trains every agent's Q-function and policy once
     eval_every: int = 100  # updates between evaluations; each writes a checkpoint
-    eval_episodes: int = 32  # games per seed and evaluation, each played greedily and by sampling
+    eval_episodes: int = 32  # games per seed and evaluation, each played greedily and by sampling; 0 for none
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # CPU threads; networks this small gain little from more, and lose much on a busy machine
     compile: bool = torch.cuda.is_available()  # compile each turn, as one graph, with torch.compile
@@ -667,8 +672,15 @@ def preset(args):
         values |= dict(clone_steps=2000, clone_lr=1e-3, cooldown=0.0)
         values |= dict(sequences=max(2, 560 // envs.make("smac", task).time_limit))  # so that they hold some 500 steps
         return values | dict(env=env, task=task)
-    if env != "matrix":
+    if env == "bridge":
         return dict(env=env, task=task)
+    if env != "matrix":  # not ours: weights in units of the spread of the data's returns
+        found = datasets.load("", "", args.dataset)
+        unit, seen = found.returns.std().item() or 1.0, found.obs[found.mask.any(1)]
+        cells = bool((seen == seen.round()).all()) and len(seen.unique()) <= 20
+        values = dict(env=env, task=task, dataset="", num_seeds=3, one_hot=cells, alpha=0.05 * unit, beta=0.01 * unit)
+        values |= dict(beta_end=0.001 * unit, cql=0.02 * unit, warmup=1000, clone_steps=5000, clone_lr=1e-3)
+        return values | dict(batch_size=256, clone_batch=256, critic_lr=1e-3, cooldown=0.4, eval_every=500)
     task = task or "xor"
     payoff = envs.make("matrix", task).payoff
     values = dict(dataset=datasets.names("matrix", task)[-1], steps=1500, one_hot=False, clone_lr=1e-3)
@@ -683,8 +695,8 @@ def preset(args):
 
 
 def arrange(dataset, args):
-    """The dataset as `Data`, and the function that turns observations (..., N, O) and everybody's last actions
-    (..., N), -1 for none, into the policies' inputs."""
+    """The dataset as `Data`, and the function that turns observations (..., N, O) and everybody's last actions, one-hot
+    (..., N, A), 0 for none, into the policies' inputs."""
     dtype, rows = torch.get_default_dtype(), layout.rows(dataset, blank=True)
     A, R = rows["avail_actions"].shape[-1], len(rows["obs"])
     cells = layout.one_hot(rows["obs"][:-1].flatten(0, 1)) if args.one_hot else lambda obs: obs.to(dtype)
@@ -692,13 +704,33 @@ def arrange(dataset, args):
 
     def encode(obs, last):
         seen = cells(obs)
-        return torch.cat([seen, F.one_hot(last + 1, A + 1)[..., 1:].to(dtype)], -1) if args.recurrent else seen
+        return torch.cat([seen, last], -1) if args.recurrent else seen
 
-    obs = encode(rows["obs"], layout.last_actions(rows["actions"], rows["first"]))
+    last = F.one_hot(layout.last_actions(rows["actions"], rows["first"]) + 1, A + 1)[..., 1:].to(dtype)
+    obs = encode(rows["obs"], last)
     whole = args.recurrent
     sequences = layout.pack(dataset.lengths + 1, R - 1) if whole else layout.pairs(rows["start"])
     rest = (rows[name] for name in ("avail_actions", "actions", "reward", "done", "acted", "first"))
     return Data(obs, state, *rest, sequences), encode
+
+
+def act(policy, hidden, encode, obs, avail, memory, clocks=None):
+    """What the teams do in B games of each seed, and their memory: what the GRU knows and the last action, one-hot.
+
+    policy is `together`'s; obs (S, B, N, O), avail (S, B, N, A), memory (S, B, N, hidden + A), or (S, B, N, 0) without
+    one -> actions (S, B, N), memory. Greedy without exponential clocks (N, S, B, A).
+    """
+    S, B, N, A = avail.shape
+    h, last = memory.split([hidden, memory.shape[-1] - hidden], -1)
+    x, mask, h = (each.movedim(2, 0).flatten(0, 1) for each in (encode(obs, last), avail, h))  # (N S, B, ...)
+    first = torch.zeros(N * S, 1, B, dtype=torch.bool, device=obs.device)
+    log_pi, h = log_probs(policy, x[:, None], mask[:, None], first, h)
+    log_pi = log_pi[:, 0].unflatten(0, (N, S))  # (N, S, B, A)
+    actions = (log_pi if clocks is None else log_pi - clocks.log()).argmax(-1)  # which clock rings first is a draw
+    actions = actions.movedim(0, -1)  # (S, B, N)
+    if hidden:
+        memory = torch.cat([h.unflatten(0, (N, S)).movedim(0, 2), F.one_hot(actions, A).to(h.dtype)], -1)
+    return actions, memory
 
 
 def evaluate(policies, encode, args, step, episodes, device, film=False):
@@ -707,29 +739,25 @@ def evaluate(policies, encode, args, step, episodes, device, film=False):
     Returns {"return", "sampled_return"} and, where games can be won, {"win_rate", "sampled_win_rate"}, (S, E) each;
     and, if asked for, the states (T+1, D) of the first seed's first greedy and first sampled game.
     """
-    S, N = args.num_seeds, len(policies)
+    if not episodes:
+        return {}, None
+    S, N, policy, hidden = args.num_seeds, len(policies), together(policies), policies[0].hidden
     E = episodes if args.backend == "torch" else max(1, args.games // (2 * S))  # in one round
     options = {"backend": args.backend} if args.env == "smac" else {}
-    game = envs.make(args.env, args.task, S * 2 * E, device, **options)
+    game = runs.game(args, S * 2 * E, device, **options)
     generators = [runs.stream(args.seed + s, 10 + step, device) for s in range(S)]
-    team, first = together(policies), torch.zeros(N * S, 1, 2 * E, dtype=torch.bool, device=device)
 
-    def act(obs, info, memory):
-        last, h = memory
-        x = encode(obs, last).view(S, 1, 2 * E, N, -1).movedim(3, 0).flatten(0, 1)  # (N S, 1, 2E, I)
-        avail = info["avail_actions"].view(S, 1, 2 * E, N, -1).movedim(3, 0).flatten(0, 1)
-        log_pi, h = log_probs(team, x, avail, first, h)
-        actions = []
-        for log_p in log_pi[:, 0].unflatten(0, (N, S)):  # (S, 2E, A)
-            clocks = torch.stack([torch.empty_like(log_p[0, E:]).exponential_(generator=g) for g in generators])
-            sampled = (log_p[:, E:] - clocks.log()).argmax(-1)  # which clock rings first is a draw from pi
-            actions.append(torch.cat([log_p[:, :E].argmax(-1), sampled], 1).flatten())
-        last = torch.stack(actions, 1)
-        return last, (last, h)
+    def answer(obs, info, memory):
+        obs, avail = (x.unflatten(0, (S, 2 * E)) for x in (obs, info["avail_actions"]))
+        clocks = []
+        for _ in range(N):  # the first half of a seed's games is played greedily: all its clocks ring at once
+            draws = [torch.empty(E, avail.shape[-1], device=device).exponential_(generator=g) for g in generators]
+            clocks.append(torch.cat([torch.ones_like(torch.stack(draws)), torch.stack(draws)], 1))  # (S, 2E, A)
+        actions, memory = act(policy, hidden, encode, obs, avail, memory, torch.stack(clocks))
+        return actions.flatten(0, 1), memory
 
-    h = torch.zeros(N * S, 2 * E, policies[0].hidden, device=device, dtype=torch.get_default_dtype())
-    memory = torch.full((S * 2 * E, N), -1, device=device), h
-    rounds = [play(game, act, memory, step, film) for _ in range(0, episodes, E)]
+    memory = torch.zeros(S, 2 * E, N, hidden + game.num_actions * (hidden > 0), device=device)
+    rounds = [play(game, answer, memory, step, film) for _ in range(0, episodes, E)]
     game.close()
     scores = {"return": [x.returns for x in rounds], "win_rate": [x.won for x in rounds]}
     scores = {name: torch.cat([x.view(S, 2, E).double() for x in parts], 2)[..., :episodes]
@@ -743,7 +771,7 @@ def evaluate(policies, encode, args, step, episodes, device, film=False):
 
 def draw_pictures(args, team, data, dataset, films, seeds):
     """What the teams came to: on Bridge film strips, in a game of two agents the tables of their joint actions."""
-    if args.env == "bridge":
+    if args.env == "bridge" and films["InSPO"]:
         strips = {"cloned team": films["behavioural cloning"][1], "InSPO": films["InSPO"][0]}
         return {"policy.png": draw_strips(strips)}, {}
     if args.env != "matrix" or len(team.policies) != 2:
@@ -762,7 +790,7 @@ def main(args):
     device = run.device
     if args.backend == "sc2":
         envs.make(args.env, args.task, device=device, backend="sc2").close()  # complain now if there is no such game
-    dataset = datasets.load(args.env, args.task, args.dataset, device, episodes=args.episodes)
+    dataset = run.load(episodes=args.episodes)
     data, encode = arrange(dataset, args)
     (_, N, A), I, D = data.avail.shape, data.obs.shape[-1], data.state.shape[-1]
     team = Team(N, A, I, D, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
@@ -794,21 +822,21 @@ def main(args):
 
     scores, films, E = {}, {}, 10 * args.eval_episodes
     for name, policies in (("InSPO", team.policies), ("behavioural cloning", team.mus)):
-        scores[name], films[name] = evaluate(policies, encode, args, args.steps, E, device, args.env == "bridge")
+        film = args.env == "bridge" and E > 0
+        scores[name], films[name] = evaluate(policies, encode, args, args.steps, E, device, film)
     figures, more = draw_pictures(args, team, data, dataset, films, run.seeds)
     others = {"behavioural cloning": ("cloned_", scores["behavioural cloning"])}
-    best = envs.make(args.env, args.task).best_return
-    return run.finish("InSPO", scores["InSPO"], dataset, best, others, figures, **more)
+    policy, hidden = together(team.policies), team.policies[0].hidden
+    run.keep_team(lambda *seen: act(policy, hidden, encode, *seen), dataset.obs.shape[2:], A, hidden + A * (hidden > 0))
+    return run.finish("InSPO", scores["InSPO"], dataset, run.best, others, figures, **more)
 
 
 def parse(argv=None):
     """Read the command line; where no flag speaks, the task's own values or those of the resumed run hold."""
-    args = runs.parse(Args, preset, argv, __doc__)
-    if args.env not in ("bridge", "matrix", "smac"):
-        raise ValueError(f"InSPO is for discrete actions: choose --env bridge, matrix or smac, not {args.env}")
+    args = runs.parse(Args, preset, argv, __doc__, "InSPO is for discrete actions", ("bridge", "matrix", "smac"))
     if args.backend == "sc2" and args.env != "smac":
         raise ValueError("--backend sc2 plays the maps of --env smac")
-    zero = "seed episodes beta beta_hold warmup cql kl_target gamma layers clone_steps cooldown"
+    zero = "seed episodes eval_episodes beta beta_hold warmup cql kl_target gamma layers clone_steps cooldown"
     runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma tau cooldown")
     return args
 
