@@ -8,6 +8,9 @@
     dataset = load("smac", "3m", "3m.vlt/Good")           # OG-MARL's vault (needs tensorstore); also 2halfcheetah's
     dataset = load("ant", "full", "ant_medium-v2.hdf5")   # D4RL's file, or a folder of Minari's
 
+    write(Dataset.from_episodes(episodes, env="bridge"), "mine.h5")   # your own: a list of dictionaries of arrays
+    write(Dataset.from_transitions(arrays, ends), "mine.h5")          # or a replay buffer
+
 `python data/collect.py --help` records a dataset to a file, `python data/describe.py FILE` says what is in one.
 """
 

@@ -3,6 +3,7 @@
 python data/collect.py --env bridge --dataset mixed --out mixed.h5
 python data/collect.py --env smac --task 2s3z --dataset medium-replay --episodes 5000 --out mine.h5
 python data/collect.py --env matrix --task "[[1, 0], [0, 2]]" --dataset "[0.9, 0.1]" --out mine.h5
+python data/collect.py --env polynomial --task twin-peaks --dataset peak-0.3 --out mine.h5
 python data/collect.py --env halfcheetah --dataset good-medium --episodes 2000 --out mine.h5
 
 The teams' weights are files that `algorithms/mappo.py --save-snapshots` writes, in data/behaviour/: MAP/TEAM.npz for
@@ -14,11 +15,14 @@ import importlib.metadata
 import json
 import platform
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is loaded, Ctrl-C ends the program without a traceback
 import gymnasium
 import h5py
 import numpy as np
@@ -32,6 +36,7 @@ if __name__ == "__main__":  # let `python data/collect.py` find the packages bes
 import envs
 from data.behaviours import read_behaviour
 from data.dataset import TENSORS, Dataset, write
+from data.mamujoco import check_order, from_mamujoco
 from data.readers import read
 from envs.matrix import read_payoff
 from envs.play import play
@@ -53,6 +58,11 @@ MATRIX_BEHAVIOURS = {
     "climbing": {"uniform": [[1, 1, 1]] * 2},
     "penalty": {"uniform": [[1, 1, 1]] * 2},
 }
+# Polynomial games. Each agent plays uniformly, or around its part of (0, 0) or of a best joint action with the standard
+# deviation in the name. These are examples: any one above 0 will do.
+POLYNOMIAL_DATASETS = ("uniform", "origin-0.5", "peak-0.5")
+SPREAD = re.compile(r"(peak|origin)-((?:\d+(?:\.\d*)?|\.\d+)(?:e-?\d+)?)", re.ASCII)
+
 SMAC_DATASETS = ("medium", "expert", "mixed", "medium-replay")
 BLOCK = 250  # battles that are played at once
 
@@ -65,9 +75,10 @@ TEAMS = {
 }
 # Teams without weights: "random" plays uniformly random actions, "still" none at all (every motor at 0).
 WEIGHTLESS = ("random", "still")
-# Who sets the scale on which scores are 0 and 1, and in how many episodes it is measured. The reacher's 0 is MOMA-PPO's:
-# its -11.1 is what an untrained team scores by its most likely actions, which are near 0 (still: -11.7). Its 1 is the
-# mean of the data, sampled actions and all. The others' experts play their most likely actions, as scripts are judged.
+# Who sets the scale on which scores are 0 and 1, and in how many episodes it is measured. The reacher's 0 is that of
+# MOMA-PPO: its -11.1 is what an untrained team scores by its most likely actions, which are near 0 (still: -11.7). The
+# reacher's 1 is the mean of the data, sampled actions and all. The others' experts play their most likely actions, as
+# scripts are judged.
 REFERENCES = {
     "halfcheetah": {"random": ("random",), "expert": ("good-*",), "episodes": 20},
     "reacher": {"random": ("still",), "expert": ("counterclockwise-*", "clockwise-*"), "episodes": 1000},
@@ -91,9 +102,11 @@ EPISODES = {
 
 
 def names(env, task=""):
-    """The dataset names that exist for one task, a tuple of str."""
+    """The dataset names that exist for one task, a tuple of str; of those that hold a number, an example each."""
     if env == "matrix":
         return tuple(MATRIX_BEHAVIOURS.get(task or "xor", {"uniform": None}))
+    if env == "polynomial":
+        return POLYNOMIAL_DATASETS
     if env == "smac":
         return SMAC_DATASETS
     if env in TEAMS:
@@ -106,7 +119,21 @@ def is_path(dataset, env="", task=""):
     path = Path(dataset)
     if not dataset or dataset.startswith("["):
         return False
-    return "/" in dataset or bool(path.suffix) or path.exists() and dataset not in names(env, task)
+    ending = path.suffix[1:2].isalpha()  # that of peak-0.5 is none
+    return "/" in dataset or ending or path.exists() and not _is_name(dataset, env, task)
+
+
+def _is_name(dataset, env, task):
+    """Whether a task has a dataset of this name, one of those that hold numbers included."""
+    if env == "matrix" and dataset.startswith("["):
+        return True
+    return dataset in names(env, task) or env == "polynomial" and _spread(dataset) is not None
+
+
+def _spread(name):
+    """("peak" or "origin", the standard deviation) of a polynomial game's dataset, or None if it has no such name."""
+    found = SPREAD.fullmatch(name)
+    return (found[1], float(found[2])) if found and 0 < float(found[2]) < float("inf") else None
 
 
 def about(path):
@@ -137,7 +164,7 @@ def load(env, task, dataset, device="cpu", seed=0, episodes=None, limit_terminat
     """
     foreign = not env or ":" in env
     game = None if foreign and options is None else envs.make(env, task, **options or {})
-    task = task or envs.TASKS[env][0] if env in TEAMS else task
+    task = task or envs.TASKS[env][0] if env in (*TEAMS, "polynomial") else task
     if is_path(dataset, env, task):
         found = read(Path(dataset), game and game.time_limit, task if env == "ant" else "")
     elif foreign:
@@ -146,6 +173,8 @@ def load(env, task, dataset, device="cpu", seed=0, episodes=None, limit_terminat
     else:
         found = _cached(env, task, dataset, seed, episodes)
     if game:
+        if env in TEAMS and found.info.get("layout") == "mamujoco":
+            found = from_mamujoco(found, game, dataset)
         _belongs(found, env, task, game, dataset)
         game.close()
     if limit_terminates and game:
@@ -176,17 +205,20 @@ def _cached(env, task, name, seed, episodes):
 
 
 def _known(env, task, name):
-    if name not in names(env, task) and not (env == "matrix" and name.startswith("[")):
+    if not _is_name(name, env, task):
+        other = " (or another spread above 0)" if env == "polynomial" else ""
         raise ValueError(
             f"{f'{env} {task}'.strip()} has no dataset {name!r}: "
-            f"choose {', '.join(names(env, task))}, or give the path of a file"
+            f"choose {', '.join(names(env, task))}{other}, or give the path of a file"
         )
 
 
 def _belongs(dataset, env, task, game, source):
     """Raise ValueError unless the dataset was recorded in this task and has the sizes of `game`."""
     other_env, other_task = dataset.info.get("env", env), dataset.info.get("task", task)
-    same = ":" in env or other_env == env and (other_task == task or env == "matrix" and _same_payoff(other_task, task))
+    first = envs.TASKS.get(env, ("",))[0]  # what a dataset without a task was recorded in
+    same = other_env == env and (other_task or first) == (task or first)
+    same = same or ":" in env or env == other_env == "matrix" and _same_payoff(other_task, task)
     if not same:
         flags = f"--env {other_env}" + (f" --task {other_task!r}" if other_task else "")
         raise ValueError(f"{source} was recorded in another task than {env} {task}".rstrip() + f": use {flags}")
@@ -205,6 +237,8 @@ def _belongs(dataset, env, task, game, source):
             f"{source} does not fit {env} {task}: it has (agents, observation, state, actions) = {found}, "
             f"the environment has {wanted}; " + (f"{found} is {others}" if others else "no environment here has those")
         )
+    if env in TEAMS:
+        check_order(dataset, game, source)
 
 
 def _sizes(game):
@@ -226,11 +260,13 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
         ValueError: an unknown environment, task or name, or a team that plays it is missing or damaged.
     """
     game = envs.make(env, task)
-    task = task or envs.TASKS[env][0] if env in TEAMS else task
+    task = task or envs.TASKS[env][0] if env in (*TEAMS, "polynomial") else task
     _known(env, task, name)
     episodes = episodes or EPISODES.get((env, name), 1000)
     if episodes < 1:
         raise ValueError(f"a dataset needs at least one episode, not {episodes}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"a dataset's seed must lie in 0 .. {2**32 - 1}, not {seed}")
     generator = torch.Generator().manual_seed(seed)
     if env == "matrix":
         behaviour = MATRIX_BEHAVIOURS.get(task or "xor", {}).get(name)
@@ -242,6 +278,8 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
         dataset, said = _battles(task or envs.TASKS[env][0], name, episodes, seed)
     elif env in TEAMS:
         dataset, said = _bodies(env, task, name, episodes, seed)
+    elif env == "polynomial":
+        actions, said = _polynomial_actions(game.peak, name, episodes, generator)  # (E, 1, N, 1)
     else:
         half = episodes // 2 if name == "mixed" else 0
         limit = game.time_limit
@@ -249,7 +287,7 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
         optimal = _bridge_optimal(episodes - half, limit, generator)
         actions = torch.cat([random, optimal])  # (E, T, N)
         said = f"{half} uniformly random episodes, {episodes - half} by two optimal conventions in equal parts"
-    if env in ("matrix", "bridge"):
+    if env in ("matrix", "bridge", "polynomial"):
         dataset = record(envs.make(env, task, num_envs=len(actions)), lambda t, obs, info: actions[:, t])
     dataset.info |= {
         "env": env, "task": task, "name": name, "seed": seed, "behaviour": said, "collector": COLLECTOR,
@@ -448,12 +486,24 @@ def _independent(name, sizes):
         return [[1.0] * n for n in sizes]
     try:
         weights = torch.tensor(json.loads(name), dtype=torch.float64)
-        good = weights.shape == (max(sizes),) and min(sizes) == max(sizes) and weights.min() >= 0 and weights.sum() > 0
-    except (ValueError, TypeError):
+        good = weights.shape == (max(sizes),) and min(sizes) == max(sizes) and weights.min() >= 0
+        good = good and 0 < weights.sum() < float("inf")
+    except (ValueError, TypeError, RuntimeError, OverflowError):  # also too deep, or too large for 64 bits
         good = False
     if not good:
-        raise ValueError(f"dataset {name!r}: write one probability for each action, such as '[0.9, 0.1]'")
+        raise ValueError(f"dataset {name!r:.80}: write one probability for each action, such as '[0.9, 0.1]'")
     return [weights.tolist()] * len(sizes)
+
+
+def _polynomial_actions(peak, name, episodes, generator):
+    """Joint actions (E, 1, 2, 1) float32 that a name like `POLYNOMIAL_DATASETS` stands for, and how they were drawn."""
+    shape = (episodes, 1, 2, 1)
+    if name == "uniform":
+        return 2 * torch.rand(shape, generator=generator) - 1, "uniformly random actions"
+    place, sigma = _spread(name)
+    centre = peak if place == "peak" else 0.0
+    actions = centre + sigma * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return actions.clamp(-1, 1).float(), f"each agent by N({centre:.4g}, {sigma:g}^2), clipped to [-1, 1]"
 
 
 def _bridge_optimal(episodes, limit, generator):
@@ -482,7 +532,7 @@ def _bridge_optimal(episodes, limit, generator):
 class Args:
     env: str = "bridge"  # the environment, one of ours or package.module:factory
     task: str = ""  # its task: a map of smac, a body's views; for matrix also a payoff table as JSON
-    dataset: str = ""  # the behaviour, by default the task's last; for matrix also probabilities as JSON
+    dataset: str = ""  # the behaviour, by default the last; also probabilities (matrix) or any spread (polynomial)
     team: str = ""  # who plays in place of a named behaviour: random, or the folder of a run
     noise: float = 0.0  # with --team: the share of random actions, or the deviation of what is added to continuous ones
     env_kwargs: str = ""  # with --team: more for the environment, as JSON
@@ -496,8 +546,7 @@ def main(args):
     from data import runs
     from data.recorder import record_team
 
-    if args.seed < 0:
-        raise ValueError(f"--seed must be at least 0, not {args.seed}")
+    runs.check_numbers(args, may_be_zero="noise episodes seed")
     options = runs.game_options(args)
     if args.team or ":" in args.env:
         team, episodes = args.team or "random", args.episodes or 500

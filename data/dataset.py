@@ -1,13 +1,19 @@
 """The dataset: episodes of a team, padded to the longest, as tensors on one device and as one HDF5 file."""
 
+import copy
+import hashlib
+import io
 import json
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import h5py
-import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from data.arrays import OBSERVED, as_tensor, cut, plain, read_episode, seen
+from data.results import save
 
 FORMAT = 1  # written into each file; raise it when the meaning of a field changes
 
@@ -18,7 +24,14 @@ class Dataset:
 
     Step t of an episode leads from `obs[:, t]` to `obs[:, t + 1]`, so the last observation is always there to
     bootstrap from. The last real step of an episode is `terminated` if the game ended by its own rules;
-    otherwise it was cut off (a time limit), and its value goes on. What lies behind the mask is zero.
+    otherwise it was cut off (a time limit), and its value goes on.
+
+    The fields may be given as tensors, numpy arrays or lists of any kind of number. They become tensors of the kinds
+    below, without a copy where that is possible, and what lies behind the mask becomes zero, even if it is no number.
+    `check` says whether the shapes and values make sense.
+
+    Raises:
+        ValueError: a field holds something that is not a number, or `info` something that JSON cannot hold.
     """
 
     obs: torch.Tensor  # (E, T+1, N, O) float32
@@ -29,6 +42,77 @@ class Dataset:
     terminated: torch.Tensor  # (E, T) bool
     mask: torch.Tensor  # (E, T) bool: True where the step is real
     info: dict = field(default_factory=dict)  # env, task, name, seed, behaviour, versions, references, ...
+
+    def __post_init__(self):
+        self.mask = as_tensor(self.mask, "mask")
+        for name in TENSORS:
+            if getattr(self, name) is not None or name != "avail_actions":
+                setattr(self, name, as_tensor(getattr(self, name), name, mask=self.mask))
+        self.info = plain(self.info)
+
+    @classmethod
+    def from_episodes(cls, episodes, team_reward="sum", num_actions=None, time_limit=None, **info):
+        """A dataset of episodes as one has recorded them, each of its own length.
+
+        Args:
+            episodes: a list of dictionaries of tensors, numpy arrays or lists, for an episode of T steps:
+                obs            (T + 1, N, O), the one after the last step included
+                actions        (T, N) whole numbers, or (T, N, A) in [-1, 1]
+                reward         (T,) of the team, or (T, N) of the agents
+                terminated     (T,), or one bool: whether the game ended by its own rules in its last step
+                truncated      (T,), or one bool: whether it was cut off there. An episode that has neither end was.
+                dones          (T,), in place of both, if the ends are not told apart: see `time_limit`
+                state          (T + 1, D), by default the views of all agents
+                avail_actions  (T + 1, N, A), by default every action is available
+            team_reward: "sum" or "mean" of rewards (T, N); `info` will say so.
+            num_actions: A, where there are no avail_actions; by default the largest action + 1.
+            time_limit: steps after which an episode that is done was cut off; `math.inf` if there is no limit.
+            info: what else to remember, such as env="bridge", task="", name="mine".
+        Raises:
+            ValueError: something is missing, or does not fit.
+        """
+        if team_reward not in ("sum", "mean"):
+            raise ValueError(f"team_reward must be sum or mean, not {team_reward!r}")
+        if not isinstance(episodes, list | tuple) or not episodes:
+            raise ValueError("from_episodes takes a list of at least one episode, each a dictionary of arrays")
+        parts = [read_episode(episode, f"episode {e}", time_limit) for e, episode in enumerate(episodes)]
+        first = parts[0]
+        for e, part in enumerate(parts):
+            for name in {**first, **part}:
+                found, wanted = (_kind(x[name][0]) if name in x else "none" for x in (part, first))
+                if found != wanted:
+                    raise ValueError(f"episode {e}: {name} of a step is {found}, but of episode 0 {wanted}")
+        padded = {name: pad_sequence([part[name] for part in parts], batch_first=True) for name in first}
+        obs, actions, reward, avail = (padded.get(name) for name in ("obs", "actions", "reward", "avail_actions"))
+        if avail is None and not actions.is_floating_point():
+            A = num_actions or int(actions.max()) + 1
+            if A > 10_000:
+                raise ValueError(f"the largest action is {A - 1}: if there are so many, give avail_actions")
+            avail = torch.ones(*obs.shape[:3], max(A, 1), dtype=torch.bool)  # (E, T+1, N, A)
+        if reward.dim() == 3:
+            reward, info = getattr(reward, team_reward)(-1), info | {"team_reward": team_reward}
+        lengths = torch.tensor([len(part["actions"]) for part in parts])
+        mask = torch.arange(actions.shape[1]) < lengths[:, None]  # (E, T)
+        state = padded.get("state", obs.flatten(2))
+        return cls(obs, state, avail, actions, reward, padded["terminated"], mask, info).check("from_episodes")
+
+    @classmethod
+    def from_transitions(cls, arrays, ends, team_reward="sum", num_actions=None, time_limit=None, **info):
+        """A dataset of a replay buffer: M steps laid end to end, the oldest first.
+
+        Without `next_obs` a copy of an episode's last observation stands in for the one after it. Nothing reads it
+        where the game terminated; where it was cut off, a value function bootstraps from that copy, one step old.
+
+        Args:
+            arrays: a dictionary as in `from_episodes`, of arrays (M, ...): obs, actions, reward, terminated, and, if
+                there are, state and avail_actions, next_obs, next_state and next_avail_actions.
+            ends: (M,) where an episode ends, either way; what follows the last end was cut off.
+            team_reward, num_actions, info: as in `from_episodes`.
+            time_limit: in place of `terminated`, steps after which an episode that ends was cut off.
+        Raises:
+            ValueError: something is missing, or does not fit, or the steps are not in order.
+        """
+        return cls.from_episodes(cut(arrays, ends), team_reward, num_actions, time_limit, **info)
 
     @property
     def lengths(self):
@@ -77,13 +161,12 @@ class Dataset:
             obs (R, N, O), state (R, S), avail_actions (R, N, A) or None;
             row (M,), actions (M, N) or (M, N, A), reward (M,), done (M,): 0 where a time limit cut the episode off.
         """
-        no = torch.zeros_like(self.mask[:, :1])
-        seen, acted = torch.cat([~no, self.mask], 1), torch.cat([self.mask, no], 1)  # (E, T+1)
+        there, acted = seen(self.mask), torch.nn.functional.pad(self.mask, (0, 1))  # (E, T+1)
         return {
-            "obs": self.obs[seen].to(dtype),
-            "state": self.state[seen].to(dtype),
-            "avail_actions": None if self.avail_actions is None else self.avail_actions[seen],
-            "row": acted[seen].nonzero()[:, 0],
+            "obs": self.obs[there].to(dtype),
+            "state": self.state[there].to(dtype),
+            "avail_actions": None if self.avail_actions is None else self.avail_actions[there],
+            "row": acted[there].nonzero()[:, 0],
             "actions": self.actions[self.mask],
             "reward": self.reward[self.mask].to(dtype),
             "done": self.terminated[self.mask].to(dtype),
@@ -91,8 +174,21 @@ class Dataset:
 
     def to(self, device):
         """The same dataset with every tensor on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Dataset(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in moved.items()})
+        moved = copy.copy(self)
+        for name in TENSORS:
+            if getattr(self, name) is not None:
+                setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
+    def fingerprint(self):
+        """A short word for all tensors, but not for `info`: equal data, equal word, on any device."""
+        found = hashlib.sha256()
+        for name in sorted(TENSORS):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                found.update(f"{name} {tensor.dtype} {_shape(tensor)}".encode())
+                found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return found.hexdigest()[:16]
 
     def check(self, source="dataset"):
         """Raise ValueError, with `source` in front, at the first thing that would make training go wrong."""
@@ -100,6 +196,12 @@ class Dataset:
         def insist(good, complaint):
             if not good:
                 raise ValueError(f"{source}: {complaint}")
+
+        def everywhere(name, good, complaint):
+            """Insist on `good` (E, T, ...) or (E, T + 1, ...) everywhere, and say so where only padding is not."""
+            if not good.all():
+                real = good[seen(self.mask) if name in OBSERVED else self.mask]
+                insist(False, complaint + " behind the mask" * bool(real.all()))
 
         flags = torch.bool
         discrete = self.actions.dtype == torch.int64
@@ -138,8 +240,11 @@ class Dataset:
         for name, shape in shapes.items():
             found = getattr(self, name)
             insist(_shape(found) == shape, f"{name} has shape {_shape(found)}, but obs calls for {shape}")
+        for name, size in zip(("agents", "entries in obs", "entries in state", "actions"),
+                              (N, self.obs.shape[3], self.state.shape[2], A)):  # fmt: skip
+            insist(size, f"it has no {name}")
         for name in ("obs", "state", "reward") + (() if discrete else ("actions",)):
-            insist(getattr(self, name).isfinite().all(), f"{name} holds NaN or infinite numbers")
+            everywhere(name, getattr(self, name).isfinite(), f"{name} holds NaN or infinite numbers")
         insist(self.mask[:, 0].all(), "an episode has no step")
         insist(
             not (self.mask[:, 1:] & ~self.mask[:, :-1]).any(),
@@ -147,16 +252,14 @@ class Dataset:
         )
         insist(not (self.terminated[:, :-1] & self.mask[:, 1:]).any(), "an episode goes on after it terminated")
         if discrete:
-            outside = (self.actions < 0) | (self.actions >= A)
-            insist(not outside.any(), f"actions must lie in 0 .. {A - 1}; found {_extremes(self.actions)}")
+            there = (self.actions >= 0) & (self.actions < A)
+            everywhere("actions", there, f"actions must lie in 0 .. {A - 1}; found {_extremes(self.actions)}")
             legal = self.avail_actions[:, :-1].gather(-1, self.actions[..., None])[..., 0] | ~self.mask[..., None]
             insist(legal.all(), "an action was taken that avail_actions forbids")
-            seen = torch.cat([torch.ones_like(self.mask[:, :1]), self.mask], 1)  # (E, T+1): there is an observation
-            insist(self.avail_actions[seen].any(-1).all(), "an agent has no available action")
+            insist(self.avail_actions[seen(self.mask)].any(-1).all(), "an agent has no available action")
         else:
-            insist(
-                self.actions.abs().max() <= 1 + 1e-5, f"actions must lie in [-1, 1]; found {_extremes(self.actions)}"
-            )
+            within = self.actions.abs() <= 1 + 1e-5
+            everywhere("actions", within, f"actions must lie in [-1, 1]; found {_extremes(self.actions)}")
         won = self.info.get("won")
         good = won is None or isinstance(won, list) and len(won) == E and all(w in (0, 1) for w in won)
         insist(good, "info 'won' must hold one 0 or 1 for each episode")
@@ -178,55 +281,53 @@ def write(dataset, path):
         ValueError: the dataset is not well formed.
         OSError: the folder cannot be written, or the disk is full.
     """
+    path, content = Path(path), io.BytesIO()
     dataset.check()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # In memory first: where the disk is full, h5py leaves half a file, and may crash Python as it exits.
+    with h5py.File(content, "w") as file:
+        for name in TENSORS:
+            if getattr(dataset, name) is not None:
+                array = getattr(dataset, name).cpu().numpy()
+                file.create_dataset(name, data=array, compression="gzip", compression_opts=1, shuffle=True)
+        for key, value in {**plain(dataset.info), "format": FORMAT}.items():
+            file.attrs[key] = json.dumps(value)
     try:
-        with h5py.File(part, "w") as file:
-            for name in TENSORS:
-                if getattr(dataset, name) is not None:
-                    array = getattr(dataset, name).cpu().numpy()
-                    file.create_dataset(name, data=array, compression="gzip", compression_opts=1, shuffle=True)
-            for key, value in {**dataset.info, "format": FORMAT}.items():
-                file.attrs[key] = json.dumps(value)
-        os.replace(part, path)
-    except RuntimeError as error:  # h5py's way of saying that a write failed
-        raise OSError(f"cannot write {path}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path, content.getbuffer())
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def read_own(file, path):
-    """Read an open HDF5 file that `write` wrote, unchecked; attributes that are not JSON raise as `json` does."""
+    """Read an open HDF5 file that `write` wrote, unchecked."""
     missing = [n for n in TENSORS if n not in file and n != "avail_actions"]
     if missing:
         raise ValueError(f"{path} is not one of our datasets: it lacks {', '.join(missing)}")
-    if not all(isinstance(file[name], h5py.Dataset) for name in TENSORS if name in file):
+    found = [name for name in TENSORS if name in file]
+    if not all(isinstance(file[name], h5py.Dataset) for name in found):
         raise ValueError(f"{path} is not one of our datasets: it holds groups in place of arrays")
-    arrays = {name: file[name][()] for name in TENSORS if name in file}
-    info = {key: json.loads(value) for key, value in file.attrs.items()}
+    try:
+        info = {key: json.loads(value) for key, value in file.attrs.items()}
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{path} is not one of our datasets: its attributes are not JSON") from None
     if info.get("format") != FORMAT:
         raise ValueError(f"{path} has format {info.get('format')}, this code reads {FORMAT}: collect it again")
-    tensors = {name: as_tensor(arrays[name], name, path) if name in arrays else None for name in TENSORS}
+    refuse_vast(sum(file[name].nbytes for name in found), path)
+    mask = as_tensor(file["mask"][()], "mask", path)
+    tensors = {name: as_tensor(file[name][()], name, path, mask) if name in file else None for name in TENSORS}
     return Dataset(**tensors, info=info)
 
 
-# What holds 0 and 1, under our names and the other formats'.
-FLAGS = ("terminated", "mask", "avail_actions", "filled", "terminals", "truncations", "infos.legals")
-FLAGS += ("timeouts", "terminations")
+def refuse_vast(declared, path):
+    """Raise ValueError if a file declares more bytes than this machine has memory, whether it holds them or not."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
+    if declared > memory:
+        size, has = (f"{number / 1e9:,.0f} GB" for number in (declared, memory))
+        raise ValueError(f"{path} declares arrays of {size}, more than this machine's memory of {has}: is it damaged?")
 
 
-def as_tensor(array, name, source):
-    """A numpy array as the tensor that the field `name` calls for: float32, bool, or, for actions, by its kind."""
-    if array.dtype.kind not in "fiub":
-        raise ValueError(f"{source}: {name} holds {array.dtype}, not numbers")
-    if name in FLAGS:
-        if not np.isin(array, (0, 1)).all():
-            raise ValueError(f"{source}: {name} must hold 0 and 1 only")
-        return torch.as_tensor(array.astype(bool))
-    whole = name == "actions" and array.dtype.kind != "f"
-    return torch.as_tensor(array.astype(np.int64 if whole else np.float32, copy=False))
+def _kind(tensor):
+    return f"{_shape(tensor)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _shape(tensor):

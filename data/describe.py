@@ -3,11 +3,14 @@
 python data/describe.py FILE_OR_FOLDER [--time-limit 120] [--out histogram.png]
 """
 
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is loaded, Ctrl-C ends the program without a traceback
 import tyro
 from matplotlib.figure import Figure
 
@@ -65,25 +68,23 @@ def histogram(dataset):
     title = " ".join(str(dataset.info[key]) for key in ("env", "task", "name") if dataset.info.get(key))
     axes.hist(returns.numpy(), bins=40 if returns.max() > returns.min() else 1, color="tab:blue")
     axes.axvline(returns.mean(), color="black", linestyle="--", label=f"mean {returns.mean():.3f}")
-    axes.set(xlabel="episode return", ylabel="episodes", title=title)
+    axes.set(xlabel="episode return", ylabel="episodes")
+    axes.set_title(title, parse_math=False)  # a name may hold a "$"
     axes.legend(frameon=False)
     return figure
 
 
 def main(args):
     dataset = read(args.path, args.time_limit)
-    print("\n".join(describe(dataset)))
     out = args.out or Path("runs") / "describe" / f"{args.path.stem}.png"
     out.parent.mkdir(parents=True, exist_ok=True)
     runs.save_figure(out, histogram(dataset))
-    print(f"{'histogram':14s} {out}")
+    runs.say("\n".join([*describe(dataset), f"{'histogram':14s} {out}"]))
+
+
+def parse():
+    return tyro.cli(Args, description=__doc__.splitlines()[0])
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__.splitlines()[0]))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    runs.launch(main, parse)

@@ -1,6 +1,6 @@
 """Readers of datasets: our own file, and the forms in which other projects publish theirs."""
 
-import json
+import math
 import re
 from pathlib import Path
 
@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 import envs
-from data.dataset import Dataset, as_tensor, read_own
+from data.arrays import as_tensor
+from data.dataset import Dataset, read_own, refuse_vast
+from data.mamujoco import views
 from envs.mamujoco import BODIES
 
 
@@ -55,10 +57,8 @@ def _read_hdf5(path, time_limit, task):
             if any(re.fullmatch(r"episode_\d+", key) for key in file):
                 return read_minari(file, path, task)
             return read_own(file, path)
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged, cut off, or no HDF5 file ({error})") from None
-    except (json.JSONDecodeError, TypeError):
-        raise ValueError(f"{path} is not one of our datasets: its attributes are not JSON") from None
 
 
 def _padded(flat, lengths, after=None):
@@ -96,7 +96,7 @@ def read_alberdice(folder):
             array = np.load(Path(folder) / f"{name}.npy", allow_pickle=False)
         except FileNotFoundError:
             raise ValueError(f"{folder} is neither a vault nor AlberDICE's .npy files: it lacks {name}.npy") from None
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, MemoryError) as error:
             raise ValueError(f"{folder}: {name}.npy is damaged ({error})") from None
         tensor[name] = as_tensor(array, name, folder)
         if array.ndim != dimensions or array.shape[:2] != tensor["obs"].shape[:2] or 0 in array.shape:
@@ -139,6 +139,7 @@ def read_cfcql(file, path, time_limit=None):
         single = name in ("filled", "terminated", "reward", "actions")
         if len(shape) != dimensions or shape[:2] != file["filled"].shape[:2] or single and shape[-1] != 1:
             raise ValueError(f"{path}: {name} has the shape {shape}, which does not fit CFCQL's layout")
+    refuse_vast(sum(file[name].nbytes for name in rank), path)
     filled = as_tensor(file["filled"][()], "filled", path)[..., 0]  # (E, limit + 1)
     terminated = as_tensor(file["terminated"][()], "terminated", path)[..., 0]
     limit = time_limit or filled.shape[1] - 1
@@ -198,11 +199,10 @@ def _ant_team(path, task, state, after, actions, rewards, terminated, lengths, i
     """
     game = envs.make("ant", task)
     state = _padded(state, lengths, after)  # (E, T+1, 27)
-    obs = torch.cat([state, torch.zeros_like(state[..., :1])], -1)[..., torch.as_tensor(game.columns)]
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (E, T)
     last = torch.arange(mask.shape[1]) == lengths[:, None] - 1
     return Dataset(
-        obs=obs,  # (E, T+1, N, O)
+        obs=views(state, game),  # (E, T+1, N, O)
         state=state,
         avail_actions=None,
         actions=_padded(_clip(actions, info)[:, torch.as_tensor(game.motors)], lengths),  # (E, T, N, 2)
@@ -233,6 +233,7 @@ def read_d4rl(file, path, task=""):
         if len(shapes[name]) != dimensions or shapes[name][0] != shapes["observations"][0] or not alike:
             raise ValueError(f"{path}: {name} has the shape {shapes[name]}, which does not fit D4RL's layout")
     _only_ant(path, shapes["observations"][1], shapes["actions"][1])
+    refuse_vast(sum(file[name].nbytes for name in rank), path)
     flat = {}
     for name in rank:
         flat[name] = as_tensor(file[name][:, :27] if name.endswith("observations") else file[name][()], name, path)
@@ -260,7 +261,10 @@ def read_minari(file, path, task=""):
     """
     rank = {"observations": 2, "actions": 2, "rewards": 1, "terminations": 1, "truncations": 1}
     parts, after = {name: [] for name in rank}, []
-    groups = sorted((key for key in file if re.fullmatch(r"episode_\d+", key)), key=lambda key: int(key[8:]))
+    groups = [key for key in file if re.fullmatch(r"episode_\d+", key) and isinstance(file[key], h5py.Group)]
+    groups.sort(key=lambda key: int(key[8:]))
+    arrays = (file[group][name] for group in groups for name in rank if name in file[group])
+    refuse_vast(sum(getattr(array, "nbytes", 0) for array in arrays), path)  # those that are groups have none
     for group in groups:
         missing = [name for name in rank if name not in file[group]]
         if missing:
@@ -340,6 +344,8 @@ def read_vault(folder, time_limit=None):
             if not fits or array.shape[0] != 1 or name in agent and array.shape[2:3] != agents:
                 raise ValueError(f"{name} has the shape {array.shape}")
         steps = int(leaf["vault_index"].read().result()[0])
+        row = sum(math.prod(array.shape[2:]) * array.dtype.numpy_dtype.itemsize for array in leaf.values())
+        refuse_vast(steps * row, folder)
 
         def flat(name):
             """One leaf without the leading 1, (M, ...)."""

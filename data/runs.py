@@ -102,7 +102,7 @@ class Run:
         if ":" in args.env and rewards != args.team_reward:
             raise ValueError(f"{args.dataset} holds the {rewards} of the agents' rewards: add --team-reward {rewards}")
         self.best = game(args).best_return if made is not None else None
-        self.learned_from["the dataset"] = fingerprint({k: x for k, x in vars(dataset).items() if torch.is_tensor(x)})
+        self.learned_from["the dataset"] = dataset.fingerprint()
         return dataset
 
     def compile(self, function):

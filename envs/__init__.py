@@ -22,11 +22,13 @@ from envs.bridge import Bridge
 from envs.foreign import make_foreign
 from envs.mamujoco import VIEWS, MultiAgentMujoco
 from envs.matrix import MATRIX_TASKS, MatrixGame
+from envs.polynomial import GAMES, Polynomial
 from envs.smac import MAPS, Smac
 
 # What `--env` and `--task` accept; the first task is the default. Bridge has only one.
 TASKS = {"matrix": tuple(MATRIX_TASKS), "bridge": ("",), "smac": tuple(MAPS)}
 TASKS |= {body: tuple(tasks) for body, tasks in VIEWS.items()}  # halfcheetah, reacher, ant
+TASKS["polynomial"] = tuple(GAMES)
 
 
 def make(env, task="", num_envs=1, device="cpu", **options):
@@ -47,6 +49,8 @@ def make(env, task="", num_envs=1, device="cpu", **options):
         raise ValueError(f"unknown environment {env!r}: choose one of {names}, or package.module:factory")
     if env == "matrix":
         return MatrixGame(task or TASKS[env][0], num_envs, device, **options)
+    if env == "polynomial":
+        return Polynomial(task or TASKS[env][0], num_envs, device, **options)
     if env == "smac":
         if options.pop("backend", "torch") == "sc2":
             from envs.sc2 import StarCraft2

@@ -37,6 +37,9 @@ class Bridge(VectorEnv):
 
     Observation and state are the eight raw numbers of AlberDICE, the same for both agents: row, column,
     goal row and goal column of agent 0, then those of agent 1.
+
+    Raises:
+        ValueError: in `step`, actions of a wrong shape or, on a CPU, that are none of the five.
     """
 
     metadata = METADATA
@@ -64,7 +67,7 @@ class Bridge(VectorEnv):
         return self._begin(mask)
 
     def step(self, actions):
-        check_actions(self, actions)
+        check_actions(self, actions, self.num_actions, self._over)
         return self._play(actions)
 
     def compile(self, compiler):
@@ -84,9 +87,12 @@ class Bridge(VectorEnv):
         self.elapsed.mul_(~mask)
         return self._observe()
 
+    def _over(self):
+        """Which games are over, (B,) bool."""
+        return (self.cells == self.goal_cell).all(-1) | (self.elapsed >= self.time_limit)
+
     def _play(self, actions):
-        arrived = self.cells == self.goal_cell  # (B, 2), before the move
-        over = arrived.all(-1) | (self.elapsed >= self.time_limit)
+        arrived, over = self.cells == self.goal_cell, self._over()  # (B, 2), (B,), before the move
         moved = self.table[self.cells[:, 0], self.cells[:, 1], actions[:, 0], actions[:, 1]]  # (B, 2)
         self.cells.copy_(torch.where(over[:, None], self.cells, moved))
         self.elapsed.add_(~over)

@@ -33,13 +33,27 @@ def games_to_reset(env, options):
     return torch.as_tensor(mask, dtype=torch.bool, device=env.device)
 
 
-def check_actions(env, actions):
-    """Raise ValueError unless `actions` is an integer tensor of shape (B, N); its values are not read."""
+def check_actions(env, actions, sizes=None, over=None):
+    """Raise ValueError unless `actions` is an integer tensor of shape (B, N), of actions that there are.
+
+    Values are read on a CPU only: for those on a GPU the host would have to wait.
+
+    Args:
+        sizes: how many actions there are, one number or one for each agent (N,); without it no values are read.
+        over: a function that tells which games are over, (B,) bool; there -1 is no action, and nothing happens.
+    """
     if actions.shape != (env.num_envs, env.num_agents) or actions.is_floating_point():
         raise ValueError(
             f"actions must be integers of shape {(env.num_envs, env.num_agents)}, "
             f"not {actions.dtype} of shape {tuple(actions.shape)}"
         )
+    if sizes is None or actions.device.type != "cpu":
+        return
+    wrong = (actions < 0) | (actions >= sizes)  # (B, N); -1, as an index, would be the last action
+    if wrong.any() and (wrong := wrong & ~(over()[:, None] & (actions == -1))).any():
+        b, i = wrong.nonzero()[0].tolist()
+        last = torch.as_tensor(sizes).expand(env.num_agents)[i] - 1
+        raise ValueError(f"agent {i} in game {b} has no action {actions[b, i]}: it has 0 .. {last}")
 
 
 def pixels(figure):

@@ -34,7 +34,8 @@ class MatrixGame(VectorEnv):
     Args:
         task: a name in `MATRIX_TASKS`, or a nested list (or its JSON text) with one level for each agent.
     Raises:
-        ValueError: an unknown name, or a table that is ragged, not finite, or has fewer than two agents.
+        ValueError: an unknown name, or a table that is ragged, not finite, or has fewer than two agents; in `step`,
+            actions of a wrong shape or, on a CPU, that the table lacks.
     """
 
     metadata = METADATA
@@ -46,15 +47,15 @@ class MatrixGame(VectorEnv):
             obs_dim=1, state_dim=1, time_limit=1, best_return=self.payoff.max().item(),
         )  # fmt: skip
         # Agents with fewer actions than the longest axis of the table may not use the rest.
-        sizes = torch.tensor(self.payoff.shape, device=device)
-        self.avail = torch.arange(self.num_actions, device=device) < sizes[:, None]  # (N, A)
+        self.sizes = torch.tensor(self.payoff.shape, device=device)  # (N,)
+        self.avail = torch.arange(self.num_actions, device=device) < self.sizes[:, None]  # (N, A)
         self.over = torch.ones(num_envs, dtype=torch.bool, device=device)
 
     def reset(self, *, seed=None, options=None):
         return self._begin(games_to_reset(self, options))
 
     def step(self, actions):
-        check_actions(self, actions)
+        check_actions(self, actions, self.sizes, lambda: self.over)
         return self._play(actions)
 
     def compile(self, compiler):
@@ -110,13 +111,14 @@ def draw_joints(tables):
 def read_payoff(task):
     """The payoff tensor (A_0, ..., A_{N-1}) float32 of a task name or of a table; see `MatrixGame`."""
     table = MATRIX_TASKS.get(task, task) if isinstance(task, str) else task
+    told = f"{task!r:.80}" if isinstance(task, str) else "(the list given)"  # it may be deep
     try:
         payoff = torch.tensor(json.loads(table) if isinstance(table, str) else table, dtype=torch.float32)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RuntimeError, OverflowError):  # also too deep, or too large for 64 bits
         raise ValueError(
-            f"matrix has no task {task!r}: choose one of {', '.join(MATRIX_TASKS)}, "
+            f"matrix has no task {told}: choose one of {', '.join(MATRIX_TASKS)}, "
             "or write a payoff table such as '[[1, 0], [0, 2]]'"
         ) from None
     if payoff.dim() < 2 or payoff.numel() == 0 or not payoff.isfinite().all():
-        raise ValueError(f"a payoff table needs two or more agents and finite numbers, not {task!r}")
+        raise ValueError(f"a payoff table needs two or more agents and finite numbers, not {told}")
     return payoff

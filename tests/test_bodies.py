@@ -642,6 +642,21 @@ def test_a_damaged_minari_file_is_refused(tmp_path, name):
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
+def test_vast_files_of_ants_are_refused(tmp_path):
+    vast = "declares arrays of [0-9,]+ GB, more than this machine's memory"
+    for path in (as_d4rl(tmp_path / "a.hdf5", ants()), as_minari(tmp_path / "b.hdf5", ants())):
+        with h5py.File(path, "a") as file:
+            group = file if "observations" in file else file["episode_2"]
+            for name in list(group):
+                if isinstance(group[name], h5py.Dataset):  # terabytes, in a few bytes
+                    rows, kind = 10**11 + (name == "observations" and "episode_0" in file), group[name].dtype
+                    shape = (rows, *group[name].shape[1:])
+                    del group[name]
+                    group.create_dataset(name, shape, kind, chunks=True)
+        with pytest.raises(ValueError, match=vast):
+            data.read(path)
+
+
 def test_describe_reads_both(tmp_path):
     for path in (as_d4rl(tmp_path / "a.hdf5", ants()), as_minari(tmp_path / "b.hdf5", ants())):
         lines = {line[:14].strip(): line[15:] for line in describe(data.read(path))}
@@ -655,13 +670,15 @@ def cheetahs(episodes=3, steps=5):
     """A vault of 2halfcheetah (M, ...) in OG-MARL's sizes, each end a terminal; `steps` of each episode."""
     rng, M = np.random.default_rng(0), episodes * steps
     ends = np.arange(M) % steps == steps - 1
+    state = rng.normal(size=(M, 17)).astype(np.float32)
+    x, nothing = rng.normal(size=(M, 1)).astype(np.float32), np.zeros((M, 1), np.float32)
     return {
-        "observations": rng.normal(size=(M, 2, 13)).astype(np.float32),
+        "observations": np.concatenate([x, state, nothing], 1)[:, envs.make("halfcheetah").columns],  # (M, 2, 13)
         "actions": rng.uniform(-1, 1, (M, 2, 3)).astype(np.float32),
         "rewards": rng.normal(size=(M, 1)).astype(np.float32).repeat(2, 1),
         "terminals": ends[:, None].repeat(2, 1),
         "truncations": np.zeros((M, 2), bool),
-        "infos.state": rng.normal(size=(M, 17)).astype(np.float32),
+        "infos.state": state,
     }
 
 

@@ -1,6 +1,7 @@
 """The dataset: its file, what it refuses, its collectors, and AlberDICE's folder."""
 
 import dataclasses
+import os
 
 import h5py
 import numpy as np
@@ -84,7 +85,12 @@ BROKEN = {
     "life after the end": (lambda d: {"terminated": torch.ones_like(d.terminated)}, "goes on after it terminated"),
     "no available actions": (lambda d: {"avail_actions": None}, "need avail_actions"),
     "no dimension": (lambda d: {"state": torch.tensor(1.0)}, "state must have 3 dimensions"),
-    "whole numbers as reward": (lambda d: {"reward": d.reward.long()}, "reward must be torch.float32"),
+    "no agents": (lambda d: {n: getattr(d, n)[:, :, :0] for n in ("obs", "avail_actions", "actions")}, "no agents"),
+    "no observations": (lambda d: {"obs": d.obs[..., :0]}, "it has no entries in obs"),
+    "no state": (lambda d: {"state": d.state[..., :0]}, "it has no entries in state"),
+    "no actions": (lambda d: {"avail_actions": d.avail_actions[..., :0]}, "it has no actions"),
+    "continuous actions without entries": (
+        lambda d: {"actions": torch.zeros(*d.actions.shape, 0), "avail_actions": None}, "it has no actions"),
     "nothing to choose": (lambda d: {"avail_actions": d.avail_actions & (torch.arange(51) < 1)[:, None, None],
                                      "mask": d.mask & (torch.arange(50) < 1)}, "no available action"),
     "continuous actions out of range": (
@@ -101,6 +107,78 @@ def test_a_malformed_dataset_is_refused(small, tmp_path, name):
     with pytest.raises(ValueError, match=complaint):
         data.write(broken, tmp_path / "never.h5")
     assert not list(tmp_path.iterdir())
+
+
+CHANGED = {
+    "whole numbers as reward": (lambda d: setattr(d, "reward", d.reward.long()), "reward must be torch.float32"),
+    "NaN": (lambda d: d.obs[-1, -1].fill_(float("nan")), "obs holds NaN or infinite numbers behind the mask"),
+    "endless reward": (lambda d: d.reward[-1, -1].fill_(float("inf")), "reward holds NaN .* behind the mask"),
+    "no action": (lambda d: d.actions[-1, -1].fill_(-1), "actions must lie in 0 .. 4; found -1 .. 4 behind the mask"),
+    "NaN everywhere": (lambda d: d.obs[:, -1].fill_(float("nan")), "obs holds NaN or infinite numbers$"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_was_changed_afterwards_is_refused_where_it_lies(small, name):
+    change, complaint = CHANGED[name]
+    assert not small.mask[-1, -1] and small.mask[0].all()
+    change(small)
+    with pytest.raises(ValueError, match=complaint):
+        small.check()
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path):
+    import resource
+
+    def full():  # no file may be longer than 4 kB: writing on fails as it does on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    words = ("data/collect.py", "--env", "bridge", "--dataset", "mixed", "--episodes", 50, "--out", tmp_path / "a.h5")
+    complains(command(*words, preexec_fn=full), "cannot write", "a.h5: File too large")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_writers_in_containers_do_not_meet(small, tmp_path, monkeypatch):
+    """Both processes have the number 1, and the second begins while the first is at it."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    save, parts = os.replace, []
+
+    def replace(part, path):
+        parts.append(part)
+        if len(parts) == 1:
+            data.write(small, tmp_path / "a.h5")
+        save(part, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    data.write(small, tmp_path / "a.h5")
+    assert len(set(parts)) == 2 and [path.name for path in tmp_path.iterdir()] == ["a.h5"]
+    assert same(small, data.read(tmp_path / "a.h5"))
+
+
+@pytest.mark.parametrize("name", [*TENSORS])
+def test_strings_and_vast_arrays_in_a_file_are_refused(small, tmp_path, name):
+    path = tmp_path / "a.h5"
+    vast = {"shape": (10**9, 10**6), "dtype": "f8", "chunks": True}  # declared in a few bytes
+    for content, complaint in (({"data": b"hello"}, f"{name} holds .S5, not numbers"), (vast, "GB, more than")):
+        data.write(small, path)
+        with h5py.File(path, "a") as file:
+            del file[name]
+            file.create_dataset(name, **content)
+        with pytest.raises(ValueError, match=complaint) as error:
+            data.read(path)
+        assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+ATTRIBUTES = {"brackets": "[" * 100_000, "a long number": "9" * 5000, "bytes": b"\xff", "an array": np.zeros(3)}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes_that_are_not_json_are_refused(small, tmp_path, name):
+    data.write(small, tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file.attrs["env"] = ATTRIBUTES[name]
+    with pytest.raises(ValueError, match="a.h5 is not one of our datasets: its attributes are not JSON"):
+        data.read(tmp_path / "a.h5")
 
 
 def test_damaged_and_foreign_files_are_refused(small, tmp_path):
@@ -196,7 +274,8 @@ def test_independent_behaviours_are_as_stated(task, name):
 def test_probabilities_may_be_written_out():
     found = data.collect_dataset("matrix", "[[1, 0], [0, 2]]", "[0.9, 0.1]", episodes=5000)
     assert (found.actions == 1).float().mean().item() == pytest.approx(0.1, abs=0.015)
-    for bad in ("[0.9]", "[1, -1]", "[0, 0]", "[a]", "[[1, 0]]"):
+    deep = "[" * 3000 + "]" * 3000
+    for bad in ("[0.9]", "[1, -1]", "[0, 0]", "[a]", "[[1, 0]]", "[1e400, 1]", f"[{'9' * 400}, 1]", deep):
         with pytest.raises(ValueError, match="one probability for each action"):
             data.collect_dataset("matrix", "[[1, 0], [0, 2]]", bad)
 
@@ -268,6 +347,11 @@ def test_alberdice_folder_gives_the_same_dataset(small, tmp_path):
         np.save(tmp_path / "reward.npy", bad)
         with pytest.raises(ValueError, match="reward.npy has the shape"):
             data.read(tmp_path)
+    with open(tmp_path / "reward.npy", "wb") as file:  # terabytes, declared by a header alone
+        header = {"descr": "<f8", "fortran_order": False, "shape": (10**9, 10**6, 1)}
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(ValueError, match="reward.npy is damaged"):
+        data.read(tmp_path)
     np.save(tmp_path / "reward.npy", good.astype(str))
     with pytest.raises(ValueError, match="reward holds <U"):
         data.read(tmp_path)
@@ -301,6 +385,11 @@ def test_describe_and_collect_commands(tmp_path):
     )
     assert f"mean {found.returns.double().mean():.4f}" in lines["return"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+    found.info["name"] = "θ $ of 5 \\frac $"  # letters that a terminal lacks, and what could be a formula
+    data.write(found, file)
+    picture.unlink()
+    said = command("data/describe.py", file, "--out", picture, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert said.returncode == 0 and "? $ of 5" in said.stdout and picture.exists()
 
 
 def test_commands_complain_in_one_line(tmp_path):
@@ -308,5 +397,12 @@ def test_commands_complain_in_one_line(tmp_path):
     complains(command("data/describe.py", tmp_path / "text.h5"), "text.h5", "damaged")
     complains(command("data/collect.py", "--dataset", "expert"), "no dataset 'expert'")
     complains(command("data/collect.py", "--episodes", 4, "--out", "/dev/null/x.h5"), "/dev/null")
-    complains(command("data/collect.py", "--episodes", -1, "--out", tmp_path / "a.h5"), "at least one episode")
+    for flag, number in (("--episodes", -1), ("--seed", -1), ("--seed", 10**20), ("--episodes", 10**20)):
+        complains(command("data/collect.py", flag, number, "--out", tmp_path / "a.h5"), f"{flag} must be at least 0")
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match="a dataset's seed must lie in 0 .. 4294967295"):
+            data.collect_dataset("bridge", "", "mixed", seed)
+    with pytest.raises(ValueError, match="at least one episode, not -1"):
+        data.collect_dataset("bridge", "", "mixed", episodes=-1)
+    assert not (tmp_path / "a.h5").exists()
     assert not (ROOT / "runs" / "describe" / "text.png").exists()

@@ -24,6 +24,10 @@ KEPT = {
     "moma ant": ("moma_ppo", ("--env", "ant", "--task", "partial", "--dataset", "medium", "--episodes", 6, "--memory",
                               3, "--model-steps", 4, "--model-hidden", 16, "--steps", 1, "--warmup", 3, "--rollouts", 4,
                               "--horizon", 2, "--batch-size", 4), 1),
+    "inspo bridge": ("inspo", ("--steps", 20, "--clone-steps", 60), 2),
+    "inspo smac": ("inspo", ("--env", "smac", "--task", "3m", "--episodes", 20, "--steps", 4, "--warmup", 1,
+                             "--clone-steps", 10), 2),
+    "maddpg reacher": ("maddpg_cql_pjap", ("--env", "reacher", "--episodes", 10, "--steps", 10), 1),
     "omiga matrix": ("omiga", ("--env", "matrix", "--task", "xor", "--steps", 60), 1),
     "iql central": ("iql", ("--team", "central", "--env", "matrix", "--task", "m-ne", "--steps", 60), 1),
     "iql mixed reacher": ("iql", ("--env", "reacher", "--episodes", 10, "--steps", 30), 1),
@@ -64,9 +68,9 @@ def test_a_kept_team_plays_alone_as_it_was_evaluated(tmp_path, monkeypatch, case
     script, seen = load_script(name), []
     play = script.play
 
-    def spied(game, act, *rest):
+    def spied(game, act, *rest, **more):
         seen.clear()  # the last evaluation's first batch is greedy; a second one samples
-        halves = play(game, lambda obs, info, memory: note(obs, info, act(obs, info, memory)), *rest)
+        halves = play(game, lambda obs, info, memory: note(obs, info, act(obs, info, memory)), *rest, **more)
         batches.append(list(seen))
         return halves
 
@@ -79,7 +83,7 @@ def test_a_kept_team_plays_alone_as_it_was_evaluated(tmp_path, monkeypatch, case
     monkeypatch.setattr(script, "play", spied)
     script.main(script.parse([str(word) for word in (*flags, *TINY, tmp_path / "run")]))
     twice = kinds == 1 and "avail" in batches[-1][0] and name != "moma_ppo"  # the last batch samples
-    steps = batches[-2 if twice else -1]
+    steps = batches[-2 if twice or name == "inspo" else -1]  # InSPO's last batch is of its clones
     torch.save(steps, tmp_path / "steps.pt")
     words = (sys.executable, "-c", ALONE, tmp_path / "run" / "team.pt2", tmp_path / "steps.pt")
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)

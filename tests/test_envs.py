@@ -9,6 +9,7 @@ from conftest import SHARED
 import envs
 from envs.bridge import BEST_RETURN
 from envs.matrix import MATRIX_TASKS
+from envs.polynomial import GAMES
 
 STAY, UP, DOWN, RIGHT, LEFT = range(5)
 
@@ -28,7 +29,10 @@ def move(cells, actions):
     return (state[0], state[1]), (state[4], state[5])
 
 
-@pytest.mark.parametrize("env, task", [("bridge", "")] + [("matrix", task) for task in MATRIX_TASKS])
+ONE_STEP = [("matrix", task) for task in MATRIX_TASKS] + [("polynomial", task) for task in GAMES]
+
+
+@pytest.mark.parametrize("env, task", [("bridge", ""), *ONE_STEP])
 def test_is_a_gymnasium_vector_environment(env, task):
     game = envs.make(env, task, num_envs=4)
     assert isinstance(game, gymnasium.vector.VectorEnv)
@@ -42,7 +46,10 @@ def test_is_a_gymnasium_vector_environment(env, task):
     assert reward.shape == (B,) and reward.dtype == torch.float32
     assert terminated.shape == truncated.shape == (B,) and terminated.dtype == truncated.dtype == torch.bool
     assert info["state"].shape == (B, game.state_dim) and info["state"].dtype == torch.float32
-    assert info["avail_actions"].shape == (B, N, game.num_actions) and info["avail_actions"].dtype == torch.bool
+    if env == "polynomial":  # continuous
+        assert game.single_action_space.shape == (N, game.num_actions) and "avail_actions" not in info
+    else:
+        assert info["avail_actions"].shape == (B, N, game.num_actions) and info["avail_actions"].dtype == torch.bool
 
 
 def test_matrix_game_pays_its_table_once():
@@ -65,10 +72,18 @@ def test_matrix_game_of_three_agents_with_different_numbers_of_actions():
     assert game.step(torch.tensor([[0, 1, 2]]))[1].item() == 6
 
 
-@pytest.mark.parametrize("task", ["chess", "[1, 2]", "[[1, 2], [3]]", "[[1, NaN], [0, 1]]", "{}"])
+DEEP = "[" * 3000 + "1" + "]" * 3000  # deeper than Python's own stack
+NO_TABLES = ["chess", "[1, 2]", "[[1, 2], [3]]", "[[1, NaN], [0, 1]]", "{}", DEEP, "[[1e400, 1], [0, 0]]",
+             f"[[{'9' * 400}, 1], [0, 0]]", [["1", 2], [3, 4]], [[None, 1], [0, 0]], [[10**400, 1], [0, 0]], [1]]
+for _ in range(3000):
+    NO_TABLES[-1] = [NO_TABLES[-1]]
+
+
+@pytest.mark.parametrize("task", NO_TABLES, ids=range(len(NO_TABLES)))
 def test_matrix_rejects_what_is_no_table(task):
-    with pytest.raises(ValueError, match="matrix|payoff"):
+    with pytest.raises(ValueError, match="matrix|payoff") as error:
         envs.make("matrix", task)
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
 
 
 def test_unknown_names_are_named():
@@ -78,6 +93,37 @@ def test_unknown_names_are_named():
         envs.make("bridge", "wide")
     with pytest.raises(ValueError, match="actions must be integers of shape"):
         envs.make("bridge", num_envs=3).step(torch.zeros(2, 2, dtype=torch.int64))
+
+
+def test_an_action_that_there_is_not_is_refused():
+    bridge, ragged = envs.make("bridge", num_envs=2), envs.make("matrix", "[[1, 2, 3], [4, 5, 6]]", num_envs=2)
+    for game, actions, said in (
+        (bridge, [[0, 0], [0, -1]], "agent 1 in game 1 has no action -1: it has 0 .. 4"),  # the last one, as an index
+        (bridge, [[0, 0], [5, 0]], "agent 0 in game 1 has no action 5: it has 0 .. 4"),
+        (ragged, [[0, 0], [-1, -1]], "agent 0 in game 1 has no action -1: it has 0 .. 1"),
+        (ragged, [[2, 0], [0, 0]], "agent 0 in game 0 has no action 2: it has 0 .. 1"),
+    ):
+        game.reset()
+        with pytest.raises(ValueError, match=said):
+            game.step(torch.tensor(actions))
+        _, _, terminated, *_ = game.step(torch.zeros(2, 2, dtype=torch.int64))  # nothing had happened
+        assert terminated.all() == (game is ragged)
+
+
+def test_a_finished_game_takes_no_action():
+    """Datasets and states pad with -1: in a finished game it means nothing, and any other number stays wrong."""
+    bridge, matrix = envs.make("bridge", num_envs=2, time_limit=1), envs.make("matrix", "xor", num_envs=2)
+    for game in (bridge, matrix):
+        game.reset()
+        _, _, terminated, truncated, info = game.step(torch.zeros(2, 2, dtype=torch.int64))
+        assert (terminated | truncated).all()
+        _, reward, _, _, after = game.step(torch.full((2, 2), -1))
+        assert reward.tolist() == [0, 0] and torch.equal(after["state"], info["state"])
+        with pytest.raises(ValueError, match="has no action -2"):
+            game.step(torch.full((2, 2), -2))
+        game.reset(options={"reset_mask": torch.tensor([False, True])})
+        with pytest.raises(ValueError, match="agent 0 in game 1 has no action -1"):
+            game.step(torch.full((2, 2), -1))
 
 
 @pytest.mark.parametrize(

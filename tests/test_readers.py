@@ -195,6 +195,16 @@ def test_a_cfcql_file_of_groups_is_refused(tmp_path):
         data.read(tmp_path / "a.h5")
 
 
+def test_a_vast_cfcql_file_is_refused(tmp_path):
+    path = as_cfcql(tmp_path / "a.h5", steps())
+    with h5py.File(path, "a") as file:
+        file["obs"].resize(10**12, 0)  # nothing is written
+        for name in ("state", "actions", "avail_actions", "reward", "terminated", "filled"):
+            file[name].resize(10**12, 0)
+    with pytest.raises(ValueError, match="a.h5 declares arrays of [0-9,]+ GB, more than this machine's memory"):
+        data.read(path)
+
+
 def in_a_row(episodes, tail=0):
     """Episodes as a vault's leaves (M, ...): end to end, no observation after the last step, equal for all agents."""
     E = episodes + [episodes[-1]] * bool(tail)  # the last one starts again and is cut off after `tail` steps
@@ -275,6 +285,11 @@ def test_vault_is_as_long_as_its_index_says(tmp_path):
     found = data.read(as_vault(tmp_path, in_a_row(steps()), count=sum(LENGTHS) - 1))
     agrees(found, steps()[:-1], after=False)
     assert len(found.mask) == 3
+
+
+def test_a_vast_vault_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="declares arrays of [0-9,]+ GB, more than this machine's memory"):
+        data.read(as_vault(tmp_path / "a", in_a_row(steps()), count=10**9))
 
 
 def test_vault_of_continuous_actions(tmp_path):
