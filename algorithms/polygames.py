@@ -24,8 +24,7 @@ Where PJAP ends (ours), and why not at the peak's .5625. It draws data near the 
 equally dense data d has density 2 alpha d exp(-alpha d^2), so E d^2 = 1/alpha; given d, |a_x - theta_x| is uniform on
 [0, d]: per coordinate the draws have mean theta and variance v = 1/(3 alpha). The expression below Eq. 5, with theta
 for m and v for s^2, then gives theta*^2 = (C - 2A) / (2B) - v and R(theta*) = R(peak) - B v^2, .5502 for alpha = 6. The
-data of Figure 5 are dense around the peak, which trims the kernel and pulls it there: .5601, .5543, .5511 at sigma 0.2,
-0.5, 1.0 (100 epochs, endless data, epsilon = 0). At sigma = 1 the many far points on the floor widen it again: .5425.
+data of Figure 5 are dense around the peak, which trims the kernel and pulls it there; many far points widen it again.
 
 Commands:
   python algorithms/polygames.py                             every figure and the table
@@ -46,8 +45,7 @@ short). Files: config.json, metrics.csv, summary.json, one PNG per figure; they 
 
 In your own loop (this file alone will do; a game is any function of two tensors):
   import torch, polygames
-  def reward(x, y):                                                # best where x y = 1/2
-      return -((x * y - 0.5) ** 2)
+  reward = lambda x, y: -((x * y - 0.5) ** 2)                      # best where x y = 1/2
   S, M, B = 10, 1000, 32                                           # seeds, data points, batch size
   data = 2 * torch.rand(S, M, 2, dtype=torch.float64) - 1          # uniform joint actions
   theta = torch.tensor([-0.5, 0.5], dtype=torch.float64).expand(S, 2)
@@ -57,25 +55,16 @@ In your own loop (this file alone will do; a game is any function of two tensors
       theta, distance = polygames.update(reward, theta, data, 0.05, uniforms, *pjap)
   print(reward(*theta.T).mean(), distance.mean())                  # -0.0002 and 0.16; with False -0.25 and 0.50
 
-Differences from the paper, and choices that it leaves open:
+Differences from the paper, and choices that it leaves open; algorithms/README.md has the measurements:
   1. Figure 5's settings are not printed but A, B, C. The project page's plots, measured by pixel, show the start
      (-0.5, 0.5), 100 epochs, and ends, rewards and distances that fit sigma = 0, 0.2, 0.5, 1.0 to two or three digits.
      At sigma = 0 an epoch leaves 0.900 of the distance to the peak and a step 1 - eta (2A + 2B m^2): eta is 0.02.
   2. Not to be seen there either: alpha, epsilon, size of dataset and batch. Ours: alpha = 6 (on the summed distance,
-     Eq. 7), epsilon = 1e-3, 1000 points, batches of 32. Measured PJAP rewards at sigma 0.5 / 1.0, mean of 10 seeds:
-          alpha            2             4             6             8            10
-          eps 1e-2    .524 / .425   .545 / .431   .552 / .405   .553 / .365   .554 / .352
-          eps 1e-3    .524 / .482   .547 / .531   .554 / .544   .557 / .544   .559 / .548
-          eps 1e-4    .525 / .485   .547 / .538   .554 / .550   .558 / .554   .559 / .557
-     We took the pair closest to the paper's plots. A floor of 1e-2 is too high at sigma = 1: the many far points on it
-     are drawn too often. 500 points, batches of 64 or other seeds change no reward by more than 0.01.
-  3. Every priority is refreshed at every step, which is cheap here; the paper refreshes a subset, which may be why its
-     PJAP distance starts falling two or three epochs later than ours.
-  4. Not printed for Figure 2: start, noise, step, batch and buffer sizes. Ours: start (-0.75, 0.8), noise 0.2,
-     eta = 0.02; each step adds 32 joint actions and uses a batch of 32, one from each 32nd of the buffer, so the
-     smallest buffer is exactly on-policy. The policy is kept inside [-1, 1]^2, because R = xy has no maximum. Start and
-     sizes were chosen to show the effect, which ends there: the path is 3.04 long for a buffer of 6400 and 2.83 from
-     12800 on, where nothing is ever replaced; from starts nearer the anti-diagonal some seeds end in -- or late.
+     Eq. 7) and epsilon = 1e-3, of fifteen pairs the one closest to those plots; 1000 points, batches of 32.
+  3. Every priority is refreshed at every step, which is cheap here; the paper refreshes a subset.
+  4. Not printed for Figure 2: start, noise, step, batch and buffer sizes. Ours, chosen to show the effect: start
+     (-0.75, 0.8), noise 0.2, eta = 0.02; each step adds 32 joint actions and uses 32, one from each 32nd of the buffer,
+     so the smallest buffer is exactly on-policy. The policy is kept inside [-1, 1]^2, because R = xy has no maximum.
   5. Figures 3 and 4 use the whole dataset in every update, and samples shifted to the exact mean that the text speaks
      of, so end points are exact; Figure 5 uses raw samples and minibatches. Starts and spreads of 3 and 4 are ours.
   6. Double precision throughout: exact comparisons, and no slower at this size.
@@ -143,22 +132,15 @@ def games(args):
         # no fixed point in these two: the field is constant, so the end depends on the time
         "decoupled": Game(lambda x, y: x + y, lambda theta, t, m, s2: theta + t),
         "sign agreement": Game(lambda x, y: x * y, lambda theta, t, m, s2: theta + t * m),
-        # the two means, swapped
-        "action agreement": Game(lambda x, y: -((x - y) ** 2), lambda theta, t, m, s2: m),
-        # the expression below Eq. 5
+        "action agreement": Game(lambda x, y: -((x - y) ** 2), lambda theta, t, m, s2: m),  # the two means, swapped
         "twin peaks": Game(lambda x, y: -a * (x**2 + y**2) - b * (x * y) ** 2 + c * x * y,
-                           lambda theta, t, m, s2: c * m / (2 * a + 2 * b * (m**2 + s2))),
+                           lambda theta, t, m, s2: c * m / (2 * a + 2 * b * (m**2 + s2))),  # stands below Eq. 5
     }  # fmt: skip
 
 
 def peak(args):
     """Both coordinates of the ++ peak of twin peaks; the other peak is its mirror image (section 3.2)."""
     return math.sqrt((args.c - 2 * args.a) / (2 * args.b))
-
-
-def pjap_end(args):
-    """Both coordinates of the point near the ++ peak where PJAP ends in equally dense data; 0 if alpha is too small."""
-    return math.sqrt(max(peak(args) ** 2 - 1 / (3 * args.alpha), 0.0))
 
 
 def eq5_sigma(m, args):
@@ -223,15 +205,15 @@ def update(reward, theta, data, eta, uniforms=None, use_pjap=None, alpha=None, e
     return theta + eta * brud_gradient(reward, theta, batch), distance
 
 
-def train_offline(reward, theta, data, steps, eta, uniforms=None, use_pjap=None, alpha=None, epsilon=None, step=update):
-    """K = steps times `update`, as it is or compiled; uniforms (..., K, B) or None.
+def train_offline(reward, theta, data, steps, eta, uniforms=None, use_pjap=None, alpha=None, epsilon=None):
+    """K = steps times `update`; uniforms (..., K, B) or None.
 
     Returns the policies (..., K+1, 2) and the distances (..., K). Raises FloatingPointError if a policy diverges.
     """
     path, distances = [theta], []
     for k in range(steps):
         now = None if uniforms is None else uniforms[..., k, :]
-        theta, distance = step(reward, theta, data, eta, now, use_pjap, alpha, epsilon)
+        theta, distance = update(reward, theta, data, eta, now, use_pjap, alpha, epsilon)
         path.append(theta)
         distances.append(distance)
     if not (theta.abs() < 1e3).all():
@@ -266,17 +248,12 @@ def train_online(reward, theta, capacity, noise, uniforms, eta):
 HOME = Path(__file__).resolve().parents[1]
 if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists():  # not if this file was copied alone
     sys.path.insert(0, str(HOME))
-    import numpy as np
-    from matplotlib.figure import Figure
-    from matplotlib.widgets import CheckButtons, RadioButtons, Slider
-
     from data import runs
+    from envs import polynomial as pictures
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
 
 COLUMNS = "figure game method sigma capacity start seed theta_x theta_y reward path_length".split()  # of metrics.csv
-MADDPG, PJAP, DATA, TRUE = "#d1510c", "#0b6fb8", "#4d4d4d", "#111111"
-WIDTH = {MADDPG: 3.0, PJAP: 1.6}  # both stay visible where they coincide (sigma = 0)
 STARTS = ((-0.9, 0.5), (-0.3, 0.4), (-0.6, -0.2))  # Figures 3 and 4
 PLOTTED = {0: (0.5625, 0.5625), 0.2: (0.555, 0.56), 0.5: (0.43, 0.55), 1: (0.15, 0.54)}  # Figure 5 of the paper
 
@@ -291,7 +268,8 @@ def table(args):
     cases = [(game, "", (-0.02, 0.04), 0.5) for game in games(args) if game != "twin peaks"]
     cases += [("twin peaks", "Fig. 4a", (0.0, 0.0), sigma) for sigma in args.sigmas]
     cases += [("twin peaks", "Fig. 4b", (top, top), sigma) for sigma in args.sigmas]
-    cases += [("twin peaks", "Eq. 5", (m, m), eq5_sigma(m, args)) for m in np.linspace(middle - half, middle + half, 5)]
+    means = torch.linspace(middle - half, middle + half, 5, dtype=torch.float64).tolist()
+    cases += [("twin peaks", "Eq. 5", (m, m), eq5_sigma(m, args)) for m in means]
     cases += [("twin peaks", "2 x Eq. 5", (middle, middle), 2 * half)]
     rows, (unit,) = [], draw(args, (torch.randn, args.num_samples, 2))  # (S, M, 2)
     theta = unit.new_tensor((-0.5, 0.5)).expand(args.num_seeds, 2)
@@ -321,12 +299,9 @@ def result_rows(args, figure, game, paths, **axes):
 
 def mean_rewards(rows):
     """Each setting's reward over seeds, from the rows of metrics.csv."""
-    rewards = []
-    for key, group in itertools.groupby(rows, key=lambda row: {name: row[name] for name in COLUMNS[:6]}):
-        values = np.array([row["reward"] for row in group])
-        stderr = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-        rewards.append(key | {"mean": values.mean(), "stderr": stderr})
-    return rewards
+    settings = itertools.groupby(rows, key=lambda row: {name: row[name] for name in COLUMNS[:6]})
+    each = ((key, [[row["reward"]] for row in group]) for key, group in settings)
+    return [key | runs.over_seeds(torch.tensor(values, dtype=torch.float64)) for key, values in each]
 
 
 def report(args, table, rewards):
@@ -340,61 +315,17 @@ def report(args, table, rewards):
     for row in (row for row in rewards if row["figure"] == "5"):
         known = PLOTTED.get(row["sigma"]) if (args.a, args.b, args.c) == (1, 4, 5) else None
         paper = f", paper {known[row['method'] == 'PJAP']:.3f}" if known else ""
-        words = f"Figure 5, sigma {row['sigma']:<3g} {row['method']:6} reward {row['mean']:.3f}"
-        lines.append(f"{words} +- {row['stderr'] or 0:.3f}{paper}")
+        lines.append("Figure 5, sigma {sigma:<3g} {method:6} reward {mean:.3f} +- {stderr:.3f}".format(**row) + paper)
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- figures
-def surface(axis, reward, title, points=torch.empty(0, 2), name=r"\theta", size=1.08):
-    """The reward over [-size, size]^2 as a light background, greener is better; joint actions (M, 2) as small dots."""
-    line = np.linspace(-size, size, 81)
-    values = reward(line, line[:, None])
-    levels = np.linspace(max(values.min(), -2), values.max(), 11)  # the deep corners of twin peaks in one colour
-    axis.contourf(line, line, values, levels, cmap="Greens", alpha=0.45, extend="min")
-    axis.set(xlim=(-size, size), ylim=(-size, size), xticks=(-1, 0, 1), yticks=(-1, 0, 1), aspect="equal")
-    axis.set(title=title, xlabel=f"${name}_x$", ylabel=f"${name}_y$")
-    axis.scatter(*points.cpu().T, s=6, color=DATA, alpha=0.35, linewidths=0)
-
-
-def draw_paths(axis, paths, colour):
-    """Policies over time (S, K+1, 2): lines from a ring to a star, the first seed in bold."""
-    paths = paths.cpu().numpy().T  # (2, K+1, S)
-    axis.plot(*paths[..., 1:], color=colour, lw=0.7, alpha=0.4)
-    axis.plot(*paths[..., 0], color=colour, lw=WIDTH[colour])
-    axis.plot(*paths[:, 0, 0], "o", ms=7, mfc="white", mec=colour, mew=1.8, zorder=4)
-    axis.plot(*paths[:, -1, 0], "*", ms=13, mfc=colour, mec="white", mew=0.8, zorder=5)
-
-
-def band(axis, values, colour, label=None):
-    """Curves of all seeds (S, K): their mean as a line, their range as a band."""
-    values = values.cpu()
-    axis.plot(values.mean(0), color=colour, lw=WIDTH[colour], label=label)
-    axis.fill_between(range(values.shape[1]), values.amin(0), values.amax(0), color=colour, alpha=0.18, lw=0)
-    axis.grid(alpha=0.25)
-
-
 def figure_1(args):
     """One BRUD step on R = xy, from one data point in the opposite corner."""
     reward, policy, point = games(args)["sign agreement"], (-0.35, 0.35), (0.45, -0.45)
     theta, data = torch.tensor([policy, point])
-    (step_x, step_y), true = brud_gradient(reward, theta, data[None]), brud_gradient(reward, theta, theta[None])
-    figure = Figure(figsize=(5.6, 5.6), layout="constrained")
-    axis = figure.subplots()
-    surface(axis, reward, "One BRUD step in sign agreement, R = xy")
-    for step, colour, width, label in (
-        ((step_x, step_y), MADDPG, 0.014, r"BRUD step, $\nabla J = (a_y, a_x)$"),
-        ((step_x, 0), "#eea37d", 0.008, "its two parts, one per agent"),
-        ((0, step_y), "#eea37d", 0.008, None),
-        (true, TRUE, 0.014, r"true gradient, $\nabla R = (\theta_y, \theta_x)$"),
-    ):
-        axis.quiver(*policy, *step, color=colour, width=width, label=label, scale=1, scale_units="xy", angles="xy")
-    axis.plot(*policy, "o", ms=9, mfc="white", mec=TRUE, mew=1.8, zorder=4)
-    axis.plot(*point, "o", ms=9, color=DATA)
-    axis.annotate(r"policy $(\theta_x, \theta_y)$", policy, (10, 8), textcoords="offset points")
-    axis.annotate("data point $(a_x, a_y)$", point, (-45, 12), textcoords="offset points")
-    axis.legend(loc="lower left", fontsize=9)
-    return figure, []
+    brud, true = (brud_gradient(reward, theta, points[None]) for points in (data, theta))
+    return pictures.draw_step(reward, policy, point, brud, true), []
 
 
 def figure_2(args):
@@ -404,17 +335,8 @@ def figure_2(args):
     theta = noise.new_tensor((-0.75, 0.8)).expand(size, args.num_seeds, 2)
     capacity = torch.tensor(args.capacities, device=args.device)[:, None]  # (capacities, 1)
     paths, buffers = train_online(reward, theta, capacity, args.noise * noise, uniforms, args.learning_rate)
-    figure = Figure(figsize=(3.6 * size, 10), layout="constrained")
-    axes = figure.subplots(3, size, squeeze=False).T
-    for (top, middle, bottom), capacity, path, buffer in zip(axes, args.capacities, paths, buffers):
-        surface(top, reward, f"buffer of {capacity}" + (" (on-policy)" if capacity == args.batch_size else ""))
-        draw_paths(top, path, MADDPG)
-        band(middle, reward(*path.unbind(-1)), MADDPG)
-        middle.set(xlabel="update", ylabel="reward of the policy", ylim=(-1.05, 1.05))
-        surface(bottom, reward, "buffer at the last update", buffer[0], "a", size=1.5)
-        draw_paths(bottom, path[:1, -1:], MADDPG)
-    figure.suptitle("Online MADDPG, sign agreement: the older the data, the longer the way")
-    return figure, result_rows(args, "2", "sign agreement", paths, capacity=args.capacities, sigma=[args.noise])
+    rows = result_rows(args, "2", "sign agreement", paths, capacity=args.capacities, sigma=[args.noise])
+    return pictures.draw_buffers(reward, args.capacities, args.batch_size, paths, buffers), rows
 
 
 def figure_3(args):
@@ -425,63 +347,34 @@ def figure_3(args):
     theta = data.new_tensor(STARTS)[:, None]  # (starts, 1, 2)
     # The field is constant and weak (length 0.045), so the step is five times the usual one.
     paths, _ = train_offline(reward, theta, data, args.full_batch_steps, 5 * args.learning_rate)
-    figure = Figure(figsize=(13.5, 4.8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    surface(left, reward, f"a. {args.num_samples} data points, mean {mean}", data[0], "a")
-    left.plot(*mean, "P", ms=12, color=TRUE, mec="white")
-    surface(middle, reward, r"b. $\nabla R$ (black) and $\nabla J$ (orange, not to scale)")
     line = torch.linspace(-0.8, 0.8, 8, dtype=torch.float64, device=args.device)
     grid = torch.cartesian_prod(line, line)  # (64, 2)
-    true, brud = brud_gradient(reward, grid, grid[:, None]), brud_gradient(reward, grid, data)
-    for field, colour in ((true, TRUE), (0.6 * brud / brud.norm(dim=1, keepdim=True), MADDPG)):
-        middle.quiver(*grid.cpu().T, *field.cpu().T, color=colour, scale=7, width=0.006)
-    surface(right, reward, "c. offline MADDPG from three starts")
-    for path in paths:
-        draw_paths(right, path, MADDPG)
-    return figure, result_rows(args, "3", "sign agreement", paths, start=(0, 1, 2))
+    brud, true = (brud_gradient(reward, grid, points) for points in (data, grid[:, None]))
+    rows = result_rows(args, "3", "sign agreement", paths, start=(0, 1, 2))
+    return pictures.draw_fields(reward, data[0], mean, grid, brud, true, paths), rows
 
 
 def figure_4(args, name, centre):
     """Offline MADDPG on twin peaks, data of mean (centre, centre), one column per spread."""
-    reward, top, size = games(args)["twin peaks"], peak(args), len(args.sigmas)
-    (unit,) = draw(args, (torch.randn, args.num_samples, 2))  # (S, M, 2)
-    data = recentre(unit.new_tensor(args.sigmas).view(-1, 1, 1, 1, 1) * unit, (centre, centre))  # (size, 1, S, M, 2)
-    theta = unit.new_tensor(STARTS)[:, None].expand(size, -1, args.num_seeds, 2)  # spreads x starts x seeds
+    reward, (unit,) = games(args)["twin peaks"], draw(args, (torch.randn, args.num_samples, 2))  # (S, M, 2)
+    sigmas = unit.new_tensor(args.sigmas).view(-1, 1, 1, 1, 1)
+    data = recentre(sigmas * unit, (centre, centre))  # (spreads, 1, S, M, 2)
+    theta = unit.new_tensor(STARTS)[:, None].expand(len(sigmas), -1, args.num_seeds, 2)  # spreads x starts x seeds
     paths, _ = train_offline(reward, theta, data, args.full_batch_steps, args.learning_rate)
-    figure = Figure(figsize=(3.5 * size, 4.1), layout="constrained")
-    for axis, sigma, points, starts in zip(figure.subplots(1, size, squeeze=False)[0], args.sigmas, data, paths):
-        x, y = (starts[0, 0, -1] + 1e-5).tolist()  # no "-0.00"
-        surface(axis, reward, rf"$\sigma$ = {sigma:g}: ends at ({x:.2f}, {y:.2f})", points[0, 0])
-        axis.plot((-top, top), (-top, top), "x", ms=9, mew=2, color=TRUE)
-        for path in starts:
-            draw_paths(axis, path[:1], MADDPG)
-    figure.suptitle(f"Offline MADDPG, twin peaks (crosses), data around the {'peak' if centre else 'origin'}")
-    return figure, result_rows(args, name, "twin peaks", paths, sigma=args.sigmas, start=(0, 1, 2))
+    rows = result_rows(args, name, "twin peaks", paths, sigma=args.sigmas, start=(0, 1, 2))
+    return pictures.draw_ends(reward, peak(args), args.sigmas, data[:, 0, 0], paths[:, :, 0], centre), rows
 
 
 def figure_5(args):
     """Offline MADDPG with and without PJAP on twin peaks, data around the ++ peak, one row per spread."""
-    reward, top, size = games(args)["twin peaks"], peak(args), len(args.sigmas)
+    reward, top = games(args)["twin peaks"], peak(args)
     unit, uniforms = draw(args, (torch.randn, args.num_samples, 2), (torch.rand, args.steps, args.batch_size))
-    data = top + unit.new_tensor(args.sigmas).view(-1, 1, 1, 1, 1) * unit  # (size, 1, S, M, 2)
-    theta = unit.new_tensor((-0.5, 0.5)).expand(size, 2, args.num_seeds, 2)  # spreads x methods x seeds
+    data = top + unit.new_tensor(args.sigmas).view(-1, 1, 1, 1, 1) * unit  # (spreads, 1, S, M, 2)
+    theta = unit.new_tensor((-0.5, 0.5)).expand(len(data), 2, args.num_seeds, 2)  # spreads x methods x seeds
     pjap = (uniforms, torch.tensor([[False], [True]], device=args.device), args.alpha, args.epsilon)
     paths, distances = train_offline(reward, theta, data, args.steps, args.learning_rate, *pjap)
-    figure = Figure(figsize=(15.5, 3.7 * size), layout="constrained")
-    axes = figure.subplots(size, 4, squeeze=False)
-    for (left, middle, gaps, rewards), sigma, points, *both in zip(axes, args.sigmas, data, paths, distances):
-        surface(left, reward, rf"data, $\sigma$ = {sigma:g}", points[0, 0], "a")
-        surface(middle, reward, rf"policies, $\sigma$ = {sigma:g}")
-        middle.plot((-top, top), (-top, top), "x", ms=9, mew=2, color=TRUE)
-        for colour, name, path, distance in zip((MADDPG, PJAP), ("MADDPG", "MADDPG + PJAP"), *both):
-            draw_paths(middle, path, colour)
-            band(gaps, distance, colour)
-            band(rewards, reward(*path.unbind(-1)), colour, name)
-        gaps.set(xlabel="epoch", ylabel=r"mean $|a - \theta|$ of sampled data", ylim=(0, None))
-        rewards.set(xlabel="epoch", ylabel="reward of the policy", ylim=(-1, None))
-        rewards.axhline(reward(top, top), color=TRUE, lw=1, ls=":", label="peak")
-        rewards.legend(loc="lower right")
-    return figure, result_rows(args, "5", "twin peaks", paths, sigma=args.sigmas, method=("MADDPG", "PJAP"))
+    rows = result_rows(args, "5", "twin peaks", paths, sigma=args.sigmas, method=("MADDPG", "PJAP"))
+    return pictures.draw_methods(reward, top, args.sigmas, data[:, 0, 0], paths, distances), rows
 
 
 FIGURES = {"1": figure_1, "2": figure_2, "3": figure_3, "4a": lambda args: figure_4(args, "4a", 0.0),
@@ -489,56 +382,19 @@ FIGURES = {"1": figure_1, "2": figure_2, "3": figure_3, "4a": lambda args: figur
 
 
 def build_interactive(args, figure):
-    """Fill a figure with sliders and the paths they give; returns the widgets, which stop when nobody holds them."""
-    left, right = figure.add_axes((0.06, 0.46, 0.42, 0.48)), figure.add_axes((0.56, 0.46, 0.40, 0.48))
+    """Fill a figure with sliders and the paths they give; returns the controls, which stop when nobody holds them."""
     args = replace(args, num_seeds=1)  # always the same random numbers: only the changed setting makes a difference
     unit, draws = draw(args, (torch.randn, args.num_samples, 2), (torch.rand, args.steps, args.batch_size))
     theta = unit.new_tensor(((-0.5, 0.5), (0.2, -0.8), (-0.8, -0.3)))[:, None]  # (starts, 1, 2)
-    names = list(games(args))
-    sliders = {"A": (0.1, 3, args.a), "B": (0.5, 10, args.b), "C": (0.5, 10, args.c), "mean": (-1, 1, peak(args)),
-               "spread": (0, 1.5, 0.5), "alpha": (0, 20, args.alpha),
-               "log10 epsilon": (-6, 0, math.log10(args.epsilon))}  # fmt: skip
-    widgets = {"game": RadioButtons(figure.add_axes((0.68, 0.17, 0.2, 0.2)), names, active=names.index("twin peaks")),
-               "PJAP": CheckButtons(figure.add_axes((0.68, 0.08, 0.2, 0.07)), ["PJAP"], [True])}  # fmt: skip
-    for row, (name, (low, high, value)) in enumerate(sliders.items()):
-        widgets[name] = Slider(figure.add_axes((0.14, 0.34 - 0.045 * row, 0.4, 0.03)), name, low, high, valinit=value)
 
-    def redraw(_=None):
-        a, b, c, mean, spread, alpha, power = (widgets[name].val for name in sliders)
-        reward = games(replace(args, a=a, b=b, c=c))[widgets["game"].value_selected]
-        data, pjap = mean + spread * unit, torch.tensor(widgets["PJAP"].get_status())
-        title, colour = ("MADDPG + PJAP", PJAP) if pjap else ("MADDPG", MADDPG)
-        left.clear()
-        right.clear()
-        surface(left, reward, title, data[0])
-        right.set(xlabel="epoch", ylabel="reward of the policy", title="from the three starts")
-        try:
-            paths, _ = train_offline(reward, theta, data, args.steps, args.learning_rate, draws, pjap, alpha, 10**power)
-            for path in paths:
-                draw_paths(left, path, colour)
-                band(right, reward(*path.unbind(-1)), colour)
-        except FloatingPointError as error:
-            right.set_title(str(error))
-        figure.canvas.draw_idle()
+    def learn(game, pjap, a, b, c, mean, spread, alpha, power):
+        """The game, its data (M, 2), and what trains from the three starts."""
+        reward, data = games(replace(args, a=a, b=b, c=c))[game], mean + spread * unit
+        chance = draws, torch.tensor(pjap), alpha, 10**power
+        return reward, data[0], lambda: train_offline(reward, theta, data, args.steps, args.learning_rate, *chance)[0]
 
-    for name, widget in widgets.items():
-        (widget.on_changed if name in sliders else widget.on_clicked)(redraw)
-    redraw()
-    return widgets
-
-
-def open_window(args):
-    """Show the interactive window until it is closed."""
-    import matplotlib.pyplot as plt  # looks for a window system, which the saved figures do not need
-
-    try:
-        figure = plt.figure(figsize=(12, 8))
-        if figure.canvas.required_interactive_framework is None:  # the fallback that only saves files
-            raise ImportError
-    except ImportError:  # or a window system was asked for by name and is not there
-        raise ValueError("--interactive needs a display and found none: leave it out to write files") from None
-    widgets = build_interactive(args, figure)  # noqa: F841  held until the window closes
-    plt.show()
+    values = args.a, args.b, args.c, peak(args), 0.5, args.alpha, math.log10(args.epsilon)
+    return pictures.add_controls(figure, list(games(args)), "twin peaks", values, learn)
 
 
 # ---------------------------------------------------------------- main
@@ -561,19 +417,17 @@ def main(args):
     began = time.perf_counter()
     torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it brings
     if args.interactive:
-        return open_window(replace(args, device="cpu"))
+        return pictures.open_window(lambda figure: build_interactive(replace(args, device="cpu"), figure))
     device, folder = runs.choose_device(args.device), Path(args.out_dir)
     args = replace(args, device=device.type)
     folder.mkdir(parents=True, exist_ok=True)
     # Everything is computed before anything is written: a diverged run leaves an earlier run's files as they are.
-    figures, rows = {}, []
-    for name in dict.fromkeys(args.figures):
-        figures[f"figure{name}.png"], new_rows = FIGURES[name](args)
-        rows += new_rows
+    made = {f"figure{name}.png": FIGURES[name](args) for name in dict.fromkeys(args.figures)}  # {file: (figure, rows)}
+    rows = [row for _, new in made.values() for row in new]
     summary = {"script": "polygames", "device": args.device, "seeds": [*range(args.seed, args.seed + args.num_seeds)]}
     summary |= {"table": table(args), "rewards": mean_rewards(rows)}
     runs.save_json(folder / "config.json", runs.provenance(device) | asdict(args))
-    for name, figure in figures.items():
+    for name, (figure, _) in made.items():
         runs.save_figure(folder / name, figure)
     if rows:
         runs.save_csv(folder / "metrics.csv", rows)
@@ -582,8 +436,7 @@ def main(args):
     summary["wall_seconds"] = time.perf_counter() - began
     runs.save_json(folder / "summary.json", summary)
     runs.say(report(args, summary["table"], summary["rewards"]))
-    files = ", ".join([*figures, "metrics.csv", "summary.json"])
-    runs.say(f"{files} are in {folder} ({summary['wall_seconds']:.0f} s)")
+    runs.say(f"{', '.join(made)}, metrics.csv, summary.json are in {folder} ({summary['wall_seconds']:.0f} s)")
 
 
 def parse(argv=None):

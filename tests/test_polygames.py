@@ -212,7 +212,10 @@ def test_buffer_keeps_the_newest_actions():
     sizes, uniforms = torch.tensor([capacity, 100]), torch.full((2, steps, batch), 0.5, dtype=torch.float64)
     path, buffer = polygames.train_online(reward, theta, sizes, noise, uniforms, 0.01)
     actions = (path[:, :-1, None] + noise).flatten(1, 2)  # (R, K * B, 2), in the order they were taken
-    newest = lambda x: x[x[:, 0].argsort()]
+
+    def newest(x):
+        return x[x[:, 0].argsort()]
+
     torch.testing.assert_close(newest(buffer[0, :capacity]), newest(actions[0, -capacity:]))
     torch.testing.assert_close(newest(buffer[1, : steps * batch]), newest(actions[1]))
     assert buffer[0, capacity:].isnan().all() and buffer[1, steps * batch :].isnan().all()
@@ -226,7 +229,10 @@ def test_seeds_in_one_batch_equal_single_runs(figure):
     alone = []
     for seed in range(3):
         alone += polygames.FIGURES[figure](args(seed=seed, num_seeds=1, **small))[1]
-    key = lambda row: [str(row[name]) for name in ("sigma", "method", "capacity", "start", "seed")]
+
+    def key(row):
+        return [str(row[name]) for name in ("sigma", "method", "capacity", "start", "seed")]
+
     assert len(together) == len(alone) and len({row["theta_x"] for row in together}) > 2
     for one, other in zip(sorted(together, key=key), sorted(alone, key=key)):
         assert key(one) == key(other)
@@ -332,7 +338,7 @@ def test_where_pjap_ends_in_equally_dense_data(alpha):
     chance = mid_points(20_000).expand(300, -1)  # one draw from each 20,000th of the mass
     game, pjap = polygames.games(setting)["twin peaks"], torch.tensor(True)
     path, _ = polygames.train_offline(game, start, grid, 300, 0.02, chance, pjap, alpha, 1e-12)
-    end = polygames.pjap_end(setting)
+    end = math.sqrt(max(polygames.peak(setting) ** 2 - 1 / (3 * alpha), 0.0))  # the docstring's formula, from v above
     if alpha > 1:  # below 8/9, and with an edge to the data well above, it ends at the origin
         assert path[-1].tolist() == pytest.approx([end, end], abs=2e-3)
         assert float(game(*path[-1])) == pytest.approx(0.5625 - 4 / (9 * alpha**2), abs=1e-3)
@@ -354,7 +360,7 @@ def endless(sigma, setting, epsilon):
 
 @pytest.mark.parametrize("sigma, without, floor", [(0.2, 0.5601, 0.5601), (0.5, 0.5543, 0.5540), (1.0, 0.5511, 0.5425)])
 def test_the_kernel_and_the_floor_explain_the_rewards_of_pjap(figure_5_rows, sigma, without, floor):
-    """Why .544 to .560 and not .5625: the docstring's numbers, and they are those of Figure 5."""
+    """Why .544 to .560 and not .5625: the README's numbers, and they are those of Figure 5."""
     assert endless(sigma, args(), 0.0) == pytest.approx(without, abs=6e-5)
     assert endless(sigma, args(), args().epsilon) == pytest.approx(floor, abs=6e-5)
     assert mean(figure_5_rows, sigma=sigma, method="PJAP") == pytest.approx(floor, abs=0.003)
@@ -387,7 +393,10 @@ def test_interactive_window_redraws_on_change():
     widgets = polygames.build_interactive(args(num_samples=200, steps=60), figure)
     assert widgets["game"].value_selected == "twin peaks"
     assert set(widgets) == {"A", "B", "C", "mean", "spread", "alpha", "log10 epsilon", "game", "PJAP"}
-    curves = lambda: [line.get_ydata()[-1] for line in figure.axes[1].lines]
+
+    def curves():
+        return [line.get_ydata()[-1] for line in figure.axes[1].lines]
+
     seen = [curves()]
     widgets["spread"].set_val(0.9)
     seen.append(curves())
@@ -404,6 +413,19 @@ def test_interactive_window_redraws_on_change():
     seen.append(curves())
     assert len({str(each) for each in seen}) == len(seen) and all(len(each) == 3 for each in seen)
     figure.canvas.draw()
+
+
+def test_the_window_says_that_a_policy_diverges_and_goes_on():
+    figure = Figure(figsize=(12, 8))
+    FigureCanvasAgg(figure)
+    widgets = polygames.build_interactive(args(num_samples=200, steps=60, learning_rate=0.1), figure)
+    widgets["PJAP"].set_active(0)  # its data are near the policy, and it stays
+    right = figure.axes[1]
+    assert right.get_title() == "from the three starts" and len(right.lines) == 3
+    widgets["spread"].set_val(1.5)
+    assert "diverged" in right.get_title() and not right.lines
+    widgets["spread"].set_val(0.1)
+    assert right.get_title() == "from the three starts" and len(right.lines) == 3
 
 
 def test_command_line_writes_every_file(tmp_path):
@@ -425,7 +447,10 @@ def test_command_line_writes_every_file(tmp_path):
     assert config["num_seeds"] == 2 and config["device"] in ("cpu", "cuda")
     assert config["versions"]["torch"] == torch.__version__ and config["git_commit"]
     assert summary["seeds"] == [0, 1] and summary["wall_seconds"] > 0
-    key = lambda row: (row["figure"], str(row["sigma"]), row["method"])
+
+    def key(row):
+        return row["figure"], str(row["sigma"]), row["method"]
+
     pjap = next(r for r in summary["rewards"] if key(r) == ("5", "1.0", "PJAP"))
     values = [float(r["reward"]) for r in rows if key(r) == ("5", "1.0", "PJAP")]
     assert pjap["mean"] == pytest.approx(sum(values) / 2) and pjap["stderr"] > 0
