@@ -23,7 +23,7 @@ Commands, and the return you should see (mean of three seeds; one CPU core of a 
   python algorithms/maddpg_cql_pjap.py      2-agent HalfCheetah, good data (4,959), PJAP, 6 min:
       2,055 +- 243. It learns on: 4,182 +- 477 after --steps 20000 --batch-size 8
   ... --no-pjap                             the baseline, every window equally likely: 4,090 +- 517 after
-      as many. At this size PJAP makes no difference; README.md beside this file says why
+      as many. At this size PJAP makes no difference; algorithms/README.md says why
   ... --dataset good-medium                 two kinds of data, of which one should win
   ... --steps 500000 --num-seeds 10 --batch-size 64 --ood-actions 10 --eval-every 5000 --no-normalize      the paper's
 
@@ -37,70 +37,64 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   data = maddpg.Data(obs, state, actions, reward, 0 * reward, acted)
   windows = maddpg.Windows(torch.arange(R - args.window + 1), args.window, S)     # by their first rows: all there are
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
-  team = maddpg.Team(N, A, N + 5, 4, args, generators)
+  team = maddpg.Team(data, args, generators)
   rmsprops = maddpg.optimizers(team, args)
   for step in range(20):
-      noise, k = maddpg.draw_noise(generators, N, A, args), torch.tensor(maddpg.steepness_at(step, args))
+      noise, k = maddpg.draw_noise(generators, data, args), torch.tensor(maddpg.steepness_at(step, args))
       logs = maddpg.update(team, rmsprops, data, windows, noise, k, args)
 
-Where paper and code disagree, "code" is the authors' as submitted (June 2024). Choices made here:
-  1. d is a mean over an agent's A entries (code); Eq. 8 sums them. So k = 4 is 16 d^2 here and 16 / A^2 in the paper's
-     alpha, 1.78 for HalfCheetah's three entries; metrics.csv has both distances. d is taken to the target policy as it
-     was before the update (code). Another d is another function `distance`: nothing else knows what it measures.
-  2. k grows linearly over the first 30 % of the updates (code: 150,000 of the paper's 500,000). The paper has no ramp.
+Choices made here; "code" is the authors' as submitted (June 2024). algorithms/README.md gives reasons, by the numbers.
+  1. d is a mean over an agent's A entries, and taken to the target policy before the update (code); Eq. 8 has a sum.
+  2. k grows over the first 30 % of the updates (code). The paper has no such ramp.
   3. Refreshed are the priorities of the windows just trained on (code); --refresh N adds N uniformly drawn ones.
-  4. Windows never straddle two episodes (in the code they may). The last of the L rows may be what was seen after an
-     episode's last step, so that terminal steps are learned too; it counts in no mean over actions. An episode of
-     fewer rows than L has no window.
+  4. Windows never straddle two episodes (code: they may). The last row may be what was seen after a last step.
   5. A window begins with an empty memory wherever it lies in its episode (code), while play carries the memory on.
-  6. The critics see the prioritised windows too (code), and nothing corrects for how likely a window was, as in
-     prioritised experience replay (PER): all losses are plain means over what was drawn (paper, code).
+  6. The critics see the prioritised windows too, and nothing corrects for how likely a window was (paper, code).
   7. A time limit is not the end: Q looks beyond it. In OG-MARL's data it is: --time-limit-terminates.
-  8. Target networks start as copies; in the code most likely from weights of their own. The critics start apart.
-  9. RMSProp as in Sonnet, which adds 1e-10 to the mean square under the root; here its root is added behind it, 1e-5.
- 10. Each distinct joint action is evaluated once: in CQL all agents' actions are replaced, so the agents' terms differ
-     in p_i only. The density of noise is that before clipping, and of uniform actions that of one agent's (code).
+  8. Target networks start as copies (code: most likely from weights of their own). The critics start apart.
+  9. RMSProp adds 1e-5 to the root of the mean square (code: 1e-10 to the mean square).
+ 10. CQL's terms differ in p_i only, so each joint action is evaluated once; p_i is the density before clipping (code).
  11. Both losses look at the networks as they were before the update (code).
- 12. By default a batch of 16 windows and 4 actions of each kind in CQL, in place of 64 and 10, and fewer steps: a
-     laptop does that in minutes. For the same reason views and states enter in units of the dataset's mean and spread.
-     The code feeds them raw (--no-normalize), with the position x, which grows to hundreds, among them: in as few
-     updates the policy then comes less close to the data, and its return swings from one evaluation to the next.
- 13. Seeds differ in all that is random here, but are evaluated in one environment: how a seed's games begin depends on
-     how many seeds run beside it.
+ 12. Batches are smaller, updates fewer, and inputs in units of the data's mean and spread (code: raw, --no-normalize).
+ 13. Seeds differ in all that is random here, but are evaluated in one environment.
 
-Shapes: S seeds, L rows of a window, B windows, M = (L - 1) B transitions, K joint actions, N agents, A entries of an
+Shapes: S seeds, L rows of a window, B windows, K joint actions, N agents, A entries of an
 agent's action, I inputs, D state, R rows (observations) of the dataset, W windows, E games.
 """
 
 import copy
 import math
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is loaded, Ctrl-C ends the program without a traceback
 import torch
 import torch.nn as nn
-from torch.optim.rmsprop import rmsprop as rmsprop_step
 
-BLOCK = 128  # windows whose priorities share a partial sum
-CACHE = 2**18  # numbers that one piece of the critics' work should hold on a CPU, so that it stays in the cache
+CACHE = 2**17  # numbers that a layer of the critics makes at a time on a CPU, so that they stay in the cache
+SAMPLE = 2000  # windows, evenly spaced, that stand for the whole dataset when its distance is measured
 
 
 # ---------------------------------------------------------------- arguments
 @dataclass
 class Args:
     # --- what to learn
-    env: str = "halfcheetah"  # the environment: halfcheetah, reacher or ant
+    env: str = "halfcheetah"  # the environment: halfcheetah, reacher, ant, polynomial, or module:factory
     task: str = ""  # its task; by default the environment's first
     dataset: str = "good"  # a dataset's name, or the path of a file
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
+    env_kwargs: str = ""  # more for the environment, as JSON
+    team_reward: Literal["sum", "mean"] = "sum"  # of the agents' rewards, in an environment that is not ours
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 3  # how many seeds train, all at once
     steps: int = 5000  # updates
     eval_every: int = 1000  # updates between evaluations; each writes a checkpoint
-    eval_episodes: int = 4  # games per seed and evaluation
+    eval_episodes: int = 4  # games per seed and evaluation; 0 to train without an environment
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # CPU threads
     compile: bool = torch.cuda.is_available()  # compile the update with torch.compile
@@ -147,23 +141,22 @@ class Data(NamedTuple):
 class Noise(NamedTuple):
     """What is random in an update; given it, an update is a function without chance."""
 
-    windows: torch.Tensor  # (S, B) in [0, 1), double precision whatever the networks have: which windows to draw
+    windows: torch.Tensor  # (S, B) in [0, 1), double precision: which windows to draw
     uniform: torch.Tensor  # (S, L-1, B, K, N, A) in [-1, 1): CQL's uniform actions
     normal: torch.Tensor  # (S, 2, L-1, B, K, N, A): what CQL adds to the policies' actions, in units of its sigma
-    refresh: torch.Tensor | None  # (S, refresh) in [0, 1), double precision: which further priorities to refresh
+    refresh: torch.Tensor  # (S, refresh) in [0, 1), double precision: which further priorities to refresh
 
 
-def draw_noise(generators, num_agents, num_actions, args):
+def draw_noise(generators, data, args):
     """The `Noise` of one update, each seed's from its own generator."""
 
     def draw(kind, *shape, dtype=None):
         return torch.stack([kind(shape, generator=g, device=g.device, dtype=dtype) for g in generators])
 
-    shape = (args.window - 1, args.batch_size, args.ood_actions, num_agents, num_actions)
+    shape = (args.window - 1, args.batch_size, args.ood_actions, *data.actions.shape[1:])
     windows = draw(torch.rand, args.batch_size, dtype=torch.float64)
     uniform, normal = draw(torch.rand, *shape) * 2 - 1, draw(torch.randn, 2, *shape)
-    refresh = draw(torch.rand, args.refresh, dtype=torch.float64) if args.pjap and args.refresh else None
-    return Noise(windows, uniform, normal, refresh)
+    return Noise(windows, uniform, normal, draw(torch.rand, args.refresh, dtype=torch.float64))
 
 
 # ---------------------------------------------------------------- networks
@@ -234,82 +227,61 @@ class Critics(nn.Module):
         self.third = Linear(hidden, 1, twice)
 
     def forward(self, state, action):
-        """Q of K joint actions in each state: (S, M, D), (S, M, K, N A) -> (2, S, M, K).
-
-        The first layer multiplies a state once, whatever K is.
-        """
-        S, M, K, X = action.shape
-        for_state, for_action = self.first.weight.split([state.shape[-1], X], 1)
-        seen = torch.baddbmm(self.first.bias, state.repeat(2, 1, 1), for_state)  # (2S, M, H)
-        action, H = action.repeat(2, 1, 1, 1), seen.shape[-1]
-        eager = action.device.type == "cpu" and not torch.compiler.is_compiling()
-        piece = max(1, CACHE // (2 * S * K * H)) if eager else M
-        q = []
-        for s, a in zip(seen.split(piece, 1), action.split(piece, 1)):
-            x = torch.bmm(a.flatten(1, 2), for_action).view(2 * S, -1, K, H) + s[:, :, None]
-            x = self.second(x.relu_().flatten(1, 2)).relu_()  # (2S, piece K, H)
-            # The third layer has one output: as a matrix product it would take a sixth of an update's time.
-            q.append(((x * self.third.weight.mT).sum(-1) + self.third.bias[..., 0]).view(2, S, -1, K))
-        return torch.cat(q, 2)
+        """Q of K joint actions in each state: (S, L, B, D), (S, L, B, K, N A) -> (2, S, L, B, K)."""
+        S, L, B, K, _ = action.shape
+        state = state[..., None, :].expand(-1, -1, -1, K, -1)
+        x = torch.cat([state, action], -1).flatten(1, 3).repeat(2, 1, 1)  # (2S, L B K, D + N A)
+        eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        rows = max(1, CACHE // self.first.weight[:, 0].numel()) if eager else x.shape[1]
+        q = [self.third(self.second(self.first(part).relu_()).relu_()) for part in x.split(rows, 1)]
+        return torch.cat(q, 1).view(2, S, L, B, K)
 
 
 class Team(nn.Module):
     """Everything that S teams learn, and the target networks."""
 
-    def __init__(self, num_agents, num_actions, obs_dim, state_dim, args, generators):
+    def __init__(self, data, args, generators):
         super().__init__()
-        self.policy = Policy(obs_dim, num_actions, args.policy_hidden, generators)
-        self.critics = Critics(state_dim, num_agents * num_actions, args.critic_hidden, generators)
+        (_, N, A), I, D = data.actions.shape, data.obs.shape[-1], data.state.shape[-1]
+        self.policy = Policy(I, A, args.policy_hidden, generators)
+        self.critics = Critics(D, N * A, args.critic_hidden, generators)
         self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
 
 
 # ---------------------------------------------------------------- looking at the data
 class Windows(nn.Module):
-    """W windows of L rows of the data, their priorities for each seed, all 1 at first, and draws in proportion to them.
-
-    Every BLOCK priorities keep their sum. A draw inverts the cumulative distribution in two steps, exactly: one uniform
-    number, times the sum of all, falls into a block, and what is left of it falls on a window of that block. So a draw
-    reads W / BLOCK sums and BLOCK priorities, and a change of a priority renews one sum. A sum is always added up
-    anew, so no rounding error gathers; with numbers in double precision, a small priority is neither lost in the sum
-    of a million nor missed by the grid of the random numbers.
-    """
+    """W windows of L rows of the data, and their priorities for each seed, all 1 at first."""
 
     def __init__(self, start, length, seeds):
         """start (W,) holds each window's first row."""
         super().__init__()
-        self.count, self.length = len(start), length
-        rho = torch.zeros(seeds, -(-self.count // BLOCK), BLOCK, dtype=torch.float32, device=start.device)
-        rho.flatten(1)[:, : self.count] = 1
-        self.register_buffer("rho", rho)
-        self.register_buffer("sums", rho.sum(-1, dtype=torch.float64))  # (S, blocks)
-        self.register_buffer("seed", torch.arange(seeds, device=start.device)[:, None], persistent=False)
+        self.register_buffer("rho", torch.ones(seeds, len(start), dtype=torch.float64, device=start.device))  # (S, W)
         self.register_buffer("start", start, persistent=False)
+        self.register_buffer("along", torch.arange(length, device=start.device)[:, None], persistent=False)  # (L, 1)
+
+    def draw(self, uniform):
+        """Windows in proportion to their priorities: uniform (S, B) in [0, 1) -> their numbers (S, B).
+
+        Both in double precision: else the sum of a million would lose a small priority, and the grid of the random
+        numbers miss it.
+        """
+        end = self.rho.cumsum(1)  # window w takes the piece of length rho_w that ends here
+        index = torch.searchsorted(end, uniform * end[:, -1:], right=True)
+        return index.clamp(max=len(self.start) - 1)  # if rounding led past the end
 
     def gather(self, index, data):
         """The windows `index` (S, B) as a minibatch, `Data` of (S, L, B) rows."""
-        rows = self.start[index][:, None] + torch.arange(self.length, device=index.device)[:, None]
+        rows = self.start[index][:, None] + self.along
         return Data(*(table[rows] for table in data))
-
-    def draw(self, uniform):
-        """uniform (S, B) in [0, 1), double precision -> the numbers of the windows drawn (S, B)."""
-        end = self.sums.cumsum(1)
-        place = uniform * end[:, -1:]
-        block = torch.searchsorted(end, place, right=True).clamp(max=end.shape[1] - 1)
-        place = place - (end - self.sums).gather(1, block)
-        inside = self.rho[self.seed, block].double().cumsum(-1)  # (S, B, BLOCK)
-        offset = torch.searchsorted(inside, place[..., None], right=True)[..., 0]
-        return (block * BLOCK + offset).clamp(max=self.count - 1)  # if rounding led past the end
 
     def write(self, index, rho):
         """Give the windows `index` (S, B) the priorities rho (S, B)."""
-        self.rho.flatten(1).scatter_(1, index, rho.float())
-        block = index // BLOCK
-        self.sums.scatter_(1, block, self.rho[self.seed, block].sum(-1, dtype=torch.float64))
+        self.rho.scatter_(1, index, rho.double())
 
     def effective(self):
         """The effective share of the windows, (sum rho)^2 / (W sum rho^2), (S,): 1 if all are equally likely."""
-        return self.sums.sum(1) ** 2 / (self.rho.double() ** 2).sum((1, 2)) / self.count
+        return self.rho.sum(1) ** 2 / (self.rho**2).sum(1) / len(self.start)
 
 
 def distance(mine, batch):
@@ -347,22 +319,19 @@ def candidates(own, uniform, normal, sigma):
 
 
 def td_target(target_critics, batch, theirs, gamma):
-    """y of the M transitions, (S, M); theirs (S, L, B, N, A) are the target policy's actions."""
-    next_state, next_action = batch.state[:, 1:].flatten(1, 2), theirs[:, 1:].flatten(3).flatten(1, 2)
-    q = target_critics(next_state, next_action[:, :, None])[..., 0].amin(0)  # the lower of the two
-    reward, done = (x[:, :-1].flatten(1, 2) for x in (batch.reward, batch.done))
-    return reward + gamma * (1 - done) * q
+    """y of the transitions, (S, L-1, B); theirs (S, L, B, N, A) are the target policy's actions."""
+    q = target_critics(batch.state[:, 1:], theirs[:, 1:].flatten(3)[..., None, :]).amin(0)  # the lower of the two
+    return batch.reward[:, :-1] + gamma * (1 - batch.done[:, :-1]) * q[..., 0]
 
 
 def critic_loss(critics, batch, y, actions, log_p, cql):
     """L(Q_c), the mean of both critics: the loss, its squared error and its conservative part, each (S,)."""
-    state, recorded = batch.state[:, :-1].flatten(1, 2), batch.actions[:, :-1].flatten(3).flatten(1, 2)
-    actions = torch.cat([recorded[:, :, None], actions.flatten(4).flatten(1, 2)], 2)  # (S, M, 1 + 3K, N A)
-    q = critics(state, actions)
-    taken, other = q[..., 0], q[..., 1:]  # (2, S, M), (2, S, M, 3K)
-    corrected = other[..., None] - log_p.flatten(1, 2)  # (2, S, M, 3K, N); only here do the agents differ
-    gap = corrected.logsumexp(3).mean(-1) - taken
-    error, gap = (0.5 * (y - taken) ** 2).mean((0, 2)), gap.mean((0, 2))
+    actions = torch.cat([batch.actions[:, :-1, :, None], actions], 3).flatten(4)  # (S, L-1, B, 1 + 3K, N A)
+    q = critics(batch.state[:, :-1], actions)
+    taken, other = q[..., 0], q[..., 1:]  # (2, S, L-1, B), (2, S, L-1, B, 3K)
+    corrected = other[..., None] - log_p  # (2, S, L-1, B, 3K, N); only here do the agents differ
+    gap = corrected.logsumexp(4).mean(-1) - taken
+    error, gap = (0.5 * (y - taken) ** 2).mean((0, 2, 3)), gap.mean((0, 2, 3))
     return error + cql * gap, error, gap
 
 
@@ -371,46 +340,39 @@ def policy_loss(critics, batch, own, action_reg):
     N = own.shape[3]
     me = torch.eye(N, dtype=torch.bool, device=own.device)[..., None]  # (N, N, 1)
     joint = torch.where(me, own[:, :, :, None], batch.actions[:, :, :, None])  # (S, L, B, N, N, A)
-    q = critics(batch.state.flatten(1, 2), joint.flatten(4).flatten(1, 2)).amin(0)  # (S, L B, N)
-    cost = action_reg * (own**2).mean((3, 4)).flatten(1) - q.mean(-1)
-    weight = batch.acted.flatten(1)
-    return (weight * cost).sum(1) / weight.sum(1)
+    q = critics(batch.state, joint.flatten(4)).amin(0)  # (S, L, B, N)
+    cost = action_reg * (own**2).mean((3, 4)) - q.mean(3)
+    return (batch.acted * cost).sum((1, 2)) / batch.acted.sum((1, 2))
 
 
 # ---------------------------------------------------------------- update
 class RMSProp(nn.Module):
-    """RMSProp with all that it knows in tensors, so that a graph can hold an update whole; torch's class breaks it."""
+    """RMSProp of decay 0.9. A graph can hold it; torch's own class would break it."""
 
     def __init__(self, parameters, lr):
         super().__init__()
-        self.moved = list(parameters)
-        self.squares = nn.ParameterList(map(torch.zeros_like, self.moved))
-        self.counts = nn.ParameterList(p.new_zeros(()) for p in self.moved)
-        self.requires_grad_(False)
-        self.register_buffer("lr", self.moved[0].new_tensor(lr, dtype=torch.float64))  # may change between updates
+        self.moved, self.lr = list(parameters), lr
+        self.squares = nn.ParameterList(map(torch.zeros_like, self.moved)).requires_grad_(False)
 
     @torch.no_grad()
     def step(self, gradients):
-        plain = self.lr.device.type == "cpu" and not torch.compiler.is_compiling()  # there torch reads lr as a number
-        state = (list(each) for each in (self.squares, (), (), self.counts))
-        how = dict(foreach=True, capturable=not plain, maximize=False, centered=False, weight_decay=0.0, momentum=0.0)
-        rmsprop_step(self.moved, list(gradients), *state, lr=self.lr, alpha=0.9, eps=1e-5, **how)
+        """p <- p - lr g / (sqrt(v) + 1e-5), where v <- 0.9 v + 0.1 g^2, for all parameters p at once."""
+        squares = list(self.squares)
+        torch._foreach_mul_(squares, 0.9)
+        torch._foreach_addcmul_(squares, gradients, gradients, 0.1)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_add_(roots, 1e-5)
+        torch._foreach_addcdiv_(self.moved, gradients, roots, -self.lr)
 
 
 def optimizers(team, args):
     """RMSProp for the critics and for the policy."""
-    return {
-        "critics": RMSProp(team.critics.parameters(), args.critic_lr),
-        "policy": RMSProp(team.policy.parameters(), args.policy_lr),
-    }
+    rates = {"critics": args.critic_lr, "policy": args.policy_lr}
+    return {name: RMSProp(getattr(team, name).parameters(), lr) for name, lr in rates.items()}
 
 
 def update(team, rmsprops, data, windows, noise, steepness, args):
-    """One update of all networks and of the priorities; steepness is a () tensor, k in Eq. 6.
-
-    Returns:
-        What to log, a dictionary of (S,) tensors.
-    """
+    """One update of all networks and of the priorities; steepness () is k in Eq. 6. Returns what to log, (S,) each."""
     index = windows.draw(noise.windows)
     batch = windows.gather(index, data)  # (S, L, B, ...)
     own, _ = team.policy(batch.obs)  # (S, L, B, N, A)
@@ -434,7 +396,7 @@ def update(team, rmsprops, data, windows, noise, steepness, args):
         if args.pjap:
             windows.write(index, priority(d, steepness, args.floor, args.exponent))
         if args.pjap and args.refresh:
-            index = (noise.refresh * windows.count).long()
+            index = (noise.refresh * len(windows.start)).long()
             more = windows.gather(index, data)
             again = distance(team.target_policy(more.obs)[0], more)
             windows.write(index, priority(again, steepness, args.floor, args.exponent))
@@ -446,21 +408,22 @@ def update(team, rmsprops, data, windows, noise, steepness, args):
 HOME = Path(__file__).resolve().parents[1]
 if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists():  # not if this file was copied alone
     sys.path.insert(0, str(HOME))
-    import data as datasets
     import envs
     from data import layout, runs
     from envs.play import play
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
 
-SAMPLE = 2000  # windows, evenly spaced, that stand for the whole dataset when its distance is measured
-
 
 def preset(args):
     """What differs from HalfCheetah's values, above, in the other environments; each value can be set by its flag."""
     task = args.task or envs.TASKS.get(args.env, ("",))[0]
-    values = {"reacher": dict(dataset="expert-mix"), "ant": dict(dataset="medium")}.get(args.env, {})
-    return values | dict(env=args.env, task=task)
+    small = dict(dataset="peak-0.5", num_seeds=10, steps=2000, window=2, batch_size=64, cql=0.1, policy_lr=1e-3)
+    values = {
+        "halfcheetah": {}, "reacher": dict(dataset="expert-mix"), "ant": dict(dataset="medium"),
+        "polynomial": small | dict(normalize=False),
+    }  # fmt: skip
+    return values.get(args.env, dict(dataset="")) | dict(env=args.env, task=task)
 
 
 def arrange(dataset, args):
@@ -472,11 +435,8 @@ def arrange(dataset, args):
             f"no episode of {args.dataset} has the {args.window} rows of a window, the longest has "
             f"{int(dataset.lengths.max()) + 1}: choose a smaller --window"
         )
-    state, middle, spread = rows["state"], 0.0, 1.0
-    if args.normalize:
-        middle, spread = layout.units(state)
-        state = (state - middle) / spread
-        middle, spread = layout.units(rows["obs"])  # (N, O), of each agent
+    units = (layout.units(rows[name]) if args.normalize else (0.0, 1.0) for name in ("state", "obs"))
+    (mean, std), (middle, spread) = units  # (D,), (D,); (N, O), (N, O): each agent has its own
 
     def encode(obs):
         N = obs.shape[-2]
@@ -484,30 +444,37 @@ def arrange(dataset, args):
         return torch.cat([who, (obs.to(dtype) - middle) / spread], -1)
 
     rest = (rows[name] for name in ("actions", "reward", "done", "acted"))
-    return Data(encode(rows["obs"]), state, *rest), start, encode
+    return Data(encode(rows["obs"]), (rows["state"] - mean) / std, *rest), start, encode
+
+
+def act(policy, encode, obs, avail, memory):
+    """What the teams do in B games of each seed, and their memory (S, B, N, H): obs (S, B, N, O) -> (S, B, N, A)."""
+    actions, h = policy(encode(obs)[:, None], memory.flatten(1, 2))
+    return actions[:, 0].float(), h.view(memory.shape)
 
 
 def evaluate(policy, encode, args, step, episodes, device):
     """Play the teams of all seeds in one batch of games, without noise; returns {"return": (S, E)}."""
-    S, game = args.num_seeds, envs.make(args.env, args.task, args.num_seeds * episodes, device)
+    if not episodes:
+        return {}
+    S = args.num_seeds
 
-    def act(obs, info, h):
-        actions, h = policy(encode(obs).view(S, 1, episodes, game.num_agents, -1), h)
-        return actions.flatten(0, 2).float(), h
+    def answer(obs, info, memory):
+        obs = obs.unflatten(0, (S, episodes))
+        if memory is None:
+            memory = torch.zeros(*obs.shape[:3], policy.hidden, device=device)
+        actions, memory = act(policy, encode, obs, None, memory)
+        return actions.flatten(0, 1), memory
 
-    try:
-        return {"return": play(game, act, seed=step).returns.view(S, episodes)}
-    except FloatingPointError as error:
-        raise FloatingPointError(f"in the evaluation after {step} updates, {error}") from None
-    finally:
-        game.close()
+    with runs.evaluation(args, S * episodes, device, step) as game:
+        return {"return": play(game, answer, seed=step).returns.view(S, episodes)}
 
 
 @torch.no_grad()
 def measure(policy, windows, data):
     """The mean distance of evenly spaced windows of the dataset to the policy, (S,)."""
-    index = torch.linspace(0, windows.count - 1, min(SAMPLE, windows.count), device=data.obs.device).long()
-    S, total = len(windows.rho), 0
+    (S, W), total = windows.rho.shape, 0
+    index = torch.linspace(0, W - 1, min(SAMPLE, W), device=data.obs.device).long()
     for part in index.split(200):
         batch = windows.gather(part.expand(S, -1), data)
         total = total + distance(policy(batch.obs)[0], batch).sum(1)
@@ -518,15 +485,13 @@ def main(args):
     """Train, evaluate and fill the run folder; returns what summary.json holds."""
     run = runs.Run("maddpg_cql_pjap", args)
     device, S, method = run.device, args.num_seeds, "MADDPG+CQL" + "+PJAP" * args.pjap
-    options = {"episodes": args.episodes, "limit_terminates": args.time_limit_terminates}
-    dataset = datasets.load(args.env, args.task, args.dataset, device, **options)
+    dataset = run.load(episodes=args.episodes, limit_terminates=args.time_limit_terminates)
     data, start, encode = arrange(dataset, args)
-    (_, N, A), I, D = data.actions.shape, data.obs.shape[-1], data.state.shape[-1]
-    team = Team(N, A, I, D, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
+    team = Team(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
     windows, rmsprops = Windows(start, args.window, S), optimizers(team, args)
     generators, learn = [runs.stream(seed, 1, device) for seed in run.seeds], run.compile(update)
     run.begin(team=team, windows=windows, rmsprops=rmsprops, generators=generators)
-    runs.say(f"{len(dataset.returns)} episodes, {windows.count} windows, mean return {dataset.returns.mean():.1f}")
+    runs.say(f"{len(dataset.returns)} episodes, {len(start)} windows, mean return {dataset.returns.mean():.1f}")
 
     k, zero = torch.zeros((), device=device), torch.zeros(S, device=device)
     sums = nothing = dict.fromkeys(("q_loss", "cql", "policy_loss", "distance"), zero)  # since the last evaluation
@@ -534,7 +499,7 @@ def main(args):
         if run.due():
             since = step - (run.rows[-1]["step"] if run.rows else 0)
             logs = {name: value / since for name, value in sums.items()}  # NaN before the first update
-            logs["distance_l1"] = A * logs["distance"]  # Eq. 8, which sums an agent's entries
+            logs["distance_l1"] = data.actions.shape[-1] * logs["distance"]  # Eq. 8, which sums an agent's entries
             logs |= {"data_distance": measure(team.policy, windows, data), "effective_share": windows.effective()}
             run.check(logs)
             scores = evaluate(team.policy, encode, args, step, args.eval_episodes, device)
@@ -543,7 +508,7 @@ def main(args):
             sums = nothing
         if step < args.steps:
             k.fill_(steepness_at(step, args))
-            new = learn(team, rmsprops, data, windows, draw_noise(generators, N, A, args), k, args)
+            new = learn(team, rmsprops, data, windows, draw_noise(generators, data, args), k, args)
             sums = {name: sums[name] + value for name, value in new.items()}
 
     scores = evaluate(team.policy, encode, args, args.steps, 10 * args.eval_episodes, device)
@@ -551,17 +516,16 @@ def main(args):
     last = {name: runs.over_seeds(torch.tensor([[row[name]] for row in run.rows[-S:]])) for name in columns}
     title = f"{method} on {run.subject}"
     curves = runs.draw_curves(run.rows, columns, {}, title, "updates", "distance to the policy")
-    summary = run.finish(method, scores, dataset, figures={"distance.png": curves}, pjap=args.pjap, **last)
-    runs.say(runs.table_text(("drawn", "dataset"), {method: list(last.values())}, {}, "distance"))
-    return summary
+    views, policy = dataset.obs.shape[2:], team.policy
+    run.keep_team(lambda *seen: act(policy, encode, *seen), views, 0, args.policy_hidden, policy)
+    return run.finish(method, scores, dataset, run.best, figures={"distance.png": curves}, pjap=args.pjap, **last)
 
 
 def parse(argv=None):
     """Read the command line; where no flag speaks, the environment's own values or those of the resumed run hold."""
-    args = runs.parse(Args, preset, argv, __doc__)
-    if args.env not in ("halfcheetah", "reacher", "ant"):
-        raise ValueError(f"MADDPG is for continuous actions: choose --env halfcheetah, reacher or ant, not {args.env}")
-    zero = "seed episodes ramp cql gamma action_reg refresh"
+    known = [env for env in envs.TASKS if env not in ("matrix", "bridge", "smac")]
+    args = runs.parse(Args, preset, argv, __doc__, "MADDPG is for continuous actions", known)
+    zero = "seed episodes eval_episodes ramp cql gamma action_reg refresh"
     runs.check_numbers(args, may_be_zero=zero, at_most_one="ramp floor gamma tau")
     if args.window < 2:
         raise ValueError("--window must be at least 2 rows: a step leads from one to the next")

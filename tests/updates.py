@@ -62,14 +62,14 @@ def maddpg(device="cpu", compiled=plain, flags=()):
     args = script.parse([*flags, "--no-compile"])
     dataset = load(args, device)
     data, start, _ = script.arrange(dataset, args)
-    (_, N, A), seeds = data.actions.shape, range(args.num_seeds)
-    team = script.Team(N, A, data.obs.shape[-1], data.state.shape[-1], args, [runs.stream(s, 0) for s in seeds])
-    team, generators = team.to(device), [runs.stream(s, 1, device) for s in seeds]
+    seeds = range(args.num_seeds)
+    team = script.Team(data, args, [runs.stream(s, 0) for s in seeds]).to(device)
+    generators = [runs.stream(s, 1, device) for s in seeds]
     windows, rmsprops = script.Windows(start, args.window, args.num_seeds), script.optimizers(team, args)
     update, steepness = compiled(script.update), torch.full((), args.steepness, device=device)
 
     def learn():
-        noise = script.draw_noise(generators, N, A, args)
+        noise = script.draw_noise(generators, data, args)
         update(team, rmsprops, data, windows, noise, steepness, args)
 
     return Made({"update": learn}, [team, windows])
@@ -166,7 +166,46 @@ def bc(device="cpu", compiled=plain, flags=()):
     return Made({"update": learn}, [policies])
 
 
+def cfcql(device="cpu", compiled=plain, flags=()):
+    script = load_script("cfcql")
+    args = script.parse([*flags, "--no-compile"])
+    data, _ = script.arrange(load(args, device), args)
+    team = script.Team(data, args, [runs.stream(s, 0) for s in range(args.num_seeds)]).to(device)
+    adam, generators = script.optimizer(team, args), [runs.stream(s, 2, device) for s in range(args.num_seeds)]
+    behaviour, cloning = script.tabulate(team, data, args), script.Adam(team.behaviour.parameters(), args.clone_lr)
+    update, clone_update = compiled(script.update), compiled(script.clone_update)
+
+    def learn():
+        rows, joint = script.draw_rows(generators, data, args), script.draw_joint(generators, data, args)
+        update(team, adam, data, behaviour, rows, joint, args)
+
+    def clone():
+        clone_update(team.behaviour, cloning, data, script.draw_rows(generators, data, args), args)
+
+    return Made({"update": learn, "clone": clone}, [team])
+
+
+def omar(device="cpu", compiled=plain, flags=()):
+    script = load_script("omar")
+    args = script.parse([*flags, "--no-compile"])
+    data, _ = script.arrange(load(args, device), args)
+    team = script.Team(data, args, [runs.stream(s, 0) for s in range(args.num_seeds)]).to(device)
+    adams, update = script.optimizers(team, args), compiled(script.update)
+    generators = [runs.stream(s, 1, device) for s in range(args.num_seeds)]
+
+    def learn():
+        update(team, adams, data, script.draw_rows(generators, data, args), args)
+
+    return Made({"update": learn}, [team])
+
+
+BATTLES = "--env smac --task 3m --episodes 20 --sequences 2 --num-seeds 2 --hidden 16".split()
 UPDATES = {
+    "cfcql game": (cfcql, ["--num-seeds", "2"]),
+    "cfcql battles": (cfcql, BATTLES),
+    "macql": (cfcql, "--num-seeds 2 --joint-cql --joint-samples 5".split()),
+    "omar game": (omar, ["--num-seeds", "2"]),
+    "omar battles": (omar, BATTLES),
     "bc game": (bc, ["--num-seeds", "2"]),
     "bc reacher": (bc, "--env reacher --episodes 20 --num-seeds 2 --hidden 16".split()),
     "inspo bridge": (inspo, ["--clone-steps", "1"]),
@@ -239,4 +278,21 @@ def evaluate_bc(device):
     return lambda: script.evaluate(policies, encode, args, 0, 2, torch.device(device))
 
 
-EVALUATIONS = {"bc": evaluate_bc, "moma": evaluate_moma, "inspo": evaluate_inspo, "mappo": evaluate_mappo}
+def evaluate_omar(device, name="omar", part="policies"):
+    """OMAR's evaluation on Bridge, with a memory, as a function without arguments."""
+    script = load_script(name)
+    args = script.parse("--env bridge --episodes 40 --num-seeds 2 --recurrent --hidden 16 --no-compile".split())
+    data, encode = script.arrange(load(args, device), args)
+    team = script.Team(data, args, [runs.stream(s, 0) for s in range(2)]).to(device)
+    return lambda: script.evaluate(getattr(team, part), encode, args, 0, 2, torch.device(device))
+
+
+def evaluate_cfcql(device):
+    """CFCQL's, likewise."""
+    return evaluate_omar(device, "cfcql", "agents")
+
+
+EVALUATIONS = {
+    "bc": evaluate_bc, "cfcql": evaluate_cfcql, "inspo": evaluate_inspo, "mappo": evaluate_mappo, "moma": evaluate_moma,
+    "omar": evaluate_omar,
+}  # fmt: skip
