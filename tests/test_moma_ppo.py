@@ -893,7 +893,7 @@ def test_every_flag_is_read():
 @pytest.mark.parametrize("flags, said", [
     (("--env", "chess"), "unknown environment: choose --env matrix, "),
     (("--env", "bridge"), "MOMA-PPO is for bodies, and games whose available actions never change: choose"),
-    (("--env", "smac"), "choose --env matrix, halfcheetah, reacher, ant, or package"),
+    (("--env", "smac"), "choose --env matrix, halfcheetah, reacher, ant, polynomial, or package"),
     (("--task", "6x1"), "matrix has no task '6x1'"),
     (("--dataset", "best"), "choose favourable, neutral"),
     (("--dataset", "nowhere.h5"), "no dataset file nowhere.h5"),
@@ -942,7 +942,7 @@ def test_a_model_of_another_task_or_seed_is_refused(tmp_path):
     for harm, said in (
         (saved["about"]["sizes"] | {"model_hidden": 5}, "its weights do not fit its sizes"),
         ({"height": 3}, "do not fit"),
-        (None, "do not fit"),
+        (None, "is no world model, or damaged"),
     ):
         torch.save(saved | {"about": saved["about"] | {"sizes": harm}}, file)
         with pytest.raises(ValueError, match=said):
