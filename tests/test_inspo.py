@@ -1538,7 +1538,7 @@ def damage(name):
         ("out_of_range", "actions must lie in 0 .. 1; found 0 .. 7"),
         ("wrong_shape", "reward has shape (1000, 0)"),
         ("empty", "an empty dataset teaches nothing"),
-        ("text", "reward holds object, not real numbers"),
+        ("text", "reward holds object, not numbers"),
         ("missing", "lacks obs"),
     ],
 )

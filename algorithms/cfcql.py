@@ -1,0 +1,602 @@
+"""CFCQL: counterfactual conservative Q-learning (Shao et al., NeurIPS 2023, arXiv 2309.12696); and MACQL, and QMIX.
+
+The problem. A team of N agents learns from a fixed dataset. Conservative Q-learning (CQL) guards against actions that
+nobody tried: it pushes the values of all actions down and that of the recorded one up. For a team "all actions" means
+all joint actions, A^N of them, nearly none of which was recorded, and so the penalty grows with the team.
+
+The idea. Replace one agent's action at a time and leave the others' as they were recorded: N penalties over A actions
+each, in place of one over A^N. How much each of them counts depends on how far that agent's choice would lead from its
+recorded behaviour. The team's value is mixed from local ones (QMIX) and grows with every one of them, so that the best
+joint action is found by every agent alone, and that is how the team acts. But this form of the value is all that holds
+the team together. It cannot say "A if you play B, and B if you play A": on XOR the method fails by its form, however
+long it learns, and where it succeeds all the same, luck broke a tie between fits that are equally bad.
+
+Equations, by numbers of our own. h_i is what agent i saw and did so far, q_i(h_i, .) its local values; a prime marks
+slowly moving copies; m_t is 0 where the game ended by its own rules.
+ 1 mixing     Q(s, a)   = w2(s) . elu( sum_i w1_i(s) q_i(h_i, a_i) + b1(s) ) + b2(s),   w1, w2 >= 0
+ 2 target     G_t       = r_t + gamma m_t [ (1 - lambda) Q'_{t+1} + lambda G_{t+1} ]    in the last step only Q'_{t+1}
+              Q'_t      = Q'(s_t, a*),   a*_i = argmax_a q_i(h_i, a)
+ 3 deviation  K_i       = KL( p_i || beta_i ),   p_i(a') = softmax_a' Q(s, (a', a_-i))
+ 4 weights    w_i       = softmax_i( tau_lambda K_i )
+ 5 gap        C         = sum_i w_i log sum_a' exp Q(s, (a', a_-i)) - Q(s, a)
+              C         = log mean_a' exp Q(s, a') - Q(s, a)            MACQL, a' joint actions drawn at random
+ 6 loss       L(q, w, b) = E [ 1/2 (Q(s, a) - G)^2 + cql C ]            QMIX with cql = 0
+ 7 behaviour  L(beta_i) = -E log beta_i(a_i|h_i)                        learned before
+With one agent Eq. 6 is plain CQL. With tau_lambda = 0 all w_i are 1/N, and no behaviour has to be learned.
+
+Commands, and the return you should see (last team; one CPU core of a small server, torch 2.13):
+  python algorithms/cfcql.py                          XOR, data aa-ab-ba, 10 seeds at once, 11 s: 0 in 10 of 10 seeds,
+      both play B; --joint-cql and --cql 0 the same; --dataset ab 1; ab-ba 0.2 +- 0.13 and all 0.6 +- 0.16, by luck
+  python algorithms/cfcql.py --env matrix --task m-ne  12 s: 5, the data's local optimum, in 10 of 10 seeds (the best:
+      20); --dataset balanced 20 in 10 of 10
+  python algorithms/cfcql.py --env bridge             Bridge, mixed data, 5 seeds, 28 s: -15.5 in 5 of 5, as they block
+      each other (the data -9.31, the best possible -1.2355)
+  ... with --dataset optimal                          12 s: -1.25 in 5 of 5, where the papers see it fail; 9 of 10 of
+      seeds 100 to 109. The weight does it (--cql 1): the greedy team then does what was done most often, and in these
+      data one side goes first a little more often. --cql 0.1: -7.9 +- 4.1; --cql 0: -15.5
+  python algorithms/cfcql.py --env smac               5m_vs_6m, medium-replay data, 3 seeds, 3.5 min: 56 % of the
+      battles won (return 15.8), cloning 43 %, the data 9 % (7.8)
+
+In your own loop (this file alone will do; `Data` says what the tensors are):
+  import torch, cfcql
+  S, N, A, M = 2, 3, 4, 500                                        # seeds, agents, actions, steps of one long episode
+  obs, state, action = torch.randn(M + 1, N, 5), torch.randn(M + 1, 6), torch.randint(A, (M + 1, N))
+  reward, none = (action == obs[..., :A].argmax(-1)).float().mean(1), torch.zeros(M + 1)
+  row = torch.arange(M + 1)                                        # sequences of 3 rows: 2 steps, and what comes then
+  data = cfcql.Data(obs, state, torch.ones(M + 1, N, A).bool(), action, reward, none, (row < M).float(), row == 0,
+                    row.view(-1, 3))
+  args = cfcql.Args(num_seeds=S, clone_steps=50)
+  generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
+  team = cfcql.Team(data, args, generators)
+  adam, behaviour = cfcql.optimizer(team, args), cfcql.clone(team, data, generators, args)
+  for step in range(200):
+      rows, joint = cfcql.draw_rows(generators, data, args), cfcql.draw_joint(generators, data, args)
+      logs = cfcql.update(team, adam, data, behaviour, rows, joint, args)
+
+Differences from the authors' code, and choices made here:
+  1. Each agent has networks of its own; the authors' agents share one of each kind, told which agent it is.
+  2. The N A mixed values of Eq. 5 are found at once, from what changes in the sum of Eq. 1; theirs loop over both.
+  3. In Eq. 4 the agent that would deviate most counts most: the sign is that of the authors' code. There a tau_lambda
+     of 100 means that agent alone; here it is a softmax like any other, of which then little else is left.
+  4. Random joint actions of MACQL are available ones; in the authors' code unavailable ones count, and are worth 0.
+  5. An episode that was cut goes on to be worth Q' after its last step. In the authors' code that holds only for those
+     as long as the longest of the minibatch. What is padding enters no mean.
+  6. Target networks move a little in each update; theirs are copied every 200 episodes.
+  7. One network of the state gives all weights and biases of Eq. 1; theirs are four.
+  8. beta_i is cloned for a fixed number of updates; theirs until 20 minibatches bring no lower loss. log beta_i is
+     at least -12 in Eq. 3, where theirs adds 1e-5 to both probabilities. A table holds it, as it never changes again.
+  9. In battles q_i and beta_i are GRUs that see their agent's last action too (--recurrent); elsewhere they have no
+     memory. Views are in units of the data's mean and spread, or one-hot (Bridge's cells), or as they are (battles).
+     Step sizes fall linearly to 0.
+
+A minibatch consists of whole episodes, laid end to end in sequences of one length: Eq. 2 looks ahead. Seeds differ in
+all that is random here, and are evaluated in one environment.
+
+Shapes: S seeds, N agents, Q = S N networks, L rows of a sequence, B sequences of a minibatch, R rows (observations),
+A actions, J joint actions, W units of the mixer, H of a memory, E games, O observation, I inputs, D state.
+"""
+
+import copy
+import math
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is loaded, Ctrl-C ends the program without a traceback
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.optim.adam import adam as adam_step
+
+ILLEGAL = -1e10  # the value of an action that is not available
+
+
+# ---------------------------------------------------------------- arguments
+@dataclass
+class Args:
+    # --- what to learn
+    env: str = "matrix"  # the environment: matrix, bridge, smac, or module:factory
+    task: str = ""  # its task; by default XOR, or the environment's first
+    dataset: str = "aa-ab-ba"  # a dataset's name, or the path of a file
+    episodes: int = 0  # how many episodes a named dataset has; 0 for its default
+    env_kwargs: str = ""  # more for the environment, as JSON
+    team_reward: Literal["sum", "mean"] = "sum"  # of the agents' rewards, in an environment that is not ours
+    # --- the run
+    seed: int = 0  # the first seed
+    num_seeds: int = 10  # how many seeds train, all at once
+    steps: int = 1000  # updates, one minibatch each
+    eval_every: int = 250  # updates between evaluations; each writes a checkpoint
+    eval_episodes: int = 10  # games per seed and evaluation; 0 to train without an environment
+    device: str = "auto"  # auto, cpu or cuda
+    threads: int = 1  # CPU threads
+    compile: bool = torch.cuda.is_available()  # compile updates with torch.compile
+    out_dir: str = ""  # the run's folder; by default a new one in runs/cfcql
+    resume: bool = False  # go on with the run in --out-dir
+    track: bool = False  # also log to Weights & Biases
+    # --- the method
+    cql: float = 0.1  # weight of the conservative term; 0: QMIX
+    tau_lambda: float = 1.0  # how much an agent's weight in it grows with its deviation; 0: all count alike
+    joint_cql: bool = False  # MACQL: penalise random joint actions, not one agent's at a time
+    joint_samples: int = 100  # of them, for each step
+    td_lambda: float = 0.6  # how far the targets look ahead: 0 one step, 1 to the end
+    gamma: float = 0.99  # discount
+    # --- the optimisation
+    normalize: bool = True  # views in units of the data's mean and spread
+    one_hot: bool = False  # feed whole numbers as one-hot values (the cells of a grid)
+    recurrent: bool = False  # local values with a memory (GRU) that see their agent's last action too
+    hidden: int = 64  # units per hidden layer
+    layers: int = 2  # hidden layers
+    width: int = 32  # units of the mixer
+    sequences: int = 64  # sequences of whole episodes per update
+    lr: float = 1e-3  # Adam's step size, which falls linearly to 0
+    tau: float = 0.01  # how far a target network moves in an update
+    max_grad_norm: float = 10.0  # longest gradient of one seed
+    clone_steps: int = 300  # updates of the behaviour before
+    clone_lr: float = 2e-3  # their step size
+
+
+# ---------------------------------------------------------------- data
+class Data(NamedTuple):
+    """The dataset as R rows, one for each observation: episodes end to end, and at last one row of padding.
+
+    In an episode's last row, and in the padding, no step begins: there `acted` is 0, and what belongs to a step too.
+    """
+
+    obs: torch.Tensor  # (R, N, I) what the agents see; with a memory their last action belongs to it
+    state: torch.Tensor  # (R, D) what the mixer sees
+    avail: torch.Tensor  # (R, N, A) bool, the available actions
+    action: torch.Tensor  # (R, N) int64, of the step that begins in a row
+    reward: torch.Tensor  # (R,)
+    done: torch.Tensor  # (R,) 1 where the game ended by its own rules with this step
+    acted: torch.Tensor  # (R,) 1 where there is a step
+    first: torch.Tensor  # (R,) bool: an episode begins
+    sequences: torch.Tensor  # (M, L) row numbers: whole episodes end to end, padded
+
+
+def draw_rows(generators, data, args):
+    """A minibatch of sequences for each seed, with replacement, from its own generator: row numbers (S, L, B)."""
+    M, B = len(data.sequences), args.sequences
+    return data.sequences[torch.stack([torch.randint(M, (B,), generator=g, device=g.device) for g in generators])].mT
+
+
+def draw_joint(generators, data, args):
+    """For MACQL uniform numbers in [0, 1) that choose joint actions, (S, L - 1, B, J, N); else None."""
+    shape = data.sequences.shape[1] - 1, args.sequences, args.joint_samples, data.avail.shape[1]
+    drawn = [torch.rand(shape, generator=g, device=g.device) for g in generators if args.joint_cql]
+    return torch.stack(drawn) if drawn else None
+
+
+# ---------------------------------------------------------------- networks
+class Linear(nn.Module):
+    """Q independent linear layers as one batched product; each is initialised by its own seed's generator."""
+
+    def __init__(self, inputs, outputs, generators):
+        super().__init__()
+        bound = inputs**-0.5  # as in nn.Linear; nn.init would misread the fan-in of a 3-d weight
+        start = [torch.empty(inputs + 1, outputs).uniform_(-bound, bound, generator=g) for g in generators]
+        self.weight = nn.Parameter(torch.stack(start)[:, :-1].clone())  # (Q, in, out)
+        self.bias = nn.Parameter(torch.stack(start)[:, -1:].clone())  # (Q, 1, out)
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)  # (Q, B, out)
+
+
+def mlp(inputs, outputs, args, generators):
+    """A ReLU network for each generator: (Q, B, inputs) -> (Q, B, outputs)."""
+    sizes = [inputs] + [args.hidden] * args.layers
+    body = [layer for i, o in zip(sizes, sizes[1:]) for layer in (Linear(i, o, generators), nn.ReLU())]
+    return nn.Sequential(*body, Linear(sizes[-1], outputs, generators))
+
+
+class GRU(nn.Module):
+    """Q independent gated recurrent units with the weights' layout and equations of nn.GRU, as batched products."""
+
+    def __init__(self, inputs, hidden, generators):
+        super().__init__()
+        bound = hidden**-0.5
+        start = [torch.empty(inputs + hidden + 2, 3 * hidden).uniform_(-bound, bound, generator=g) for g in generators]
+        split = torch.stack(start).split([inputs, hidden, 1, 1], 1)  # columns: reset, update, new
+        self.input, self.state, self.input_bias, self.state_bias = (nn.Parameter(part.clone()) for part in split)
+
+    def forward(self, x, first, h):
+        """Run over sequences x (Q, L, B, I) from h (Q, B, H), forgetting where first (Q, L, B): (Q, L, B, H)."""
+        Q, L, B, _ = x.shape
+        sizes, states = [2 * h.shape[-1], h.shape[-1]], []  # reset and update; new
+        gates = torch.baddbmm(self.input_bias, x.flatten(1, 2), self.input).view(Q, L, B, -1).split(sizes, -1)
+        keep = (~first)[..., None].to(x.dtype)
+        for gate, new, kept in zip(*(each.unbind(1) for each in (*gates, keep))):
+            h = h * kept
+            past, past_new = torch.baddbmm(self.state_bias, h, self.state).split(sizes, -1)  # (Q, B, 2H), (Q, B, H)
+            reset, update = (gate + past).sigmoid().chunk(2, -1)
+            h = torch.lerp((new + reset * past_new).tanh(), h, update)
+            states.append(h)
+        return torch.stack(states, 1)
+
+
+class Agents(nn.Module):
+    """A network for each agent of S teams, which gives numbers for all actions along sequences of what it sees."""
+
+    def __init__(self, data, args, generators):
+        super().__init__()
+        (_, self.N, I), self.A, self.S = data.obs.shape, data.avail.shape[-1], len(generators)
+        each = [g for g in generators for _ in range(self.N)]
+        self.hidden = args.hidden if args.recurrent else 0
+        if args.recurrent:  # it remembers what it saw and did: no single observation shows the whole battle
+            self.encoder = nn.Sequential(Linear(I, args.hidden, each), nn.ReLU())
+            self.gru, self.head = GRU(args.hidden, args.hidden, each), Linear(args.hidden, self.A, each)
+        else:
+            self.body = mlp(I, self.A, args, each)
+
+    def forward(self, obs, first, h):
+        """Views (S, L, B, N, I), where an episode begins (S, L, B), memories (S, N, B, H) -> (S, L, B, N, A), and the
+        last memories."""
+        S, L, B, N, _ = obs.shape
+        x = obs.movedim(3, 1).flatten(0, 1).flatten(1, 2)  # (Q, L B, I)
+        if not self.hidden:
+            return self.body(x).view(S, N, L, B, -1).movedim(1, 3), h
+        first = first[:, None].expand(-1, N, -1, -1).flatten(0, 1)
+        states = self.gru(self.encoder(x).view(S * N, L, B, -1), first, h.flatten(0, 1))  # (Q, L, B, H)
+        out = self.head(states.flatten(1, 2)).view(S, N, L, B, -1)
+        return out.movedim(1, 3), states[:, -1].unflatten(0, (S, N))
+
+
+class Weights(NamedTuple):
+    """What Eq. 1 takes from the state."""
+
+    w1: torch.Tensor  # (S, L, B, N, W), not negative
+    b1: torch.Tensor  # (S, L, B, W)
+    w2: torch.Tensor  # (S, L, B, W), not negative
+    b2: torch.Tensor  # (S, L, B)
+
+
+class Mixer(nn.Module):
+    """The network behind the weights of Eq. 1."""
+
+    def __init__(self, inputs, num_agents, args, generators):
+        super().__init__()
+        self.sizes = [num_agents * args.width, args.width, args.width, 1]
+        self.net = mlp(inputs, sum(self.sizes), args, generators)
+
+    def forward(self, state):
+        """(S, L, B, D) -> `Weights`."""
+        out = self.net(state.flatten(1, 2)).unflatten(1, state.shape[1:3])
+        w1, b1, w2, b2 = out.split(self.sizes, -1)
+        return Weights(w1.unflatten(-1, (-1, b1.shape[-1])).abs(), b1, w2.abs(), b2[..., 0])
+
+
+class Team(nn.Module):
+    """Everything that S teams learn."""
+
+    def __init__(self, data, args, generators):
+        super().__init__()
+        self.agents = Agents(data, args, generators)  # q_i
+        self.mixer = Mixer(data.state.shape[1], self.agents.N, args, generators)
+        self.targets = copy.deepcopy(nn.ModuleList([self.agents, self.mixer])).requires_grad_(False)
+        self.behaviour = Agents(data, args, generators)  # logits of beta_i
+
+
+def see(agents, data, rows):
+    """What the agents' networks give for the rows (S, L, B) of sequences, (S, L, B, N, A); ILLEGAL where an action is
+    not available."""
+    h = data.obs.new_zeros(agents.S, agents.N, rows.shape[-1], agents.hidden)
+    return agents(data.obs[rows], data.first[rows], h)[0].masked_fill(~data.avail[rows], ILLEGAL)
+
+
+def chosen(values, action):
+    """The entries of the actions taken: (..., A), (...) -> (...)."""
+    return values.gather(-1, action[..., None])[..., 0]
+
+
+# ---------------------------------------------------------------- losses
+def mix(weights, q):
+    """Eq. 1 of J joint actions with local values q (S, L, B, J, N): (S, L, B, J)."""
+    inner = q @ weights.w1 + weights.b1[..., None, :]  # (S, L, B, J, W)
+    return (F.elu(inner) @ weights.w2[..., None])[..., 0] + weights.b2[..., None]
+
+
+def mix_replaced(weights, q, taken):
+    """Q(s, (a', a_-i)) of every agent i and action a', (S, L, B, N, A), from local values q (S, L, B, N, A) and those
+    of the actions taken (S, L, B, N). In the sum of Eq. 1 only one term changes: [q_i(a'), 1] [w1_i, the rest]."""
+    inner = (taken[..., None, :] @ weights.w1)[..., 0, :] + weights.b1  # (S, L, B, W)
+    rest = inner[..., None, :] - taken[..., None] * weights.w1  # (S, L, B, N, W)
+    inner = torch.stack([q, torch.ones_like(q)], -1) @ torch.stack([weights.w1, rest], -2)  # (S, L, B, N, A, W)
+    hidden = F.elu(inner, inplace=True).flatten(-3, -2)  # in place, as it is large
+    return (hidden @ weights.w2[..., None]).view_as(q) + weights.b2[..., None, None]
+
+
+@torch.no_grad()
+def td_lambda(reward, done, acted, value, gamma, lam):
+    """Eq. 2 for the steps that begin in all rows but the last of sequences, (S, L - 1, B); inputs (S, L, B).
+
+    Where no step begins, which is so in an episode's last row, what is still to come is worth what `value` says.
+    """
+    found, later = [], value[:, -1]
+    for t in reversed(range(value.shape[1] - 1)):
+        ahead = (1 - lam) * value[:, t + 1] + lam * later
+        step = reward[:, t] + gamma * (1 - done[:, t]) * ahead
+        found.append(step)
+        later = torch.where(acted[:, t] > 0, step, value[:, t])
+    return torch.stack(found[::-1], 1)
+
+
+@torch.no_grad()
+def agent_weights(q, avail, log_beta, tau_lambda):
+    """Eqs. 3 and 4: w_i, (S, L, B, N), from Q(s, (a', a_-i)), available actions and log beta_i, (S, L, B, N, A)."""
+    if log_beta is None:
+        return torch.full_like(q[..., 0], 1 / q.shape[-2])
+    log_p = F.log_softmax(q.masked_fill(~avail, ILLEGAL), -1)
+    deviation = (log_p.exp() * (log_p - log_beta)).sum(-1)
+    return F.softmax(tau_lambda * deviation, -1)
+
+
+def random_values(q, avail, uniform):
+    """Local values of random joint actions, (S, L, B, J, N), chosen among the available ones by uniform numbers."""
+    count = avail.sum(-1)[..., None, :]  # (S, L, B, 1, N)
+    place = (uniform * count).long().clamp(max=count - 1)  # which of the available ones
+    order = (~avail).to(torch.uint8).argsort(dim=-1, stable=True)  # (S, L, B, N, A) the available ones first
+    action = order.gather(-1, place.movedim(-1, -2))  # (S, L, B, N, J)
+    return q.gather(-1, action).movedim(-1, -2)
+
+
+def target(team, data, rows, q, args):
+    """Eq. 2, (S, L - 1, B), for the rows (S, L, B), with q (S, L, B, N, A) from `see`."""
+    agents, mixer = team.targets
+    with torch.no_grad():
+        best = chosen(see(agents, data, rows), q.argmax(-1))  # (S, L, B, N)
+        value = mix(mixer(data.state[rows]), best[..., None, :])[..., 0]  # (S, L, B)
+    return td_lambda(data.reward[rows], data.done[rows], data.acted[rows], value, args.gamma, args.td_lambda)
+
+
+def gap(weights, q, taken, avail, log_beta, joint, args):
+    """Eq. 5 for each step without - Q(s, a), (S, L - 1, B): what is pushed down; MACQL's if there are joint actions."""
+    if joint is not None:
+        every = mix(weights, random_values(q, avail, joint))
+        return every.logsumexp(-1) - math.log(every.shape[-1])
+    every = mix_replaced(weights, q, taken)
+    share = agent_weights(every.detach(), avail, log_beta, args.tau_lambda)
+    return (share * every.masked_fill(~avail, ILLEGAL).logsumexp(-1)).sum(-1)
+
+
+def losses(team, data, behaviour, rows, joint, args):
+    """The two terms of Eq. 6 for each seed, (S,) each."""
+    q, now = see(team.agents, data, rows), rows[:, :-1]
+    G = target(team, data, rows, q.detach(), args)
+    q, avail = q[:, :-1], data.avail[now]
+    taken, weights = chosen(q, data.action[now]), team.mixer(data.state[now])
+    Q = mix(weights, taken[..., None, :])[..., 0]  # (S, L - 1, B)
+    share = data.acted[now] / data.acted[now].sum((1, 2), keepdim=True)  # no padding
+    squared, extra = (share * 0.5 * (Q - G) ** 2).sum((1, 2)), torch.zeros_like(share[:, 0, 0])
+    if args.cql:
+        seed = torch.arange(len(rows), device=rows.device)[:, None, None]
+        log_beta = None if behaviour is None else behaviour[seed, now]  # (S, L - 1, B, N, A)
+        extra = (share * (gap(weights, q, taken, avail, log_beta, joint, args) - Q)).sum((1, 2))
+    return squared, extra
+
+
+def clone_loss(behaviour, data, rows):
+    """Eq. 7 for each seed, (S,), summed over agents."""
+    now = rows[:, :-1]
+    log_beta = chosen(F.log_softmax(see(behaviour, data, now), -1), data.action[now]).sum(-1)  # (S, L - 1, B)
+    return -(data.acted[now] * log_beta).sum((1, 2)) / data.acted[now].sum((1, 2))
+
+
+# ---------------------------------------------------------------- update
+class Adam(nn.Module):
+    """Adam with all that it knows in tensors, so that a graph can hold a whole update: torch's own class breaks it.
+
+    The arithmetic is torch's: on a CPU fused, elsewhere and in a graph op by op, for the compiler to fuse.
+    """
+
+    def __init__(self, parameters, lr):
+        super().__init__()
+        self.moved = list(parameters)
+        self.means, self.squares = (nn.ParameterList(map(torch.zeros_like, self.moved)) for _ in range(2))
+        self.counts = nn.ParameterList(p.new_zeros((), dtype=torch.float64) for p in self.moved)
+        self.requires_grad_(False)
+        self.register_buffer("lr", self.moved[0].new_tensor(lr, dtype=torch.float64))  # may change between updates
+
+    @torch.no_grad()
+    def step(self, gradients):
+        fused = self.lr.device.type == "cpu" and not torch.compiler.is_compiling()
+        state = (list(each) for each in (self.means, self.squares, (), self.counts))
+        how = dict(fused=fused, foreach=not fused, capturable=not fused, amsgrad=False, maximize=False)
+        how |= dict(lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+        adam_step(self.moved, list(gradients), *state, **how)
+
+
+def descend(adam, losses, args):
+    """One step down the losses (S,) of independent seeds, each with a gradient of limited length.
+
+    Their sum leaves each seed the gradient that it would have alone.
+    """
+    gradients = torch.autograd.grad(losses.sum(), adam.moved)
+    rows = [gradient.reshape(len(losses), -1) for gradient in gradients]
+    length = sum((row**2).sum(1) for row in rows).sqrt()  # (S,)
+    factor = (args.max_grad_norm / length.clamp(min=args.max_grad_norm))[:, None]
+    adam.step((row * factor).view_as(gradient) for row, gradient in zip(rows, gradients))
+
+
+def optimizer(team, args):
+    """Adam for the local values with the mixer."""
+    return Adam([*team.agents.parameters(), *team.mixer.parameters()], args.lr)
+
+
+def update(team, adam, data, behaviour, rows, joint, args):
+    """One update of all seeds' teams, on the sequences `rows` (S, L, B); returns diagnostics, (S,) tensors.
+
+    behaviour is `clone`'s, joint `draw_joint`'s.
+    """
+    squared, extra = losses(team, data, behaviour, rows, joint, args)
+    descend(adam, squared + args.cql * extra, args)
+    with torch.no_grad():
+        networks = nn.ModuleList([team.agents, team.mixer])
+        torch._foreach_lerp_(list(team.targets.parameters()), list(networks.parameters()), args.tau)
+    return {"q_loss": squared.detach(), "gap": extra.detach()}
+
+
+def clone_update(behaviour, adam, data, rows, args):
+    """One update of the behaviour (Eq. 7) on the sequences `rows` (S, L, B)."""
+    descend(adam, clone_loss(behaviour, data, rows), args)
+
+
+def needs_behaviour(args):
+    """Whether any w_i of Eq. 4 depends on it."""
+    return args.cql > 0 and args.tau_lambda > 0 and not args.joint_cql
+
+
+def clone(team, data, generators, args, clone_update=clone_update):
+    """Learn the behaviour before anything else and return it as a table, or None if nothing depends on it."""
+    if needs_behaviour(args):
+        adam = Adam(team.behaviour.parameters(), args.clone_lr)
+        for _ in range(args.clone_steps):
+            clone_update(team.behaviour, adam, data, draw_rows(generators, data, args), args)
+    return tabulate(team, data, args)
+
+
+@torch.no_grad()
+def tabulate(team, data, args):
+    """The behaviour never changes again, so it becomes a table: log beta_i of every row, (S, R, N, A), or None."""
+    if not needs_behaviour(args):
+        return None
+    table = data.obs.new_zeros(team.behaviour.S, *data.avail.shape)
+    for rows in data.sequences.split(max(1, 10_000 // data.sequences.shape[1])):
+        rows = rows.mT.expand(team.behaviour.S, -1, -1)  # (S, L, B)
+        table[:, rows[0]] = F.log_softmax(see(team.behaviour, data, rows), -1).clamp(min=-12)
+    return table
+
+
+# ---------------------------------------------------------------- run
+HOME = Path(__file__).resolve().parents[1]
+if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists():  # not if this file was copied alone
+    sys.path.insert(0, str(HOME))
+    import data as datasets
+    import envs
+    from data import layout, runs
+    from envs.play import play
+elif __name__ == "__main__":
+    sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
+
+
+def preset(args):
+    """What differs from XOR's values, above, in the other environments."""
+    env, first = args.env, {"matrix": "xor", "smac": "5m_vs_6m"}
+    task = args.task or first.get(env) or envs.TASKS.get(env, ("",))[0]
+    small = dict(normalize=False, num_seeds=3, steps=2000, eval_every=500, eval_episodes=32, cql=1.0)
+    values = {"bridge": small | dict(dataset="mixed", num_seeds=5, one_hot=True, sequences=4)}
+    if env == "matrix":
+        values[env] = dict(dataset="aa-ab-ba" if task == "xor" else datasets.names("matrix", task)[-1])
+    if env == "smac":
+        count = max(2, 560 // envs.make(env, task).time_limit)  # so that a minibatch holds some 500 steps
+        values[env] = small | dict(dataset="medium-replay", recurrent=True, sequences=count, cql=5.0, clone_steps=500)
+    return values.get(env, small | dict(normalize=True, dataset="", sequences=8)) | dict(env=env, task=task)
+
+
+def arrange(dataset, args):
+    """The dataset as `Data`, and the function that turns observations (..., N, O) and everybody's last actions, one-hot
+    (..., N, A), 0 for none, into the networks' inputs. Raises ValueError for continuous actions."""
+    if dataset.avail_actions is None:
+        raise ValueError("CFCQL is for discrete actions, and these are continuous")
+    dtype, rows = torch.get_default_dtype(), layout.rows(dataset, blank=True)
+    A, R, obs, state = rows["avail_actions"].shape[-1], len(rows["obs"]), rows["obs"][:-1], rows["state"]
+    std, mean = torch.std_mean(obs, 0, correction=0)  # (N, O)
+    cells = layout.one_hot(obs.flatten(0, 1)) if args.one_hot else None
+
+    def encode(obs, last):
+        if args.one_hot:
+            seen = cells(obs)
+        else:
+            seen = (obs.to(dtype) - mean) / std.clamp(min=1e-3) if args.normalize else obs.to(dtype)
+        return torch.cat([seen, last], -1) if args.recurrent else seen
+
+    middle, spread = layout.units(state[:-1])
+    if args.one_hot:
+        state = layout.one_hot(state[:-1])(state)
+    elif args.normalize:
+        state = (state - middle) / spread
+    last = F.one_hot(layout.last_actions(rows["actions"], rows["first"]) + 1, A + 1)[..., 1:].to(dtype)
+    rest = (rows[name] for name in ("avail_actions", "actions", "reward", "done", "acted", "first"))
+    return Data(encode(rows["obs"], last), state, *rest, layout.pack(dataset.lengths + 1, R - 1)), encode
+
+
+def act(agents, encode, obs, avail, memory):
+    """What the teams do in B games of each seed, and their memory: what a GRU knows and the last action, one-hot.
+
+    obs (S, B, N, O), avail (S, B, N, A), memory (S, B, N, H + A), or (S, B, N, 0) without one -> (S, B, N), memory.
+    """
+    S, B, N, A = avail.shape
+    h, last = memory.split([agents.hidden, memory.shape[-1] - agents.hidden], -1)
+    goes_on = torch.zeros(S, 1, B, dtype=torch.bool, device=obs.device)
+    q, h = agents(encode(obs, last)[:, None], goes_on, h.transpose(1, 2))  # (S, 1, B, N, A), (S, N, B, H)
+    action = q[:, 0].masked_fill(~avail, ILLEGAL).argmax(-1)
+    if agents.hidden:
+        memory = torch.cat([h.transpose(1, 2), F.one_hot(action, A).to(h.dtype)], -1)
+    return action, memory
+
+
+@torch.no_grad()
+def evaluate(agents, encode, args, step, episodes, device):
+    """Play the teams of all seeds in one batch of games.
+
+    Returns {"return": (S, E)} and, where games can be won, "win_rate".
+    """
+    if not episodes:
+        return {}
+    S, width = args.num_seeds, agents.hidden + agents.A * (agents.hidden > 0)
+
+    def answer(obs, info, memory):
+        obs, avail = (x.unflatten(0, (S, episodes)) for x in (obs, info["avail_actions"]))
+        action, memory = act(agents, encode, obs, avail, memory)
+        return action.flatten(0, 1), memory
+
+    with runs.evaluation(args, S * episodes, device, step) as game:
+        played = play(game, answer, torch.zeros(S, episodes, agents.N, width, device=device), step)
+    scores = {"return": played.returns, "win_rate": played.won}
+    return {name: x.view(S, episodes).double() for name, x in scores.items() if x is not None}
+
+
+def main(args):
+    """Train, evaluate and fill the run folder; returns what summary.json holds."""
+    run, method = runs.Run("cfcql", args), "QMIX" if not args.cql else "MACQL" if args.joint_cql else "CFCQL"
+    device = run.device
+    dataset = run.load(episodes=args.episodes)
+    data, encode = arrange(dataset, args)
+    team = Team(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
+    adam, generators = optimizer(team, args), [runs.stream(seed, 2, device) for seed in run.seeds]
+    learn, agents = run.compile(update), team.agents
+    logs = dict.fromkeys(("q_loss", "gap"), torch.full((args.num_seeds,), math.nan))
+    runs.say(f"{len(dataset.returns)} episodes, {dataset.mask.sum()} steps, mean return {dataset.returns.mean():.2f}")
+    if run.begin(team=team, adam=adam, generators=generators):
+        behaviour = tabulate(team, data, args)
+    else:
+        streams = [runs.stream(seed, 1, device) for seed in run.seeds]
+        behaviour = clone(team, data, streams, args, run.compile(clone_update))
+
+    for step in run.steps(args.steps, args.eval_every):
+        if run.due():
+            run.check(logs)
+            scores = evaluate(agents, encode, args, step, args.eval_episodes, device)
+            run.record(logs, {name: x.mean(1) for name, x in scores.items()})
+        if step < args.steps:
+            adam.lr.fill_(args.lr * (1 - step / args.steps))
+            rows, joint = draw_rows(generators, data, args), draw_joint(generators, data, args)
+            logs = learn(team, adam, data, behaviour, rows, joint, args)
+
+    scores = evaluate(agents, encode, args, args.steps, 10 * args.eval_episodes, device)
+    views, memory = dataset.obs.shape[2:], agents.hidden + agents.A * (agents.hidden > 0)
+    run.keep_team(lambda *seen: act(agents, encode, *seen), views, agents.A, memory, agents)
+    return run.finish(method, scores, dataset, run.best)
+
+
+def parse(argv=None):
+    """Read the command line; where no flag speaks, the environment's own values or those of the resumed run hold."""
+    args = runs.parse(Args, preset, argv, __doc__, "CFCQL is for discrete actions", ("bridge", "matrix", "smac"))
+    zero = "seed episodes eval_episodes layers cql tau_lambda td_lambda gamma clone_steps"
+    runs.check_numbers(args, may_be_zero=zero, at_most_one="td_lambda gamma tau")
+    return args
+
+
+if __name__ == "__main__":
+    runs.launch(main, parse)

@@ -1,0 +1,212 @@
+"""OMIGA, IQL and TD3+BC: losses against slow loops, exact special cases, seeds, graphs, and what the games show."""
+
+import pytest
+import torch
+from conftest import load_script
+
+omiga, iql, td3 = (load_script(name) for name in ("omiga", "iql", "td3_bc"))
+S, N, A, M, B = 2, 3, 4, 30, 8
+
+
+def streams(seeds=range(S)):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def made(script, **flags):
+    """A small dataset, arguments, teams of S seeds and their optimisers."""
+    torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    obs, state, reward = torch.randn(M + 1, N, 5), torch.randn(M + 1, 6), torch.randn(M + 1)
+    done = (torch.rand(M + 1) < 0.3).to(dtype)
+    args = script.Args(hidden=8, batch_size=B, **flags)
+    if script is td3:
+        action = 2 * torch.rand(M + 1, N, A) - 1
+        data = td3.Data(obs, state, action, reward, done, torch.arange(M), torch.tensor(0.3))
+    else:
+        avail = torch.rand(M + 1, N, A) < 0.8
+        avail[..., 0] = True
+        action = torch.multinomial(avail.flatten(0, 1).double(), 1).view(M + 1, N)
+        data = script.Data(obs, state, avail, action, reward, done, torch.arange(M))
+    team = script.Team(data, args, streams())
+    return data, args, team, script.optimizers(team, args)
+
+
+def rows():
+    return torch.stack([torch.randint(M, (B,), generator=g) for g in streams()])
+
+
+def gradient(loss, module):
+    return torch.autograd.grad(loss.sum(), list(module.parameters()))
+
+
+def cloning(team, batch):
+    return -team.policies.log_prob(team.policies(batch.obs, batch.avail), batch.action).sum(1).mean(1)
+
+
+def test_omiga_with_a_huge_alpha_clones(float64):
+    data, args, team, _ = made(omiga)
+    batch = omiga.gather(data, rows())
+    _, weight = omiga.value_loss(team, batch, 1e12)
+    pairs = zip(gradient(omiga.policy_loss(team.policies, batch, weight), team.policies),
+                gradient(cloning(team, batch), team.policies))  # fmt: skip
+    assert all(torch.allclose(a, b, atol=1e-8) for a, b in pairs)
+
+
+def test_iql_with_temperature_0_clones(float64):
+    data, args, team, _ = made(iql)
+    batch = iql.gather(data, rows())
+    pairs = zip(gradient(iql.policy_loss(team, batch, 0.0), team.policies), gradient(cloning(team, batch), team.policies))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in pairs)
+
+
+def test_omigas_losses_against_a_slow_loop(float64):
+    data, args, team, _ = made(omiga, alpha=0.7)
+    batch = omiga.gather(data, rows())
+    q_loss, (v_loss, weight) = omiga.critic_loss(team, batch, 0.9), omiga.value_loss(team, batch, 0.7)
+    target_q, target_v, target_mixer = team.targets
+    w, b = team.mixer(batch.state)
+    tw, _ = target_mixer(batch.state)
+    nw, nb = target_mixer(batch.next_state)
+    q, tq = (team.local(net, batch.obs, batch.taken) for net in (team.q, target_q))
+    v, nv = team.local(team.v, batch.obs), team.local(target_v, batch.next_obs)
+    assert (w >= 0).all() and (tw >= 0).all()
+    for s in range(S):
+        want_q = want_v = 0.0
+        for k in range(B):
+            total = sum(w[s, i, k] * q[s, i, k] for i in range(N)) + b[s, k]
+            later = sum(nw[s, i, k] * nv[s, i, k] for i in range(N)) + nb[s, k]
+            y = batch.reward[s, k] + 0.9 * (1 - batch.done[s, k]) * later
+            want_q += (total - y) ** 2 / B
+            for i in range(N):
+                z = (tw[s, i, k] * (tq[s, i, k] - v[s, i, k]) / 0.7).clamp(-10, 10)
+                want_v += (z.exp() + tw[s, i, k] * v[s, i, k] / 0.7) / (N * B)
+                assert torch.isclose(weight[s, i, k], z.exp())
+        assert torch.isclose(q_loss[s], want_q) and torch.isclose(v_loss[s], want_v)
+
+
+@pytest.mark.parametrize("team_", ["mixed", "independent"])
+def test_iqls_losses_against_a_slow_loop(float64, team_):
+    data, args, team, _ = made(iql, team=team_)
+    batch = iql.gather(data, rows())
+    v_loss, q_loss = iql.value_loss(team, batch, 0.7), iql.critic_loss(team, batch, 0.9)
+    local, lower = iql.local_values(team.q, batch), iql.local_values(team.target_q, batch).amin(0)
+    q, low = [iql.joint_value(team, x, batch) for x in local], iql.joint_value(team, lower, batch)
+    v, later = iql.value(team, batch.obs, batch.state), iql.value(team, batch.next_obs, batch.next_state)
+    assert v.shape == (S, 1 if team_ == "mixed" else N, B)
+    for s in range(S):
+        want_v = want_q = 0.0
+        for i in range(v.shape[1]):
+            for k in range(B):
+                gap = low[s, i, k] - v[s, i, k]
+                want_v += (0.3 if gap < 0 else 0.7) * gap**2 / v[0].numel()
+                y = batch.reward[s, 0, k] + 0.9 * (1 - batch.done[s, 0, k]) * later[s, i, k]
+                want_q += sum((y - each[s, i, k]) ** 2 for each in q) / v[0].numel()
+        assert torch.isclose(v_loss[s], want_v) and torch.isclose(q_loss[s], want_q)
+
+
+def test_td3s_target_and_regression(float64):
+    data, args, team, _ = made(td3, clip_target=True)
+    noise = td3.draw_noise(streams(), data, args)
+    batch = td3.gather(data, noise.rows)
+    y = td3.td_target(team, batch, noise, data.best, args)
+    policy, *critics = team.targets
+    action = (policy(batch.next_obs) + (0.2 * noise.target).clamp(-0.5, 0.5)).clamp(-1, 1)
+    low = torch.stack([critic(batch.next_obs, action, batch.next_state) for critic in critics]).amin(0)
+    assert torch.allclose(y, (batch.reward + 0.99 * (1 - batch.done) * low).clamp(max=0.3)) and (y == 0.3).any()
+    args.omar, args.bc = 1.0, 1.0  # without the critic's slope: regression on the data and on what the search finds
+    noise = td3.draw_noise(streams(), data, args)
+    mine = team.policies(batch.obs)
+    found = td3.search(team.critics[0], batch.obs, mine.detach(), noise.search, args.elites)
+    want = ((mine - batch.action) ** 2).sum((1, 3)).mean(1) + ((mine - found) ** 2).mean(3).sum(1).mean(1)
+    assert torch.allclose(td3.policy_loss(team, batch, noise, args), want)
+    best = team.critics[0].many(batch.obs, found[..., None, :])[..., 0]
+    own = team.critics[0].many(batch.obs, mine[..., None, :])[..., 0]
+    assert (best >= own).all() and (best > own).any()
+
+
+def test_the_conservative_term_has_the_logarithm_of_the_density(float64):
+    data, args, team, _ = made(td3, cql=1.0, bc=0.0)
+    noise = td3.draw_noise(streams(), data, args)
+    batch = td3.gather(data, noise.rows)
+    actions, log_p = td3.candidates(team.policies, batch, noise, 0.2)
+    normal = torch.distributions.Normal(0.0, 0.2)
+    K = args.samples
+    assert torch.allclose(log_p[..., :K], torch.tensor(0.5).log() * A)
+    assert torch.allclose(log_p[..., K : 2 * K], normal.log_prob(0.2 * noise.near[0]).sum(-1))
+    critic = team.critics[0]
+    q, taken = critic.many(batch.obs, actions), critic.many(batch.obs, batch.action[..., None, :])[..., 0]
+    want = (torch.log((q - log_p).exp().sum(-1)) - taken).mean((1, 2))
+    assert torch.allclose(td3.conservative(critic, batch, actions, log_p), want)
+
+
+CASES = {
+    "omiga": (omiga, {}), "MAIQL": (iql, {"team": "mixed"}), "IQL alone": (iql, {"team": "independent"}),
+    "ITD3+BC": (td3, {}), "MATD3+BC": (td3, {"mixing": True}), "IOMAR": (td3, {"bc": 0.0, "cql": 1.0, "omar": 0.9}),
+}  # fmt: skip
+
+
+def trained(case, seeds, compiled=lambda f: f, steps=4):
+    script, flags = CASES[case]
+    data, args, _, _ = made(script, **flags)
+    team = script.Team(data, args, streams(seeds))
+    adams, generators, update = script.optimizers(team, args), streams(seeds), compiled(script.update)
+    for step in range(steps):
+        if script is td3:
+            update(team, adams, data, td3.draw_noise(generators, data, args), step % 2 == 0, args)
+        else:
+            update(team, adams, data, script.draw_rows(generators, data, args), args)
+    return team.policies.state_dict()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_seeds_together_are_seeds_alone(float64, case):
+    together = trained(case, (3, 8))
+    for s, seed in enumerate((3, 8)):
+        for name, value in trained(case, (seed,)).items():
+            both = together[name]
+            if both.shape != value.shape:  # a constant of the data has no axis for the seeds
+                both = both.unflatten(0, (2, -1))[s]
+                assert torch.allclose(both, value, atol=1e-12), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_whole_update_is_one_graph(float64, case):
+    torch._dynamo.config.trace_autograd_ops = True  # as data/runs.py does
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def compiled(function):
+        return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+
+    eager, graph = trained(case, (0, 1)), trained(case, (0, 1), compiled)
+    assert all(torch.allclose(eager[name], graph[name], atol=1e-9) for name in eager)
+    assert len(graphs) <= 2  # TD3's updates with and without the policies' turn
+
+
+def score(script, tmp_path, *words):
+    words = ("--eval-episodes", "2", "--eval-every", "100000", "--out-dir", str(tmp_path / "run"), *words)
+    return script.main(script.parse(list(words)))
+
+
+def test_iql_agrees_where_it_decides_for_all(tmp_path):
+    assert score(iql, tmp_path, "--team", "central")["return"]["per_seed"] == [1.0] * 10
+
+
+def test_maiql_miscoordinates_on_unfavourable_data(tmp_path):
+    assert score(iql, tmp_path)["return"]["mean"] <= 0.4
+
+
+def test_omiga_ends_where_nobody_was(tmp_path):
+    words = ("--env", "matrix", "--task", "xor", "--dataset", "aa-ab-ba")
+    assert score(omiga, tmp_path, *words)["sampled_return"]["mean"] <= 0.1
+
+
+def test_central_players_play_digits():
+    index = iql.joint_index(torch.tensor([[1, 0, 2]]), (1, 3, 3))
+    assert index.tolist() == [[1 * 9 + 0 * 3 + 2]]
+    mask = torch.tensor([[[True, False], [True, True]]])
+    assert iql.joint_mask(mask).tolist() == [[[True, True, False, False]]]
