@@ -791,7 +791,7 @@ def main(args):
     device = run.device
     if args.backend == "sc2":
         envs.make(args.env, args.task, device=device, backend="sc2").close()  # complain now if there is no such game
-    dataset = run.load(episodes=args.episodes)
+    dataset = run.load(True, episodes=args.episodes)
     data, encode = arrange(dataset, args)
     (_, N, A), I, D = data.avail.shape, data.obs.shape[-1], data.state.shape[-1]
     team = Team(N, A, I, D, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)

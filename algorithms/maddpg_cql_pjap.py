@@ -485,7 +485,7 @@ def main(args):
     """Train, evaluate and fill the run folder; returns what summary.json holds."""
     run = runs.Run("maddpg_cql_pjap", args)
     device, S, method = run.device, args.num_seeds, "MADDPG+CQL" + "+PJAP" * args.pjap
-    dataset = run.load(episodes=args.episodes, limit_terminates=args.time_limit_terminates)
+    dataset = run.load(False, episodes=args.episodes, limit_terminates=args.time_limit_terminates)
     data, start, encode = arrange(dataset, args)
     team = Team(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
     windows, rmsprops = Windows(start, args.window, S), optimizers(team, args)

@@ -445,7 +445,7 @@ def main(args):
     """Train, evaluate and fill the run folder; returns what summary.json holds."""
     run = runs.Run("td3_bc", args)
     device = run.device
-    dataset = run.load(episodes=args.episodes)
+    dataset = run.load(False, episodes=args.episodes)
     data, encode = arrange(dataset, args)
     team = Team(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
     adams, generators = optimizers(team, args), [runs.stream(seed, 1, device) for seed in run.seeds]

@@ -86,8 +86,11 @@ class Run:
         if args.track:
             self.tracker = start_tracking(script, args)
 
-    def load(self, **options):
+    def load(self, discrete=None, **options):
         """The dataset of `--dataset` on the run's device; `options` are those of `data.load`.
+
+        Args:
+            discrete: whether the method needs discrete actions (True) or continuous ones (False).
 
         It is checked against the environment, except with `--eval-episodes 0` against one that is not ours: then there
         may be none.
@@ -98,6 +101,9 @@ class Run:
         args = self.args
         made = game_options(args) if args.eval_episodes or args.env in envs.TASKS else None
         dataset = collect.load(args.env, args.task, args.dataset, self.device, options=made, **options)
+        if discrete is not None and discrete == dataset.actions.is_floating_point():
+            found, needed = ("discrete", "continuous")[discrete], ("continuous", "discrete")[discrete]
+            raise ValueError(f"{args.dataset} holds {found} actions; {self.script} is for {needed} ones")
         rewards = dataset.info.get("team_reward", args.team_reward)
         if ":" in args.env and rewards != args.team_reward:
             raise ValueError(f"{args.dataset} holds the {rewards} of the agents' rewards: add --team-reward {rewards}")

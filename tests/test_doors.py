@@ -118,6 +118,19 @@ def test_trains_without_an_environment(tmp_path, nameless):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("script, kind", [("inspo", "continuous"), ("td3_bc", "discrete"), ("maddpg_cql_pjap", "discrete")])
+def test_actions_of_the_other_kind_are_refused(tmp_path, nameless, script, kind):
+    path = nameless / "mine.h5"
+    if kind == "continuous":
+        path = tmp_path / "body.h5"
+        dataset = load("reacher", "independent", "expert-mix", episodes=4)
+        dataset.info = {}
+        write(dataset, path)
+    done = command(f"algorithms/{script}.py", "--dataset", path, "--eval-episodes", 0, "--out-dir", tmp_path / "run")
+    complains(done, f"holds {kind} actions; {script} is for")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_file_says_its_environment(tmp_path, nameless):
     words = ("--dataset", nameless / "named.h5", "--steps", 40, "--num-seeds", 2, "--eval-episodes", 2)
     done = command("algorithms/bc.py", *words, "--out-dir", tmp_path / "run")
