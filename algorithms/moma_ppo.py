@@ -936,8 +936,8 @@ def parse(argv=None):
     kinds = "MOMA-PPO is for bodies, and games whose available actions never change"
     known = [env for env in envs.TASKS if env not in ("bridge", "smac")]
     args = runs.parse(Args, preset, argv, __doc__, kinds, known)
-    zero = "seed eval_episodes episodes holdout least_entropy first warmup reward_penalty state_penalty aleatoric gamma "
-    zero += "gae_lambda action_penalty memory beta_nll box_margin"
+    zero = "seed eval_episodes episodes holdout least_entropy first warmup reward_penalty state_penalty aleatoric "
+    zero += "gamma gae_lambda action_penalty memory beta_nll box_margin"
     positive = replace(args, least_entropy=abs(args.least_entropy))
     runs.check_numbers(positive, may_be_zero=zero, at_most_one="gamma gae_lambda first beta_nll")
     if not 2 <= args.elites <= args.members:

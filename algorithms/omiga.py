@@ -44,9 +44,9 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
 
 Differences from the authors' code, and choices made here:
   1. Each agent has networks of its own; the authors' agents share one of each kind, told which agent it is.
-  2. alpha is in units of the rewards as they are: 10 in both branches of the authors' code, which with returns of 1 to 20
-     is almost cloning. Ours is smaller; see `preset`.
-  3. The authors divide Eq. 4 by exp(max z) of the whole minibatch, so that its scale hangs on one step. Here each seed's
+  2. alpha is in units of the rewards as they are: 10 in both branches of the authors' code, which with returns of 1 to
+     20 is almost cloning. Ours is smaller; see `preset`.
+  3. The authors divide Eq. 4 by exp(max z) of the whole minibatch, so that its scale hangs on one step. Here a seed's
      gradient has a limited length instead, which serves the same end.
   4. log pi counts available actions only; theirs gives some of the mass to actions that cannot be played.
   5. Continuous policies are normal and clipped when played, as in bc.py; theirs go through a tanh, which cannot reach

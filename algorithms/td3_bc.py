@@ -19,7 +19,7 @@ the next state; m is 0 where the game ended by its own rules.
  4           L(pi)    = -(1 - omar) lambda E Q_1(o, pi(o)) + bc E |pi(o) - a|^2 + omar E |pi(o) - a*|^2
  5           lambda   = 2.5 / E |Q_1(o, pi(o))|  if bc > 0, else 1
  6 search    a*       = the best by Q_1 of the last candidates and pi(o); candidates ~ N(mean, std) of the elites before
-The actions a in Eq. 3 are drawn, a third each, uniformly, around pi(o) and around pi(o'); p is what each was drawn from.
+The actions a in Eq. 3 are drawn, a third each, uniformly, around pi(o) and around pi(o'); p is each one's density.
 Without bc, 0.001 |pi(o)|^2 belongs to Eq. 4 as well.
 
 Commands, and the return you should see (last policy; one CPU core of a small server, torch 2.13):
