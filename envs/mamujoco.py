@@ -158,13 +158,19 @@ class MultiAgentMujoco(VectorEnv):
     metadata = METADATA
 
     def __init__(self, body="halfcheetah", task="2x3", num_envs=1, device="cpu", time_limit=None, limits=None):
-        import mujoco  # here, so that games without bodies start without it
+        try:
+            import mujoco  # here, so that games without bodies start without it
+        except Exception as error:  # also of the library that MUJOCO_GL asks for, which has many kinds
+            gl = os.environ.get("MUJOCO_GL")
+            remedy = f"MUJOCO_GL={gl} needs that library (libegl1, libosmesa6)" if gl else "pip install mujoco"
+            raise ValueError(f"MuJoCo cannot be loaded ({type(error).__name__}: {error}): {remedy}") from None
 
         if task not in VIEWS[body]:
             raise ValueError(f"{body} has no task {task!r}: choose one of {', '.join(VIEWS[body])}")
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, not {num_envs}")
         spec, self.body, self.mujoco = BODIES[body], body, mujoco
+        self.renderer = None  # made when a picture is asked for
         self.plain = gymnasium.make(spec.name, **spec.options).unwrapped  # lends its model, and resets the games
         self.model = self.plain.model
         hinges = [self.model.joint(i).name for i in range(self.model.njnt) if self.model.jnt_limited[i]]
@@ -264,17 +270,21 @@ class MultiAgentMujoco(VectorEnv):
         Raises:
             ValueError: no renderer works here.
         """
-        remedy = "set MUJOCO_GL to egl or osmesa, and install that library"
-        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
+        remedy = "set MUJOCO_GL to egl or osmesa, and install that library (libegl1, libosmesa6)"
+        offscreen = os.environ.get("MUJOCO_GL", "").lower() in ("egl", "osmesa")
+        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or offscreen):
             raise ValueError(f"MuJoCo cannot draw without a display: {remedy}")
         try:
-            with self.mujoco.Renderer(self.model, 240, 320) as renderer:
-                renderer.update_scene(self.data[0], camera="track" if self.body != "reacher" else -1)
-                return renderer.render()
+            if self.renderer is None:
+                self.renderer = self.mujoco.Renderer(self.model, 240, 320)
+            self.renderer.update_scene(self.data[0], camera="track" if self.body != "reacher" else -1)
+            return self.renderer.render()
         except Exception as error:  # of OpenGL, which has many kinds
             raise ValueError(f"MuJoCo cannot draw on this machine ({type(error).__name__}): {remedy}") from None
 
     def close_extras(self, **kwargs):
+        if self.renderer is not None:
+            self.renderer.close()
         self.plain.close()
 
     def _restart(self, games):

@@ -35,7 +35,6 @@ from typing import NamedTuple
 import torch
 import tyro
 from gymnasium.vector import VectorEnv
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from PIL import Image
@@ -219,20 +218,10 @@ class Smac(VectorEnv):
         self._play, self._begin = compiler(self._play), compiler(self._begin)
 
     def picture(self, actions=None):
-        """The first battle from above, as an array (height, width, 3): agents blue, enemies red, pale with few health
-        and shield left; the dead are crosses, and lines lead to what a unit shoots at."""
-        figure = Figure(figsize=(4, 4), layout="constrained")
-        axes, N = figure.subplots(), self.num_agents
-        x, y, health, shield, target = (each[:, 0].tolist() for each in
-                                        (self.x, self.y, self.health, self.shield, self.target))  # fmt: skip
-        whole = (self.unit.health + self.unit.shield)[:, 0].tolist()
-        axes.set(xlim=(0, MAP_SIZE), ylim=(0, MAP_SIZE), aspect="equal", xticks=[], yticks=[])
-        for u, name in enumerate(self.unit_names):
-            colour, alive = "#2c3e87" if u < N else "#c0392b", health[u] > 0
-            strength = 0.25 + 0.75 * (health[u] + shield[u]) / whole[u] if alive else 0.3
-            axes.plot(x[u], y[u], "o" if alive else "x", color=colour, alpha=min(1.0, strength), ms=8)
-            if alive and target[u] >= 0:
-                axes.plot([x[u], x[target[u]]], [y[u], y[target[u]]], color=colour, lw=0.6, alpha=0.5)
+        """The first battle from above, with lines to whom each unit attacks, as an array (height, width, 3)."""
+        figure, axes = open_figure(self.battle)
+        aims, alive = self.target[:, 0].tolist(), (self.health[:, 0] > 0).tolist()
+        draw_battle(axes, self, [(i, j) for i, j in enumerate(aims) if j >= 0 and alive[i] and alive[j]])
         return pixels(figure)
 
     def _begin(self, fresh, shift):
@@ -500,16 +489,12 @@ def play(env, policy, seed=0, watch=lambda: None):
 
 
 class Filmed(Smac):
-    """One battle that keeps a film of itself: `frames` grows by a picture whenever `picture` is called."""
+    """One battle that keeps a film of itself: `frames` grows by a picture whenever `watch` is called."""
 
     def __init__(self, task):
         super().__init__(task)
         self.frames, self.shots = [], []
-        x0, x1, y0, y1 = zip(*self.battle.walkable)
-        self.box = min(x0) - 0.5, max(x1) + 0.5, min(y0) - 0.5, max(y1) + 0.5
-        high = 5.5 * (self.box[3] - self.box[2]) / (self.box[1] - self.box[0])  # inches, for a width of 5.5
-        self.figure = Figure(figsize=(5.5, high + 0.3), dpi=80)
-        self.canvas, self.axes = FigureCanvasAgg(self.figure), self.figure.add_axes((0, 0, 1, high / (high + 0.3)))
+        self.figure, self.axes = open_figure(self.battle)
 
     def _substep(self, heading, period):
         x, y, cooldown = self.x, self.y, self.cooldown.clone()
@@ -517,34 +502,53 @@ class Filmed(Smac):
         fired = (self.cooldown > cooldown) & (self.cooldown > REACTION)  # choosing a target never lifts it so high
         for i in fired[:, 0].nonzero()[:, 0].tolist():
             ends = [i, self.target[i, 0].item()]
-            self.shots.append((x[ends, 0].tolist(), y[ends, 0].tolist(), self._colour(i)))
+            self.shots.append((x[ends, 0].tolist(), y[ends, 0].tolist(), colour_of(self, i)))
 
-    def _colour(self, i):
-        return "#2c3e87" if i < self.num_agents else "#c0392b"
-
-    def picture(self):
-        """Draw the walls, the shots since the last picture, and the units with their health and shield as bars."""
-        axes = self.axes
-        axes.clear()
-        axes.set(xlim=self.box[:2], ylim=self.box[2:], xticks=[], yticks=[], facecolor="#6b655b")
-        axes.set_title(f"step {self.elapsed.item()}: agents blue, enemies red", fontsize=10)
-        for x0, x1, y0, y1 in self.battle.walkable:
-            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor="#f4efe4"))
+    def watch(self):
+        """Draw the battle, with the shots since the last picture."""
+        draw_battle(self.axes, self)
         for x, y, colour in self.shots:
-            axes.plot(x, y, color=colour, linewidth=1, zorder=3)
-        for i in (self.health[:, 0] > 0).nonzero()[:, 0].tolist():
-            x, y, r = (v[i, 0].item() for v in (self.x, self.y, self.unit.radius))
-            axes.add_patch(Circle((x, y), r, facecolor=self._colour(i)))
-            for name, height, colour in (("health", 0.1, "#3a9d4a"), ("shield", 0.3, "#5aa9e6")):
-                if full := getattr(self.unit, name)[i, 0].item():
-                    left = getattr(self, name)[i, 0].item() / full
-                    bar = Rectangle((x - r, y + r + height), 2 * r * left, 0.2, facecolor=colour, zorder=2)
-                    axes.add_patch(bar)
-        self.canvas.draw()
-        image = Image.frombuffer("RGBA", self.canvas.get_width_height(), self.canvas.buffer_rgba()).convert("RGB")
+            self.axes.plot(x, y, color=colour, linewidth=1, zorder=3)
+        image = Image.fromarray(pixels(self.figure))
         # The first picture's colours serve all, so that the film does not flicker and stays small.
         self.frames.append(image.quantize(palette=self.frames[0], dither=0) if self.frames else image.quantize(64))
         self.shots = []
+
+
+def open_figure(battle):
+    """A figure that the battle fills but for a title, and its axes."""
+    x0, x1, y0, y1 = zip(*battle.walkable)
+    box = min(x0) - 0.5, max(x1) + 0.5, min(y0) - 0.5, max(y1) + 0.5
+    high = 5.5 * (box[3] - box[2]) / (box[1] - box[0])  # inches, for a width of 5.5
+    figure = Figure(figsize=(5.5, high + 0.3), dpi=80)
+    return figure, figure.add_axes((0, 0, 1, high / (high + 0.3)), xlim=box[:2], ylim=box[2:])
+
+
+def colour_of(env, i):
+    return "#2c3e87" if i < env.num_agents else "#c0392b"
+
+
+def draw_battle(axes, env, aims=()):
+    """The first battle: walls, the living with their health and shield as bars, and for (i, j) in `aims` a line."""
+    box, N = (axes.get_xlim(), axes.get_ylim()), env.num_agents
+    axes.clear()
+    axes.set(xlim=box[0], ylim=box[1], xticks=[], yticks=[], facecolor="#6b655b")
+    alive = env.health[:, 0] > 0
+    agents, enemies = alive[:N].sum(), alive[N:].sum()
+    title = f"step {env.elapsed[0]}: {agents} of {N} agents (blue), {enemies} of {len(alive) - N} enemies (red)"
+    axes.set_title(title, fontsize=10)
+    for x0, x1, y0, y1 in env.battle.walkable:
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor="#f4efe4"))
+    for i, j in aims:
+        ends = ((axis[i, 0].item(), axis[j, 0].item()) for axis in (env.x, env.y))
+        axes.plot(*ends, color=colour_of(env, i), linewidth=0.6, alpha=0.5)
+    for i in alive.nonzero()[:, 0].tolist():
+        x, y, r = (v[i, 0].item() for v in (env.x, env.y, env.unit.radius))
+        axes.add_patch(Circle((x, y), r, facecolor=colour_of(env, i)))
+        for name, height, colour in (("health", 0.1, "#3a9d4a"), ("shield", 0.3, "#5aa9e6")):
+            if full := getattr(env.unit, name)[i, 0].item():
+                left = getattr(env, name)[i, 0].item() / full
+                axes.add_patch(Rectangle((x - r, y + r + height), 2 * r * left, 0.2, facecolor=colour, zorder=2))
 
 
 def main(args):
@@ -557,7 +561,7 @@ def main(args):
     if out.suffix != ".gif":
         raise ValueError(f"--out {out} must end in .gif")
     out.parent.mkdir(parents=True, exist_ok=True)
-    won, total, length = play(env, policy, args.seed, env.picture)
+    won, total, length = play(env, policy, args.seed, env.watch)
     film, part = io.BytesIO(), out.with_name(out.name + ".part")
     held = [125] * (len(env.frames) - 1) + [2000]  # milliseconds: eight steps a second, and a rest at the end
     env.frames[0].save(film, "GIF", save_all=True, append_images=env.frames[1:], duration=held, loop=0)
