@@ -241,6 +241,16 @@ def opaque(config, parts):
     parts |= {name: json.dumps(constants).encode(), "archive/data/constants/opaque_obj_0": pickle.dumps(Bomb())}
 
 
+def disguised(config, parts):
+    """A pickle that goes by its name, called a tensor."""
+    name = "archive/data/constants/model_constants_config.json"
+    weights = json.loads(parts["archive/data/weights/model_weights_config.json"])["config"]
+    constants, content = json.loads(parts[name]), pickle.dumps(Bomb())
+    constants["config"]["x"] = next(iter(weights.values())) | {"path_name": "opaque_obj_0", "is_param": False}
+    parts["archive/data/constants/opaque_obj_0"] = content + b"0" * (-len(content) % 4)  # whole float32
+    parts[name] = json.dumps(constants).encode()
+
+
 def inputs(config, parts):
     parts["archive/data/sample_inputs/model.pt"] = pickled()
 
@@ -296,6 +306,7 @@ ATTACKS = {
     "a name twice": (twice, "it holds pickles", None),
     "a name in two cases": (two_cases, "it holds archive/data/weights/model_Weights_Config.json", True),
     "a pickled constant": (opaque, "no kept team, or damaged", True),
+    "one that is called a tensor": (disguised, "no kept team, or damaged", True),
     "pickled inputs": (inputs, "no kept team, or damaged (UnpicklingError", True),
     "a size": (with_model(size), "its expr_str", True),
     "a guard": (with_model(lambda model: model["guards_code"].append(f"{CODE} is None")), None, True),
@@ -341,6 +352,13 @@ def test_a_file_with_pickles_ends_the_command_in_one_line(runs, tmp_path):
     assert not (tmp_path / "flag").exists()
 
 
+@pytest.mark.parametrize("text, key", [("opaque_obj_0", "path_name"), ("custom_obj_0", "path_name"), ("a b", "x")])
+def test_texts_of_other_forms_are_refused(text, key):
+    play_py.checked({"config": [{"path_name": "weight_0", "x": "a.b_c.d"}]})
+    with pytest.raises(ValueError, match=f"its {key} '{text}' is not one of a kept team"):
+        play_py.checked({"config": [{key: text}]})
+
+
 def test_a_team_from_a_gpu_plays_on_the_cpu(runs, tmp_path):
     def moved(config, parts):
         for name in [name for name in parts if name.endswith(".json")]:
@@ -381,6 +399,7 @@ def test_a_game_is_drawn_step_by_step(runs, tmp_path, name):
 OWN = """
 import numpy as np
 from envs.bridge import Bridge
+from gymnasium.spaces import Box, Discrete
 
 
 class Blind(Bridge):
@@ -392,6 +411,42 @@ class Seen(Blind):
         drawn = np.full((20, 30, 3), 255, np.uint8)
         drawn[int(self.cells[0, 0]) % 20] = 0
         return (drawn,)  # as Gymnasium's vector environments do
+
+
+class Turns:
+    '''Two agents that see zeros for three steps, as PettingZoo would have it.'''
+
+    possible_agents, max_cycles = ["a", "b"], 3
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def observation_space(self, agent):
+        return Box(0, 1, (8,))
+
+    def action_space(self, agent):
+        return Discrete(5)
+
+    def each(self, value):
+        return dict.fromkeys(self.possible_agents, value)
+
+    def reset(self, seed=None):
+        self.agents, self.steps = self.possible_agents, 0
+        return self.each(np.zeros(8, np.float32)), self.each({})
+
+    def step(self, actions):
+        self.steps += 1
+        over = self.steps == 3
+        self.agents = [] if over else self.agents
+        ends = self.each(over), self.each(False)
+        return self.each(np.zeros(8, np.float32)), self.each(1.0), *ends, self.each({})
+
+    def render(self):
+        if self.render_mode == "rgb_array":
+            return np.full((20, 30, 3), 50 * self.steps, np.uint8)
+
+    def close(self):
+        pass
 
 
 def blind(num_envs, device):
@@ -416,6 +471,17 @@ def test_games_of_others_are_drawn_if_they_draw_themselves(runs, tmp_path):
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "film.gif") as drawn:
         assert drawn.n_frames > 8 and drawn.size == (30, 36)
+    run = spoiled(runs("bridge"), tmp_path, args(env="mine:Turns"))  # it is asked to draw itself
+    done = command("envs/play.py", run, *words, env=environ)
+    assert done.returncode == 0 and "a game of seed 7, 3 steps, return 6.0000" in done.stdout, done.stderr
+    with Image.open(tmp_path / "film.gif") as drawn:
+        assert drawn.n_frames == 4
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(runs, tmp_path):
+    (tmp_path / "film.gif").mkdir()
+    complains(command("envs/play.py", runs("matrix"), "--gif", tmp_path / "film.gif"), "Is a directory")
+    assert [path.name for path in tmp_path.iterdir()] == ["film.gif"]
 
 
 def test_what_cannot_be_drawn_says_why(monkeypatch):
