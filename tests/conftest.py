@@ -52,3 +52,17 @@ def one_thread():
     """Small networks: one thread each, so that the suite is steady on a shared machine."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also run the rivals' claims that take a minute or more")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: a claim that takes a minute or more; only with --long")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "long" in item.keywords and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="only with --long"))

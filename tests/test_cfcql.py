@@ -394,6 +394,7 @@ XOR = "--env matrix --task xor --steps 500 --eval-every 500 --sequences 32".spli
 
 
 @pytest.mark.parametrize("dataset, fewest, most", [("ab", 10, 10), ("aa-ab-ba", 0, 0), ("ab-ba", 0, 7), ("all", 1, 9)])
+@pytest.mark.long
 def test_xor_beyond_one_convention_is_luck_or_worse(tmp_path, dataset, fewest, most):
     """How many of 10 seeds agree. Where B looks better to both (aa-ab-ba) none can. Where no monotone fit beats those
     that end at AA or BB (ab-ba, all), a seed may agree by luck."""
@@ -402,6 +403,7 @@ def test_xor_beyond_one_convention_is_luck_or_worse(tmp_path, dataset, fewest, m
 
 
 @pytest.mark.parametrize("words", [(), ("--joint-cql",), ("--cql", 0), ("--tau-lambda", 0)])
+@pytest.mark.long
 def test_no_penalty_lets_a_monotone_value_order_xor(tmp_path, words):
     """All teams end at BB: to the fit, B is better for each."""
     assert sum(greedy(tmp_path / "run", *XOR, "--dataset", "aa-ab-ba", *words)) == 0
@@ -414,17 +416,20 @@ def test_no_penalty_lets_a_monotone_value_order_xor(tmp_path, words):
 
 
 @pytest.mark.parametrize("dataset, found", [("balanced", 20), ("imbalanced", 5)])
+@pytest.mark.long
 def test_m_ne_is_found_where_the_data_do_not_hide_it(tmp_path, dataset, found):
     words = "--env matrix --task m-ne --steps 500 --eval-every 500 --sequences 32 --dataset".split()
     assert greedy(tmp_path / "run", *words, dataset) == [found] * 10
 
 
+@pytest.mark.long
 def test_bridge_is_blocked_on_mixed_data(tmp_path):
     words = "--env bridge --num-seeds 10 --steps 300 --eval-every 300 --sequences 2".split()
     assert max(greedy(tmp_path / "run", *words)) < -10
 
 
 @pytest.mark.parametrize("cql, fewest, most", [(1, 6, 10), (0, 0, 0)])
+@pytest.mark.long
 def test_bridge_is_crossed_on_optimal_data_by_the_weight_of_the_penalty(tmp_path, cql, fewest, most):
     """How many of 10 seeds come near the best, -1.2355. With QMIX none does, which is what the papers report of CFCQL;
     under a heavy penalty the greedy team does what was done most often, and that is consistent in these data."""
@@ -472,6 +477,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, monkeypatch):
     assert one == other and one["script"] == "cfcql" and "sampled_return" not in one
 
 
+@pytest.mark.long
 def test_battles_are_learned_with_a_memory(tmp_path):
     words = "--env smac --task 3m --episodes 20 --eval-episodes 1 --steps 3 --eval-every 3 --clone-steps 2".split()
     summary = train(tmp_path / "run", *words, "--num-seeds", 2, "--hidden", 8, "--sequences", 2)

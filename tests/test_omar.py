@@ -244,6 +244,7 @@ XOR = (*GAME, "--task", "xor", "--steps", 500)
 
 @pytest.mark.parametrize("dataset, fewest, most", [("ab", 10, 10), ("aa-ab-ba", 0, 0), ("ab-ba", 1, 9), ("all", 1, 9)])
 @pytest.mark.parametrize("share", [0.5, 0.0])
+@pytest.mark.long
 def test_xor_beyond_one_convention_is_luck_or_worse(tmp_path, dataset, fewest, most, share):
     """How many of 10 seeds agree. Where B looks better to each (aa-ab-ba) none does; where both actions are worth the
     same (ab-ba, all) each agent tosses a coin."""
@@ -267,12 +268,14 @@ def test_xor_ends_at_bb_or_with_a_heavy_penalty_at_aa(tmp_path, cql, both):
 
 
 @pytest.mark.parametrize("dataset, reached", [("balanced", 20), ("imbalanced", 5)])
+@pytest.mark.long
 def test_m_ne_is_found_where_the_data_do_not_hide_it(tmp_path, dataset, reached):
     summary = train(tmp_path / "run", *GAME, "--task", "m-ne", "--dataset", dataset)
     assert summary["return"]["per_seed"] == [reached] * 10
 
 
 @pytest.mark.parametrize("dataset, most", [("mixed", -10), ("optimal", -1.5)])
+@pytest.mark.long
 def test_bridge_fails(tmp_path, dataset, most):
     """Sampled, by the mean of 10 seeds; the best is -1.2355."""
     words = ("--env", "bridge", "--dataset", dataset, "--num-seeds", 10, "--steps", 300, "--eval-every", 300)
@@ -316,6 +319,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, monkeypatch):
     assert one == other and one["script"] == "omar" and one["sampled_return"] is not None
 
 
+@pytest.mark.long
 def test_battles_are_learned_with_a_memory(tmp_path):
     words = "--env smac --task 3m --episodes 20 --eval-episodes 1 --steps 3 --eval-every 3".split()
     summary = train(tmp_path / "run", *words, "--num-seeds", 2, "--hidden", 8, "--sequences", 2)
