@@ -149,7 +149,8 @@ def load_team(run):
     """The program in a run's team.pt2: (obs (B, N, O), avail (B, N, A) if actions are discrete, memory (S, B, N, W))
     -> actions (S, B, N) or (S, B, N, A) of all S seeds, memory. `start` (S, 1, N, W) is the memory of one new game.
 
-    It is on the CPU. Nothing in the file is unpickled or run, except for the program's own operations on tensors.
+    It is on the CPU. Nothing in the file is run but the program's own operations on tensors, and nothing is unpickled
+    but an example of its inputs, with `weights_only`.
 
     Raises:
         ValueError: there is none, or it is damaged, or holds something else.
@@ -181,7 +182,7 @@ def ask(team, obs, info, memory):
     seen = (obs, info["avail_actions"]) if "avail_actions" in info else (obs,)
     try:
         return team(*seen, memory)
-    except (AssertionError, ValueError, TypeError, RuntimeError) as error:  # the program's guards, or its operations
+    except Exception as error:  # an AssertionError of the program's guards, or what its operations raise
         said = str(error).partition("\n")[0][:80]
         raise ValueError(f"the team does not fit this environment ({said})") from None
 
@@ -369,8 +370,9 @@ if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # a terminal without "±" is no error
     try:
-        main(tyro.cli(Args, description=__doc__.splitlines()[0]))
+        main(tyro.cli(Args, description=main.__doc__))
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
