@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, fields, replace
+from functools import partial
 
 import h5py
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, SHARED, command, complains, load_script
 from tabular import boltzmann, evaluate, local_q, one_state_operator, random_game, sweep
 from test_layout import by_hand
@@ -739,19 +741,20 @@ def test_arrange_by_hand():
         assert flat.obs[:-1, i].tolist() == [[sign * row, *last] for row, last in enumerate(before[i])]
     assert flat.avail.shape == (12, 2, 3) and flat.obs.isfinite().all()
     # What a game shows is encoded like what was recorded.
-    assert torch.equal(encode(dataset.obs[1, 2], dataset.actions[1, 1]), flat.obs[4])
-    assert torch.equal(encode(dataset.obs[:, 0], torch.full((4, 2), -1)), flat.obs[[0, 2, 6, 8]])
+    hot = partial(F.one_hot, num_classes=3)
+    assert torch.equal(encode(dataset.obs[1, 2], hot(dataset.actions[1, 1])), flat.obs[4])
+    assert torch.equal(encode(dataset.obs[:, 0], torch.zeros(4, 2, 3)), flat.obs[[0, 2, 6, 8]])
 
     plain, encode = inspo.arrange(dataset, inspo.Args(recurrent=False, one_hot=False))
     assert plain.sequences.tolist() == [[0, 1], [2, 3], [3, 4], [4, 5], [6, 7], [8, 9], [9, 10]]
     assert torch.equal(plain.obs[:-1], flat.obs[:-1, :, :1])
-    assert torch.equal(encode(dataset.obs[1, 2], dataset.actions[1, 1]), plain.obs[4])
+    assert torch.equal(encode(dataset.obs[1, 2], hot(dataset.actions[1, 1])), plain.obs[4])
     cells, encode = inspo.arrange(dataset, inspo.Args(recurrent=True, one_hot=True))
     assert (
         cells.obs.shape == (12, 2, 21 + 3)
         and (cells.obs[:-1].sum(-1) == 2 - flat.first[:-1, None].int()).all()
     )
-    assert torch.equal(encode(dataset.obs[1, 2], dataset.actions[1, 1]), cells.obs[4])
+    assert torch.equal(encode(dataset.obs[1, 2], hot(dataset.actions[1, 1])), cells.obs[4])
 
 
 def test_a_recurrent_team_plays_as_it_learned(monkeypatch):
