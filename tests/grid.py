@@ -1,0 +1,423 @@
+"""Train every method on every task, and render the one table of all of them.
+
+    python tests/grid.py                                  # all cells, two processes at a time, cheap ones first
+    python tests/grid.py --methods inspo bc --tasks xor   # a part: names may be cut short
+    python tests/grid.py --list                           # the cells, numbered, and which of them are done
+    python tests/grid.py --index 7                        # one cell, e.g. $SLURM_ARRAY_TASK_ID of a SLURM array
+    python tests/grid.py --ray                            # the cells on a Ray cluster (pip install "ray[default]")
+    python tests/grid.py --render                         # results.csv -> the tables and the picture
+
+A cell is one run of a script with its preset: method x task x dataset, all seeds at once. It is kept in runs/grid/. A
+finished cell is skipped and one that was killed goes on, so the same command may be given again at any time. Each
+cell's numbers go to algorithms/results.csv, a line a seed; no other number enters the tables.
+"""
+
+import csv
+import fnmatch
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data import results, runs  # noqa: E402
+
+RESULTS, PAGE = ROOT / "algorithms" / "results.csv", ROOT / "algorithms" / "README.md"
+PICTURE = ROOT / ".readme" / "grid.png"
+
+# method: (script, flags, the environments that it has), as the columns of the tables
+DISCRETE, CONTINUOUS, GAMES = ("matrix", "bridge", "smac"), ("polynomial", "reacher", "halfcheetah", "ant"), ("matrix",)
+METHODS = {
+    "cloning": ("bc", "", (*DISCRETE, *CONTINUOUS)),
+    "InSPO": ("inspo", "", DISCRETE),
+    "AlberDICE": ("alberdice", "", ("matrix", "bridge")),
+    "CFCQL": ("cfcql", "", DISCRETE),
+    "MACQL": ("cfcql", "--joint-cql", DISCRETE),
+    "OMAR": ("omar", "", DISCRETE),
+    "OMIGA": ("omiga", "", (*DISCRETE[:2], *CONTINUOUS)),
+    "IQL": ("iql", "--team central", (*GAMES, *CONTINUOUS)),
+    "MAIQL": ("iql", "--team mixed", (*GAMES, *CONTINUOUS)),
+    "ITD3+BC": ("td3_bc", "", CONTINUOUS),
+    "MATD3+BC": ("td3_bc", "--mixing", CONTINUOUS),
+    "ICQL": ("td3_bc", "--bc 0 --cql 1", CONTINUOUS),
+    "IOMAR": ("td3_bc", "--bc 0 --cql 1 --omar 0.9", CONTINUOUS),
+    "MADDPG+CQL": ("maddpg_cql_pjap", "--no-pjap", ("polynomial", "halfcheetah")),
+    "+PJAP": ("maddpg_cql_pjap", "", ("polynomial", "halfcheetah")),
+    "MOMA-PPO": ("moma_ppo", "", (*GAMES, "reacher", "ant")),
+}
+ELSEWHERE = {  # cells that a method's environments hold, but that are no task of its own
+    "MOMA-PPO": ("xor", "m-ne", "m-ne-20", "climbing", "penalty"),
+}
+M_NE_20 = "[[5,-20,-20],[-20,10,-20],[-20,-20,20]]"
+
+
+class Task(NamedTuple):
+    name: str
+    env: str
+    task: str
+    datasets: tuple
+    seeds: int
+    worst: float = 0.0  # shares: 0 is random play (in games: the mean of the payoffs, or 1,000 games), 1 is the best
+
+
+TASKS = (
+    Task("xor", "matrix", "xor", ("ab", "ab-ba", "aa-ab-ba", "all"), 10, 0.5),
+    Task("m-ne", "matrix", "m-ne", ("balanced", "imbalanced"), 10, 35 / 9),
+    Task("m-ne-20", "matrix", M_NE_20, ("[0.8,0.1,0.1]",), 10, -85 / 9),
+    Task("coordination", "matrix", "coordination", ("favourable", "neutral", "unfavourable"), 10, 0.5),
+    Task("climbing", "matrix", "climbing", ("uniform",), 10, -31 / 9),
+    Task("penalty", "matrix", "penalty", ("uniform",), 10, -38 / 9),
+    Task("twin-peaks", "polynomial", "twin-peaks", ("peak-0.2", "peak-0.5", "peak-1"), 10),
+    Task("sign-agreement", "polynomial", "sign-agreement", ("uniform",), 10),
+    Task("bridge", "bridge", "", ("optimal", "mixed"), 10),
+    Task("5m_vs_6m", "smac", "5m_vs_6m", ("medium", "medium-replay", "mixed", "expert"), 5),
+    Task("2s3z", "smac", "2s3z", ("medium", "medium-replay", "mixed", "expert"), 5),
+    Task("3m", "smac", "3m", ("medium", "medium-replay", "mixed", "expert"), 5),
+    Task("all-observant", "reacher", "all-observant", ("expert-mix",), 3),
+    Task("independent", "reacher", "independent", ("expert-mix",), 3),
+    Task("leader-only", "reacher", "leader-only", ("expert-mix",), 3),
+    Task("halfcheetah", "halfcheetah", "", ("good", "medium", "good-medium"), 3),
+    Task("ant-full", "ant", "full", ("medium", "full-replay"), 3),
+    Task("ant-partial", "ant", "partial", ("medium", "full-replay"), 3),
+)
+COLUMNS = (
+    "method task dataset seed return sampled_return normalized_return win_rate sampled_win_rate "
+    "dataset_return dataset_win_rate best_return updates seconds commit machine"
+).split()
+
+
+class Cell(NamedTuple):
+    method: str
+    task: Task
+    dataset: str
+
+    @property
+    def folder(self):
+        return Path(*(runs.slug(word) for word in (self.method, self.task.name, self.dataset)))
+
+    @property
+    def key(self):
+        return self.method, self.task.name, self.dataset
+
+
+def cells():
+    """All cells, the cheap tasks first: a list of `Cell`, whose places are the numbers of `--index`."""
+    return [
+        Cell(method, task, dataset)
+        for task in TASKS
+        for method, (_, _, environments) in METHODS.items()
+        if task.env in environments and task.name not in ELSEWHERE.get(method, ())
+        for dataset in task.datasets
+    ]
+
+
+def words(cell, folder, resume):
+    """The command of a cell."""
+    script, flags, _ = METHODS[cell.method]
+    choice = ["--env", cell.task.env, "--dataset", cell.dataset, "--num-seeds", cell.task.seeds]
+    choice += ["--task", cell.task.task] if cell.task.task else []
+    where = ["--out-dir", folder, "--threads", 1] + (["--resume"] if resume else [])
+    return [sys.executable, *map(str, [ROOT / "algorithms" / f"{script}.py", *flags.split(), *choice, *where])]
+
+
+def commit():
+    """The short name of the commit, with a "+" if anything that is tracked differs from it."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+# ---------------------------------------------------------------- training
+def train(cell, out_dir):
+    """Train one cell, or what is left of it; returns the last line of what went wrong, or "" if all went well."""
+    folder = Path(out_dir) / cell.folder
+    if (folder / "summary.json").exists():
+        return ""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    note = folder.with_name(folder.name + ".commit")  # of the state that began it
+    if not note.exists() or not (folder / "config.json").exists():
+        note.write_text(commit())
+    run = subprocess.run(
+        words(cell, folder, (folder / "config.json").exists()), cwd=ROOT, capture_output=True, text=True
+    )
+    if run.returncode == 0:
+        return ""
+    return (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
+
+
+def train_all(chosen, out_dir, processes):
+    """Train cells, so many at a time; tells of each and returns how many failed."""
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    failed = 0
+    with ThreadPoolExecutor(processes) as pool:
+        begun = {pool.submit(train, cell, out_dir): cell for cell in chosen}
+        for done in as_completed(begun):
+            failed += tell(begun[done], done.result(), out_dir)
+    return failed
+
+
+def train_on_ray(chosen, out_dir):
+    """The same on a Ray cluster, a core a cell; `out_dir` has to be a folder that all its machines share."""
+    try:
+        import ray
+    except ImportError:
+        raise SystemExit('--ray needs Ray: pip install "ray[default]"') from None
+    ray.init(log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}})
+    waiting = {ray.remote(num_cpus=1)(train).remote(cell, out_dir): cell for cell in chosen}
+    failed = 0
+    while waiting:
+        (done,), _ = ray.wait(list(waiting))
+        failed += tell(waiting.pop(done), ray.get(done), out_dir)
+    return failed
+
+
+def tell(cell, trouble, out_dir):
+    print(f"{time.strftime('%H:%M:%S')} {' '.join(cell.key)}: {trouble or 'done'}", flush=True)
+    collect(out_dir)
+    return bool(trouble)
+
+
+def collect(out_dir):
+    """Bring results.csv up to date with the finished cells in a folder; other cells' lines stay."""
+    kept = {}
+    if RESULTS.exists():
+        with RESULTS.open(newline="") as file:
+            for row in csv.DictReader(file):
+                kept.setdefault((row["method"], row["task"], row["dataset"]), []).append(row)
+    for cell in cells():
+        folder = Path(out_dir) / cell.folder
+        if (folder / "summary.json").exists():
+            about = json.loads((folder / "summary.json").read_text())
+            kept[cell.key] = lines(cell, about, folder.with_name(folder.name + ".commit").read_text())
+    order = {cell.key: number for number, cell in enumerate(cells())}
+    results.save_csv(RESULTS, [row for key in sorted(kept, key=lambda k: order.get(k, len(order))) for row in kept[key]])
+
+
+def lines(cell, about, state):
+    """The lines of results.csv for one cell, from its summary.json."""
+    one = {"updates": about["steps"], "seconds": round(about["wall_seconds"]), "commit": state}
+    one |= {name: about.get(name) for name in ("dataset_return", "dataset_win_rate", "best_return")}
+    one |= {"method": cell.method, "task": cell.task.name, "dataset": cell.dataset, "machine": about["device"]}
+    rows = []
+    for place, seed in enumerate(about["seeds"]):
+        row = one | {"seed": seed}
+        for name in ("return", "sampled_return", "normalized_return", "win_rate", "sampled_win_rate"):
+            row[name] = about[name]["per_seed"][place] if about.get(name) else None
+        rows.append({name: "" if row[name] is None else row[name] for name in COLUMNS})
+    return rows
+
+
+# ---------------------------------------------------------------- statistics
+def interval(values, level=0.95, draws=10_000):
+    """The bootstrap interval of the mean over seeds: a pair of numbers. The same values give the same interval."""
+    values = np.asarray(values, float)
+    means = np.random.default_rng(0).choice(values, (draws, len(values))).mean(1)
+    return tuple(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+
+
+def welch(x, y):
+    """The two-sided p-value of Welch's t-test for two lists of at least two numbers.
+
+    With t = sqrt(df) tan(a) Student's density is cos(a) ** (df - 1), which a sum integrates. Without any spread two
+    means are equal or not: 1 or 0.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    a, b = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
+    if a + b == 0:
+        return float(x.mean() == y.mean())
+    t = abs(x.mean() - y.mean()) / (a + b) ** 0.5
+    df = (a + b) ** 2 / (a**2 / (len(x) - 1) + b**2 / (len(y) - 1))
+    angle = (np.arange(200_000) + 0.5) / 200_000 * np.pi / 2
+    density = np.cos(angle) ** (df - 1)
+    return float(density[angle > np.arctan(t / df**0.5)].sum() / density.sum())
+
+
+# ---------------------------------------------------------------- the table and the picture
+def read_results():
+    """{(method, task, dataset): its rows} of results.csv, numbers as numbers."""
+    found = {}
+    with RESULTS.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name in COLUMNS[4:13]:
+                row[name] = float(row[name]) if row[name] else None
+            found.setdefault((row["method"], row["task"], row["dataset"]), []).append(row)
+    return found
+
+
+def score(rows):
+    """What a cell is judged by, one number a seed: battles won, else the normalised return, else the return."""
+    for name in ("win_rate", "normalized_return", "return"):
+        if rows[0][name] is not None:
+            return [row[name] for row in rows]
+
+
+def random_play(task):
+    """The mean return of random play in a task without a score of its own."""
+    if task.env == "matrix":
+        return task.worst
+    import torch
+
+    import envs
+    from envs.play import play
+
+    game = envs.make(task.env, task.task, num_envs=1000)
+    generator = torch.Generator().manual_seed(0)
+
+    def act(obs, info, memory):
+        if hasattr(game, "num_actions") and game.num_actions:
+            return torch.multinomial(info["avail_actions"].double().flatten(0, 1), 1, generator=generator).view(
+                info["avail_actions"].shape[:2]
+            ), memory
+        shape = game.action_space.shape
+        return torch.rand(shape, generator=generator) * 2 - 1, memory
+
+    return play(game, act)[0].double().mean().item()
+
+
+def share(rows, worst):
+    """0 is random play (or the scale's 0), 1 the best possible (or the scale's 1)."""
+    mean = float(np.mean(score(rows)))
+    if rows[0]["win_rate"] is not None or rows[0]["normalized_return"] is not None:
+        return mean
+    return (mean - worst) / (rows[0]["best_return"] - worst)
+
+
+def text(number):
+    return f"{number:.2f}".replace("-", "−")
+
+
+def table(found, tasks, methods):
+    """Mean ± standard error [bootstrap interval] of each cell; * where Welch's test finds no difference from the best."""
+    methods = [name for name in methods if any((name, task.name, d) in found for task in tasks for d in task.datasets)]
+    out = [f"| task | data | {' | '.join(methods)} |", "|---" * (2 + len(methods)) + "|"]
+    for task in tasks:
+        for dataset in task.datasets:
+            row = {name: found[name, task.name, dataset] for name in methods if (name, task.name, dataset) in found}
+            if not row:
+                continue
+            scores = {name: score(rows) for name, rows in row.items()}
+            best = max(scores, key=lambda name: np.mean(scores[name]))
+            cell = []
+            for name in methods:
+                if name not in scores:
+                    cell.append("")
+                    continue
+                values = np.array(scores[name])
+                star = "*" if name == best or welch(values, scores[best]) >= 0.05 else ""
+                spread = values.std(ddof=1) / len(values) ** 0.5
+                low, high = interval(values)
+                range_ = f" ± {text(spread)} [{text(low)}, {text(high)}]" if spread else ""
+                cell.append(f"{text(values.mean())}{star}{range_}")
+            one = next(iter(row.values()))[0]
+            data = one["dataset_win_rate"] if one["win_rate"] is not None else one["dataset_return"]
+            out.append(f"| {task.name} `{dataset}` | {text(data)} | {' | '.join(cell)} |")
+    return "\n".join(out)
+
+
+def picture(found):
+    """The heat map method x task."""
+    tasks = [(t, d) for t in TASKS for d in t.datasets if any((m, t.name, d) in found for m in METHODS)]
+    methods = [m for m in METHODS if any((m, t.name, d) in found for t, d in tasks)]
+    worst = {t.name: random_play(t) for t, _ in tasks if t.env in ("matrix", "bridge", "polynomial")}
+    values = np.full((len(methods), len(tasks)), np.nan)
+    for i, method in enumerate(methods):
+        for j, (task, dataset) in enumerate(tasks):
+            if (method, task.name, dataset) in found:
+                values[i, j] = share(found[method, task.name, dataset], worst.get(task.name, 0.0))
+    figure = Figure(figsize=(0.42 * len(tasks) + 2.2, 0.3 * len(methods) + 2.2), layout="constrained")
+    axes = figure.subplots()
+    colours = __import__("matplotlib").colormaps["RdYlGn"].with_extremes(bad="0.85")
+    axes.imshow(np.clip(values, 0, 1), cmap=colours, vmin=0, vmax=1, aspect="auto")
+    for i, j in zip(*np.nonzero(~np.isnan(values))):
+        axes.text(j, i, f"{max(values[i, j], -9.9):.2f}".replace("-", "−"), ha="center", va="center", fontsize=6)
+    axes.set_xticks(range(len(tasks)), [f"{t.name} {d}" for t, d in tasks], rotation=60, ha="right", fontsize=7)
+    axes.set_yticks(range(len(methods)), methods, fontsize=8)
+    axes.set_title("greedy teams: 0 plays like chance, 1 is the best possible", fontsize=9)
+    return figure
+
+
+def render():
+    """Put the tables into algorithms/README.md and draw the picture."""
+    found, page = read_results(), PAGE.read_text()
+    begin, end = "<!-- grid -->\n", "<!-- end of grid -->"
+    before, after = page.split(begin)[0], page.split(end)[1]
+    parts = {"Games": ("matrix", "bridge"), "Polynomial games": ("polynomial",), "Battles, won": ("smac",)}
+    parts |= {"Bodies, normalised": ("reacher", "halfcheetah", "ant")}
+    tables = []
+    for title, environments in parts.items():
+        tasks = [task for task in TASKS if task.env in environments]
+        if any(key[1] == task.name for key in found for task in tasks):
+            tables.append(f"**{title}**\n\n{table(found, tasks, METHODS)}\n")
+    results.save(PAGE, (before + begin + "\n" + "\n".join(tables) + "\n" + end + after).encode())
+    results.save_figure(PICTURE, picture(found))
+
+
+# ---------------------------------------------------------------- the command
+@dataclass
+class Args:
+    methods: list[str] = field(default_factory=list)  # only these, names or patterns like "*PJAP"; none: all
+    tasks: list[str] = field(default_factory=list)  # the same for tasks: "xor", or with a dataset "xor/aa-ab-ba"
+    index: int = -1  # only the cell of this number
+    list: bool = False  # print the cells and end
+    render: bool = False  # make the tables and the picture from results.csv and end
+    ray: bool = False  # train on a Ray cluster
+    processes: int = 2  # how many cells at a time
+    out_dir: str = str(ROOT / "runs" / "grid")  # where the runs are kept
+
+
+def chosen(args):
+    """The cells that the flags choose, with their numbers.
+
+    Raises:
+        ValueError: a pattern that no cell has, or a number beyond the last.
+    """
+    found = list(enumerate(cells()))
+    for what, names, patterns in (
+        ("method", lambda cell: [cell.method], args.methods),
+        ("task", lambda cell: [cell.task.name, f"{cell.task.name}/{cell.dataset}", cell.task.env], args.tasks),
+    ):
+        for pattern in patterns:
+            if not any(matches(name, pattern) for cell in cells() for name in names(cell)):
+                raise ValueError(f"no {what} is called {pattern!r}: see --list")
+        if patterns:
+            found = [(n, c) for n, c in found if any(matches(name, p) for p in patterns for name in names(c))]
+    if args.index >= 0:
+        found = [(n, c) for n, c in found if n == args.index]
+        if not found:
+            raise ValueError(f"--index {args.index} is none of the chosen cells: see --list")
+    return found
+
+
+def matches(name, pattern):
+    return fnmatch.fnmatchcase(name.lower(), pattern.lower())
+
+
+def main(args):
+    if args.render:
+        return render()
+    found = chosen(args)
+    if args.list:
+        for number, cell in found:
+            done = (Path(args.out_dir) / cell.folder / "summary.json").exists()
+            print(f"{number:4d}  {'done' if done else '    '}  {' '.join(map(str, cell.key))}")
+        return
+    picked = [cell for _, cell in found]
+    failed = train_on_ray(picked, args.out_dir) if args.ray else train_all(picked, args.out_dir, args.processes)
+    if failed:
+        raise SystemExit(f"{failed} of {len(picked)} cells failed")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except ValueError as trouble:
+        raise SystemExit(f"error: {trouble}") from None
