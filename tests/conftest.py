@@ -55,11 +55,11 @@ def one_thread():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="also run the rivals' claims that take a minute or more")
+    parser.addoption("--long", action="store_true", help="also run the claims that take too long for every time")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "long: a claim that takes a minute or more; only with --long")
+    config.addinivalue_line("markers", "long: a claim that takes too long for every time; only with --long")
 
 
 def pytest_collection_modifyitems(config, items):

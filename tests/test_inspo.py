@@ -29,6 +29,7 @@ from data.collect import record
 from envs.smac import random as random_play
 
 inspo = load_script("inspo")
+LONG = partial(pytest.param, marks=pytest.mark.long)
 S, B, A, D, O = 3, 7, 4, 5, 6
 
 
@@ -1342,7 +1343,7 @@ def train(out, *words):
     return json.loads((out / "summary.json").read_text()), process.stdout
 
 
-@pytest.mark.parametrize("dataset", ["ab", "ab-ba", "aa-ab-ba", "all"])
+@pytest.mark.parametrize("dataset", [LONG("ab"), "ab-ba", "aa-ab-ba", LONG("all")])
 def test_xor_is_solved_by_ten_of_ten_seeds(tmp_path, dataset):
     summary, _ = train(tmp_path / "run", "--env", "matrix", "--task", "xor", "--dataset", dataset, "--num-seeds", 10)
     assert summary["seeds"] == list(range(10))
@@ -1372,7 +1373,7 @@ def test_xor_simultaneous_updates_conflict(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, reward", [(("balanced",), 20), (("imbalanced",), 20), (("imbalanced", "--beta", 0), 5)]
+    "words, reward", [LONG(("balanced",), 20), (("imbalanced",), 20), LONG(("imbalanced", "--beta", 0), 5)]
 )
 def test_m_ne_needs_the_entropy_to_leave_a_local_optimum(tmp_path, words, reward):
     summary, _ = train(tmp_path / "run", "--env", "matrix", "--task", "m-ne", "--num-seeds", 10, "--dataset", *words)
@@ -1381,7 +1382,7 @@ def test_m_ne_needs_the_entropy_to_leave_a_local_optimum(tmp_path, words, reward
 
 REAL = SHARED / "alberdice_bridge_optimal"
 WHERE_REAL = pytest.mark.skipif(not REAL.exists(), reason="the real dataset is not here")
-BRIDGE = ["optimal", "mixed", pytest.param(str(REAL), id="real", marks=WHERE_REAL)]
+BRIDGE = [LONG("optimal"), "mixed", pytest.param(str(REAL), id="real", marks=[WHERE_REAL, pytest.mark.long])]
 
 
 @pytest.mark.parametrize("dataset", BRIDGE)
@@ -1400,6 +1401,7 @@ def test_bridge_is_crossed_by_five_of_five_seeds(tmp_path, dataset):
     assert config["args"] == asdict(inspo.Args(dataset=dataset, out_dir=str(folder))) and config["git_commit"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "words, worse_than",
     [(("--no-resampling",), -1.5), (("--cql", 0), -1.5), (("--alpha", 0.1, "--cooldown", 0), -1.4)],
@@ -1412,7 +1414,7 @@ def test_bridge_needs_each_part(tmp_path, words, worse_than):
     assert summary["sampled_return"]["mean"] < worse_than
 
 
-@pytest.mark.parametrize("dataset", ["neutral", "unfavourable"])
+@pytest.mark.parametrize("dataset", [LONG("neutral"), "unfavourable"])
 def test_coordination_is_solved_whatever_the_data_prefer(tmp_path, dataset):
     words = ("--env", "matrix", "--task", "coordination", "--dataset", dataset, "--num-seeds", 10)
     summary, _ = train(tmp_path / "run", *words)
