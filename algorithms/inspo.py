@@ -503,7 +503,8 @@ class Adam(nn.Module):
         state = (list(each) for each in (self.means, self.squares, (), self.counts))
         how = dict(fused=fused, foreach=not fused, capturable=not fused, amsgrad=False, maximize=False)
         how |= dict(lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
-        adam_step(self.moved, list(gradients), *state, **how)
+        gradients = [gradient.contiguous() for gradient in gradients]  # fused on a CPU, it takes strides for granted
+        adam_step(self.moved, gradients, *state, **how)
 
 
 def optimizers(team, args):

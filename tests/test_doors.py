@@ -33,6 +33,7 @@ KEPT = {
     "iql mixed reacher": ("iql", ("--env", "reacher", "--episodes", 10, "--steps", 30), 1),
     "iql central reacher": ("iql", ("--env", "reacher", "--episodes", 10, "--steps", 30, "--team", "central"), 1),
     "cfcql smac": ("cfcql", ("--env", "smac", "--task", "3m", "--episodes", 20, "--steps", 4, "--clone-steps", 5), 1),
+    "alberdice bridge": ("alberdice", ("--steps", 20, "--clone-steps", 60), 1),
     "omar matrix": ("omar", ("--steps", 20), 1),
     "td3_bc": ("td3_bc", ("--episodes", 10, "--steps", 30), 1),
     "bc reacher": ("bc", ("--env", "reacher", "--episodes", 10, "--steps", 30), 1),
@@ -85,7 +86,8 @@ def test_a_kept_team_plays_alone_as_it_was_evaluated(tmp_path, monkeypatch, case
     monkeypatch.setattr(script, "play", spied)
     script.main(script.parse([str(word) for word in (*flags, *TINY, tmp_path / "run")]))
     twice = kinds == 1 and "avail" in batches[-1][0] and name not in ("moma_ppo", "cfcql")  # the last batch samples
-    steps = batches[-2 if twice or name == "inspo" else -1]  # InSPO's last batch is of its clones
+    back = {"inspo": 2, "alberdice": 4}.get(name, 1 + twice)  # these two play their clones last
+    steps = batches[-back]
     torch.save(steps, tmp_path / "steps.pt")
     words = (sys.executable, "-c", ALONE, tmp_path / "run" / "team.pt2", tmp_path / "steps.pt")
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)

@@ -394,6 +394,16 @@ def test_adam_is_torchs_adam(double):
     assert all(x.requires_grad and x.grad is None for x in mine)  # it takes gradients, and leaves none behind
 
 
+@pytest.mark.parametrize("name", ["alberdice", "bc", "cfcql", "inspo", "iql", "mappo", "moma_ppo", "omar", "omiga", "td3_bc"])
+def test_adam_takes_a_gradient_of_any_layout(name):
+    """Torch's fused Adam on a CPU reads a transposed gradient in memory's order, and so moves the wrong weights."""
+    script, gradient = load_script(name), torch.randn(3, 2)
+    one, other = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(2))
+    script.Adam([one], 0.1).step([gradient.mT])
+    script.Adam([other], 0.1).step([gradient.mT.contiguous()])
+    assert torch.equal(one, other)
+
+
 def test_adam_goes_on_from_its_state():
     g = torch.Generator().manual_seed(0)
     start, gradients = torch.randn(4, 3, generator=g), torch.randn(20, 4, 3, generator=g)

@@ -5,6 +5,7 @@ Each maker takes a device, a function that compiles (by default one that does no
 returns a `Made`. Its updates draw their noise from seeded generators, so that two of the same make do the same.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -199,6 +200,46 @@ def omar(device="cpu", compiled=plain, flags=()):
     return Made({"update": learn}, [team])
 
 
+def alberdice(device="cpu", compiled=plain, flags=()):
+    script = load_script("alberdice")
+    args = script.parse([*flags, "--no-compile"])
+    data, _ = script.arrange(load(args, device), args)
+    team = script.Team(data, args, [runs.stream(s, 0) for s in range(args.num_seeds)]).to(device)
+    adams, generators = script.optimizers(team, args), [runs.stream(s, 2, device) for s in range(args.num_seeds)]
+    behaviour, alpha = script.tabulate(team, data, args), torch.full((), 0.05, device=device)
+    cloning = script.Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr)
+    turn, clone = compiled(script.turn), compiled(script.clone_update)
+
+    def sweep():
+        noise = script.draw_noise(generators, data.avail.shape[1], args)
+        script.update(team, adams, data, behaviour, noise, alpha, args, turn)
+
+    def cloned():
+        clone(team, cloning, data, script.uniform(generators, args.clone_batch), args)
+
+    return Made({"sweep": sweep, "clone": cloned}, [team])
+
+
+def rival(name, device="cpu", compiled=plain, flags=()):
+    """OMIGA, IQL or TD3+BC, which are alike in this."""
+    script = load_script(name)
+    args = script.parse([*flags, "--no-compile"])
+    data, _ = script.arrange(load(args, device), args)
+    team = script.Team(data, args, [runs.stream(s, 0) for s in range(args.num_seeds)]).to(device)
+    adams, update = script.optimizers(team, args), compiled(script.update)
+    generators = [runs.stream(s, 1, device) for s in range(args.num_seeds)]
+
+    def learn():
+        if name == "td3_bc":
+            update(team, adams, data, script.draw_noise(generators, data, args), True, args)
+        else:
+            update(team, adams, data, script.draw_rows(generators, data, args), args)
+
+    return Made({"update": learn}, [team])
+
+
+omiga, iql, td3_bc = (partial(rival, name) for name in ("omiga", "iql", "td3_bc"))
+
 BATTLES = "--env smac --task 3m --episodes 20 --sequences 2 --num-seeds 2 --hidden 16".split()
 UPDATES = {
     "cfcql game": (cfcql, ["--num-seeds", "2"]),
@@ -206,6 +247,13 @@ UPDATES = {
     "macql": (cfcql, "--num-seeds 2 --joint-cql --joint-samples 5".split()),
     "omar game": (omar, ["--num-seeds", "2"]),
     "omar battles": (omar, BATTLES),
+    "alberdice bridge": (alberdice, "--episodes 40 --num-seeds 2 --batch-size 16 --hidden 16".split()),
+    "omiga game": (omiga, "--env matrix --task m-ne --num-seeds 2".split()),
+    "omiga reacher": (omiga, "--env reacher --episodes 20 --num-seeds 2 --hidden 16".split()),
+    "iql central": (iql, "--num-seeds 2 --team central".split()),
+    "maiql reacher": (iql, "--env reacher --episodes 20 --num-seeds 2 --hidden 16".split()),
+    "matd3+bc": (td3_bc, "--env reacher --episodes 20 --num-seeds 2 --hidden 16 --mixing".split()),
+    "iomar": (td3_bc, "--env reacher --episodes 20 --num-seeds 2 --hidden 16 --bc 0 --cql 1 --omar 0.9".split()),
     "bc game": (bc, ["--num-seeds", "2"]),
     "bc reacher": (bc, "--env reacher --episodes 20 --num-seeds 2 --hidden 16".split()),
     "inspo bridge": (inspo, ["--clone-steps", "1"]),
@@ -278,21 +326,22 @@ def evaluate_bc(device):
     return lambda: script.evaluate(policies, encode, args, 0, 2, torch.device(device))
 
 
-def evaluate_omar(device, name="omar", part="policies"):
-    """OMAR's evaluation on Bridge, with a memory, as a function without arguments."""
+def evaluate_rival(device, name, flags, part="policies"):
+    """The evaluation of a script whose `evaluate` takes policies and an encoder, as a function without arguments."""
     script = load_script(name)
-    args = script.parse("--env bridge --episodes 40 --num-seeds 2 --recurrent --hidden 16 --no-compile".split())
+    args = script.parse([*flags.split(), "--num-seeds", "2", "--hidden", "16", "--no-compile"])
     data, encode = script.arrange(load(args, device), args)
     team = script.Team(data, args, [runs.stream(s, 0) for s in range(2)]).to(device)
     return lambda: script.evaluate(getattr(team, part), encode, args, 0, 2, torch.device(device))
 
 
-def evaluate_cfcql(device):
-    """CFCQL's, likewise."""
-    return evaluate_omar(device, "cfcql", "agents")
-
-
+MEMORY = "--env bridge --episodes 40 --recurrent"
 EVALUATIONS = {
-    "bc": evaluate_bc, "cfcql": evaluate_cfcql, "inspo": evaluate_inspo, "mappo": evaluate_mappo, "moma": evaluate_moma,
-    "omar": evaluate_omar,
+    "bc": evaluate_bc, "inspo": evaluate_inspo, "mappo": evaluate_mappo, "moma": evaluate_moma,
+    "cfcql": partial(evaluate_rival, name="cfcql", flags=MEMORY, part="agents"),
+    "omar": partial(evaluate_rival, name="omar", flags=MEMORY),
+    "alberdice": partial(evaluate_rival, name="alberdice", flags="--episodes 40"),
+    "omiga": partial(evaluate_rival, name="omiga", flags="--env bridge --episodes 40"),
+    "iql": partial(evaluate_rival, name="iql", flags="--team central"),
+    "td3": partial(evaluate_rival, name="td3_bc", flags="--env polynomial"),
 }  # fmt: skip
