@@ -73,7 +73,7 @@ def saved_args(kind, folder):
         for field in fields(kind):
             like, choices = type(getattr(found, field.name)), typing.get_args(field.type)
             value = tuple(saved[field.name]) if like is tuple else saved[field.name]
-            if type(value) is not like and {type(value), like} != {int, float}:
+            if type(value) is not like and (type(value), like) != (int, float):
                 raise TypeError
             if typing.get_origin(field.type) is typing.Literal and value not in choices:
                 raise ValueError
