@@ -551,6 +551,8 @@ def main(args):
     if args.team or ":" in args.env:
         team, episodes = args.team or "random", args.episodes or 500
         dataset = record_team(args.env, args.task, team, episodes, args.seed, args.noise, options)
+    elif args.env_kwargs or args.noise:
+        raise ValueError("--env-kwargs and --noise need --team: the named datasets are as they are")
     else:
         name = args.dataset or names(args.env, args.task)[-1]
         dataset = collect_dataset(args.env, args.task, name, args.seed, args.episodes)

@@ -1,7 +1,6 @@
 """The dataset: episodes of a team, padded to the longest, as tensors on one device and as one HDF5 file."""
 
 import copy
-import hashlib
 import io
 import json
 import os
@@ -12,7 +11,7 @@ import h5py
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data.arrays import OBSERVED, as_tensor, cut, plain, read_episode, seen
+from data.arrays import OBSERVED, as_tensor, cut, fingerprint, plain, read_episode, seen
 from data.results import save
 
 FORMAT = 1  # written into each file; raise it when the meaning of a field changes
@@ -182,13 +181,7 @@ class Dataset:
 
     def fingerprint(self):
         """A short word for all tensors, but not for `info`: equal data, equal word, on any device."""
-        found = hashlib.sha256()
-        for name in sorted(TENSORS):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                found.update(f"{name} {tensor.dtype} {_shape(tensor)}".encode())
-                found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return found.hexdigest()[:16]
+        return fingerprint({name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None})
 
     def check(self, source="dataset"):
         """Raise ValueError, with `source` in front, at the first thing that would make training go wrong."""

@@ -357,12 +357,7 @@ def say(text):
 # ---------------------------------------------------------------- games
 def game(args, num_envs=1, device="cpu", **options):
     """B games of what a run is about; raises ValueError as `envs.make` does, or for arguments that it does not know."""
-    try:
-        return envs.make(args.env, args.task, num_envs, device, **game_options(args), **options)
-    except TypeError as error:
-        if not args.env_kwargs:
-            raise
-        raise ValueError(f"{args.env} does not take --env-kwargs {args.env_kwargs}: {error}") from None
+    return envs.make(args.env, args.task, num_envs, device, **game_options(args), **options)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import warnings
 import torch
 import torch.nn as nn
 from torch.export import Dim
+from torch.export.passes import move_to_device_pass
 
 from data.results import save
 
@@ -48,6 +49,8 @@ def save_team(path, act, views, actions, memory, seeds, modules, device):
     rest = (*seen[1:], start.repeat(1, games, 1, 1))
     shapes = {0: Dim.DYNAMIC}, (*({0: Dim.DYNAMIC} for _ in seen[1:]), {1: Dim.DYNAMIC})
     program = torch.export.export(Teams(act, start, modules), (seen[0], *rest), dynamic_shapes=shapes)
+    if start.device.type != "cpu":  # it has to play where there is no GPU
+        program = move_to_device_pass(program, "cpu")
     buffer = io.BytesIO()
     with warnings.catch_warnings():  # of weights that are parts of one tensor
         warnings.simplefilter("ignore")

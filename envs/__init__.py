@@ -40,10 +40,20 @@ def make(env, task="", num_envs=1, device="cpu", **options):
         options: passed on to the environment, such as `time_limit=20` for Bridge; for "smac" also `backend="sc2"`,
             the real StarCraft II in place of our simulator (see `envs/sc2.py`).
     Raises:
-        ValueError: an unknown environment or task, a malformed payoff table, or no StarCraft II.
+        ValueError: an unknown environment or task, options that it does not know, a malformed payoff table, or no
+            StarCraft II.
     """
     if ":" in env:
         return make_foreign(env, task, num_envs, device, **options)
+    try:
+        return _ours(env, task, num_envs, device, **options)
+    except TypeError as error:
+        if not options:
+            raise
+        raise ValueError(f"{env} does not take --env-kwargs {options}: {error}") from None
+
+
+def _ours(env, task, num_envs, device, **options):
     if env not in TASKS:
         names = ", ".join(TASKS)
         raise ValueError(f"unknown environment {env!r}: choose one of {names}, or package.module:factory")

@@ -202,7 +202,7 @@ class Games(VectorEnv):
         """The first game as its `render` draws it, an array (height, width, 3); ValueError if it does not."""
         drawn = self.games[0].render()
         if not isinstance(drawn, np.ndarray) or drawn.ndim != 3:
-            raise ValueError(f"{self.name} draws no pictures: try --env-kwargs '{{\"render_mode\": \"rgb_array\"}}'")
+            raise ValueError(f"{self.name} draws no pictures: begin with --env-kwargs '{{\"render_mode\": \"rgb_array\"}}'")
         return drawn
 
     # ------------------------------------------------------------ one game

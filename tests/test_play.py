@@ -161,7 +161,7 @@ def lacks(key):
     (args(env=4), "something else than a run (TypeError"), (args(env_kwargs="[1]"), "something else than a run (Type"),
     (args(env_kwargs="{"), "something else than a run (JSONDecodeError"),
     (args(env_kwargs="[" * 10**5), "something else than a run (RecursionError"),
-    (args(env_kwargs='{"colour": 1}'), "smac does not take {'colour': 1}"),
+    (args(env_kwargs='{"colour": 1}'), "smac does not take --env-kwargs {'colour': 1}"),
     (args(env=""), "was trained without an environment"), (args(env="chess"), "unknown environment 'chess'"),
     (args(env="chess:make"), "No module named 'chess'"), (args(task="8m"), "the team does not fit this environment"),
     (args(env="matrix", task="xor"), "the team does not fit this environment"),
