@@ -45,7 +45,22 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
       logs = alberdice.update(team, adams, data, behaviour, noise, alpha, args)
 
 Differences from the authors' code, and choices made here:
-@CHOICES@
+  1. One gradient step each for nu, e and pi in an agent's turn, agents in a fixed order, as theirs; but the minibatch
+     is of single steps, not of whole episodes, and mu_i and mu(a_-i|s,a_i) are cloned before the turns begin and then
+     kept as tables, where theirs learn all along. The policies start as clones.
+  2. Eq. 2 is a sum over all actions of teammate j, given those that the teammates before it took in the data. Theirs is
+     a mean over 16 draws, in which each a_j is drawn and the rest recorded, too: it has the same bias.
+  3. One teammate model serves every i and j, as in `inspo.py`; theirs has one a teammate.
+  4. The state after the end: theirs appends it to every episode as rows of its own, in which nu learns. Here nu is 0
+     there, as adding a constant to nu changes nothing, and it weighs as much as all recorded steps (`--absorbed 1`).
+  5. E nu(s) is over all recorded states, as theirs, not over the first ones, as the derivation has it.
+  6. The gradient penalty looks between each state of the minibatch and the one before it; theirs between two halves.
+     Its gradient is written out (`slope`), as a gradient within a gradient is not for a graph.
+  7. alpha falls from 0.1 to 0.001 in Bridge, from the payoffs' range to a hundredth of it in games of one step; theirs
+     from 5 to 0.001, over a thousand times as many updates, with Adam at 1e-4 and batches of 128 episodes.
+  8. Networks have 64 units, theirs 128; nu keeps its last bias, which nothing depends on. All step sizes fall to 0.
+  9. Scores are those of greedy play and of sampling; theirs are sampled.
+ 10. Without a memory, as theirs: no battles.
 
 Shapes: S seeds, B steps of a minibatch, N agents, A actions, O observation, I inputs, D state, R rows (observations),
 M recorded steps, E games.

@@ -210,6 +210,16 @@ SIZES = {
     "MOMA-PPO, coordination, 10 seeds": (updates.moma, []),
     "MOMA-PPO, reacher, 3 seeds": (updates.moma, "--env reacher --task all-observant".split()),
     "polygames, Figure 5, 10 seeds": (updates.polygames, []),
+    "BC, coordination, 10 seeds": (updates.bc, []),
+    # the sizes at which shared measurements of the authors' codes were made, one seed
+    "CFCQL, 5m_vs_6m, 128 episodes": (updates.cfcql, "--env smac --num-seeds 1 --sequences 128".split()),
+    "OMIGA, 5m_vs_6m, 128 steps, hidden 256": (
+        updates.omiga, "--env smac --num-seeds 1 --batch-size 128 --hidden 256".split()),
+    "AlberDICE, Bridge, 2,560 steps, hidden 128": (
+        updates.alberdice, "--num-seeds 1 --batch-size 2560 --hidden 128".split()),
+    "OMAR, 5m_vs_6m, 3 seeds": (updates.omar, "--env smac".split()),
+    "IQL, coordination, 10 seeds": (updates.iql, []),
+    "ITD3+BC, twin peaks": (updates.td3_bc, []),
 }  # fmt: skip
 
 
