@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tyro
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,7 +200,8 @@ def collect(out_dir):
             about = json.loads((folder / "summary.json").read_text())
             kept[cell.key] = lines(cell, about, folder.with_name(folder.name + ".commit").read_text())
     order = {cell.key: number for number, cell in enumerate(cells())}
-    results.save_csv(RESULTS, [row for key in sorted(kept, key=lambda k: order.get(k, len(order))) for row in kept[key]])
+    if kept:
+        results.save_csv(RESULTS, [row for key in sorted(kept, key=lambda k: order.get(k, len(order))) for row in kept[key]])
 
 
 def lines(cell, about, state):
@@ -335,7 +337,7 @@ def picture(found):
                 values[i, j] = share(found[method, task.name, dataset], worst.get(task.name, 0.0))
     figure = Figure(figsize=(0.42 * len(tasks) + 2.2, 0.3 * len(methods) + 2.2), layout="constrained")
     axes = figure.subplots()
-    colours = __import__("matplotlib").colormaps["RdYlGn"].with_extremes(bad="0.85")
+    colours = colormaps["RdYlGn"].with_extremes(bad="0.85")
     axes.imshow(np.clip(values, 0, 1), cmap=colours, vmin=0, vmax=1, aspect="auto")
     for i, j in zip(*np.nonzero(~np.isnan(values))):
         axes.text(j, i, f"{max(values[i, j], -9.9):.2f}".replace("-", "−"), ha="center", va="center", fontsize=6)
