@@ -56,7 +56,7 @@ Differences from the authors' code, and choices made here:
   5. E nu(s) is over all recorded states, as theirs, not over the first ones, as the derivation has it.
   6. The gradient penalty looks between each state of the minibatch and the one before it; theirs between two halves.
      Its gradient is written out (`slope`), as a gradient within a gradient is not for a graph.
-  7. alpha falls from 0.1 to 0.001 in Bridge, from the payoffs' range to a hundredth of it in games of one step; theirs
+  7. alpha falls from 0.3 to 0.003 in Bridge, from the payoffs' range to a hundredth of it in games of one step; theirs
      from 5 to 0.001, over a thousand times as many updates, with Adam at 1e-4 and batches of 128 episodes.
   8. Networks have 64 units, theirs 128; nu keeps its last bias, which nothing depends on. All step sizes fall to 0.
   9. Scores are those of greedy play and of sampling; theirs are sampled.
@@ -107,8 +107,8 @@ class Args:
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
     # --- the method
-    alpha: float = 0.1  # weight of the KL divergence to the data at the start, in units of the return
-    alpha_end: float = 0.001  # and at the end; it decays exponentially
+    alpha: float = 0.3  # weight of the KL divergence to the data at the start, in units of the return
+    alpha_end: float = 0.003  # and at the end; it decays exponentially
     cql: float = 0.1  # weight of the conservative term in Eq. 6
     penalty: float = 0.1  # weight of the gradient penalty in Eq. 5
     absorbed: float = 1.0  # how many steps in the state after the end stand beside one recorded step
@@ -457,7 +457,7 @@ def preset(args):
         unit, seen = found.returns.std().item() or 1.0, found.obs[found.mask.any(1)]
         cells = bool((seen == seen.round()).all()) and len(seen.unique()) <= 20
         values = dict(env=env, task=task, dataset="", num_seeds=3, one_hot=cells, clone_steps=5000, clone_lr=1e-3)
-        return values | dict(alpha=0.1 * unit, alpha_end=0.001 * unit, cql=0.1 * unit, eval_every=500)
+        return values | dict(alpha=0.3 * unit, alpha_end=0.003 * unit, cql=0.1 * unit, eval_every=500)
     task = task or "xor"
     payoff = envs.make("matrix", task).payoff
     unit = (payoff.max() - payoff.min()).item() or 1.0

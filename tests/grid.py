@@ -15,6 +15,7 @@ cell's numbers go to algorithms/results.csv, a line a seed; no other number ente
 import csv
 import fnmatch
 import json
+import os
 import subprocess
 import sys
 import time
@@ -167,12 +168,15 @@ def train_all(chosen, out_dir, processes):
 
 
 def train_on_ray(chosen, out_dir):
-    """The same on a Ray cluster, a core a cell; `out_dir` has to be a folder that all its machines share."""
+    """The same on a Ray cluster, a core a cell. All its machines share `out_dir`, and find this repository in the same
+    place, by their PYTHONPATH."""
     try:
         import ray
     except ImportError:
         raise SystemExit('--ray needs Ray: pip install "ray[default]"') from None
-    ray.init(log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}})
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, path)])  # of the workers, on this machine
+    ray.init(log_to_driver=False)
     waiting = {ray.remote(num_cpus=1)(train).remote(cell, out_dir): cell for cell in chosen}
     failed = 0
     while waiting:
