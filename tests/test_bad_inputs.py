@@ -212,7 +212,7 @@ def bad_folder(chance, place):
     return name, ["--resume"], folder
 
 
-@pytest.mark.parametrize("draw, count", [(bad_flag, 24), (bad_file, 24), (bad_folder, 24),
+@pytest.mark.parametrize("draw, count", [(bad_flag, 12), (bad_file, 12), (bad_folder, 12),
                                          *(pytest.param(d, 170, marks=pytest.mark.long)
                                            for d in (bad_flag, bad_file, bad_folder))])  # fmt: skip
 def test_each_ends_in_a_line_and_loses_nothing(place, draw, count):

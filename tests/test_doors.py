@@ -65,7 +65,7 @@ print(len(steps), acted, unlike)
 """
 
 
-@pytest.mark.parametrize("case", KEPT)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.long] * (c == "moma ant")) for c in KEPT])
 def test_a_kept_team_plays_alone_as_it_was_evaluated(tmp_path, monkeypatch, case):
     name, flags, kinds = KEPT[case]
     script, seen = load_script(name), []

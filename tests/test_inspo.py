@@ -1371,6 +1371,7 @@ def test_xor_fails_without_looking_at_the_teammates(tmp_path):
     assert summary["return"]["per_seed"] == [0.0] * 10
 
 
+@pytest.mark.long
 def test_xor_simultaneous_updates_conflict(tmp_path):
     """The paper's Figure 5b, in a setting where the conflict is complete: linear policies, well-fitted clones, many
     steps per turn. It is no general failure: the README lists settings in which simultaneous updates succeed."""
@@ -1431,6 +1432,7 @@ def test_coordination_is_solved_whatever_the_data_prefer(tmp_path, dataset):
     assert summary["return"]["per_seed"] == [1.0] * 10 and summary["sampled_return"]["mean"] > 0.95
 
 
+@pytest.mark.long
 def test_a_table_of_three_agents_written_on_the_command_line(tmp_path):
     words = ("--env", "matrix", "--task", "[[[1, 0], [0, 0]], [[0, 0], [0, 1]]]", "--steps", 600, "--eval-every", 200)
     summary, _ = train(tmp_path / "run", *words)
