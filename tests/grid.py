@@ -279,12 +279,10 @@ def random_play(task):
     generator = torch.Generator().manual_seed(0)
 
     def act(obs, info, memory):
-        if hasattr(game, "num_actions") and game.num_actions:
-            return torch.multinomial(info["avail_actions"].double().flatten(0, 1), 1, generator=generator).view(
-                info["avail_actions"].shape[:2]
-            ), memory
-        shape = game.action_space.shape
-        return torch.rand(shape, generator=generator) * 2 - 1, memory
+        if (avail := info.get("avail_actions")) is None:
+            return 2 * torch.rand(game.action_space.shape, generator=generator) - 1, memory
+        drawn = torch.multinomial(avail.double().flatten(0, 1), 1, generator=generator)
+        return drawn.view(avail.shape[:2]), memory
 
     return play(game, act)[0].double().mean().item()
 
