@@ -349,8 +349,25 @@ def picture(found):
     return figure
 
 
+def spreads(found):
+    """PJAP where the critic is learned: the score in twin peaks over the spread of the data, with and without it."""
+    (task,) = [task for task in TASKS if task.name == "twin-peaks"]
+    figure = Figure(figsize=(4.5, 3), layout="constrained")
+    axes = figure.subplots()
+    for method, label in (("MADDPG+CQL", "MADDPG + CQL"), ("+PJAP", "with PJAP")):
+        rows = {float(d.split("-")[1]): found[method, task.name, d] for d in task.datasets}
+        values = np.array([score(rows[sigma]) for sigma in rows])  # (spreads, S)
+        axes.errorbar(list(rows), values.mean(1), values.std(1, ddof=1) / values.shape[1] ** 0.5, marker="o", label=label)
+    axes.plot(list(rows), [each[0]["dataset_return"] for each in rows.values()], "k:", label="data")
+    best = next(iter(rows.values()))[0]["best_return"]
+    axes.axhline(best, color="k", linewidth=1, label="best possible")
+    axes.set(xlabel="σ of the recorded actions around a peak", ylabel="return", ylim=(-0.5, best + 0.1))
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def render():
-    """Put the tables into algorithms/README.md and draw the picture."""
+    """Put the tables into algorithms/README.md and draw the pictures."""
     found, page = read_results(), PAGE.read_text()
     begin, end = "<!-- grid -->\n", "<!-- end of grid -->"
     before, after = page.split(begin)[0], page.split(end)[1]
@@ -363,6 +380,8 @@ def render():
             tables.append(f"**{title}**\n\n{table(found, tasks, METHODS)}\n")
     results.save(PAGE, (before + begin + "\n" + "\n".join(tables) + "\n" + end + after).encode())
     results.save_figure(PICTURE, picture(found))
+    if all((method, "twin-peaks", "peak-1") in found for method in ("MADDPG+CQL", "+PJAP")):
+        results.save_figure(PICTURE.with_name("pjap.png"), spreads(found))
 
 
 # ---------------------------------------------------------------- the command
