@@ -205,7 +205,9 @@ def collect(out_dir):
             kept[cell.key] = lines(cell, about, folder.with_name(folder.name + ".commit").read_text())
     order = {cell.key: number for number, cell in enumerate(cells())}
     if kept:
-        results.save_csv(RESULTS, [row for key in sorted(kept, key=lambda k: order.get(k, len(order))) for row in kept[key]])
+        results.save_csv(
+            RESULTS, [row for key in sorted(kept, key=lambda k: order.get(k, len(order))) for row in kept[key]]
+        )
 
 
 def lines(cell, about, state):
@@ -295,13 +297,14 @@ def share(rows, worst):
     return (mean - worst) / (rows[0]["best_return"] - worst)
 
 
-def text(number):
-    return f"{number:.2f}".replace("-", "−")
+def text(number, digits=2):
+    return f"{number:.{digits}f}".replace("-", "−")
 
 
 def table(found, tasks, methods):
     """Mean ± standard error [bootstrap interval] of each cell; * where Welch's test finds no difference from the best."""
     methods = [name for name in methods if any((name, task.name, d) in found for task in tasks for d in task.datasets)]
+    digits = 3 if tasks[0].env == "polynomial" else 2
     out = [f"| task | data | {' | '.join(methods)} |", "|---" * (2 + len(methods)) + "|"]
     for task in tasks:
         for dataset in task.datasets:
@@ -319,11 +322,11 @@ def table(found, tasks, methods):
                 star = "*" if name == best or welch(values, scores[best]) >= 0.05 else ""
                 spread = values.std(ddof=1) / len(values) ** 0.5
                 low, high = interval(values)
-                range_ = f" ± {text(spread)} [{text(low)}, {text(high)}]" if spread else ""
-                cell.append(f"{text(values.mean())}{star}{range_}")
+                range_ = f" ± {text(spread, digits)} [{text(low, digits)}, {text(high, digits)}]" if spread else ""
+                cell.append(f"{text(values.mean(), digits)}{star}{range_}")
             one = next(iter(row.values()))[0]
             data = one["dataset_win_rate"] if one["win_rate"] is not None else one["dataset_return"]
-            out.append(f"| {task.name} `{dataset}` | {text(data)} | {' | '.join(cell)} |")
+            out.append(f"| {task.name} `{dataset}` | {text(data, digits)} | {' | '.join(cell)} |")
     return "\n".join(out)
 
 
@@ -342,7 +345,8 @@ def picture(found):
     colours = colormaps["RdYlGn"].with_extremes(bad="0.85")
     axes.imshow(np.clip(values, 0, 1), cmap=colours, vmin=0, vmax=1, aspect="auto")
     for i, j in zip(*np.nonzero(~np.isnan(values))):
-        axes.text(j, i, f"{max(values[i, j], -9.9):.2f}".replace("-", "−"), ha="center", va="center", fontsize=6)
+        ink = "black" if 0.15 < values[i, j] < 0.85 else "white"
+        axes.text(j, i, text(max(values[i, j], -9.9)), ha="center", va="center", fontsize=6, color=ink)
     axes.set_xticks(range(len(tasks)), [f"{t.name} {d}" for t, d in tasks], rotation=60, ha="right", fontsize=7)
     axes.set_yticks(range(len(methods)), methods, fontsize=8)
     axes.set_title("greedy teams: 0 plays like chance, 1 is the best possible", fontsize=9)
@@ -357,7 +361,9 @@ def spreads(found):
     for method, label in (("MADDPG+CQL", "MADDPG + CQL"), ("+PJAP", "with PJAP")):
         rows = {float(d.split("-")[1]): found[method, task.name, d] for d in task.datasets}
         values = np.array([score(rows[sigma]) for sigma in rows])  # (spreads, S)
-        axes.errorbar(list(rows), values.mean(1), values.std(1, ddof=1) / values.shape[1] ** 0.5, marker="o", label=label)
+        axes.errorbar(
+            list(rows), values.mean(1), values.std(1, ddof=1) / values.shape[1] ** 0.5, marker="o", label=label
+        )
     axes.plot(list(rows), [each[0]["dataset_return"] for each in rows.values()], "k:", label="data")
     best = next(iter(rows.values()))[0]["best_return"]
     axes.axhline(best, color="k", linewidth=1, label="best possible")
