@@ -381,6 +381,8 @@ def game_options(args):
     except (ValueError, RecursionError):
         like = '{"N": 3}'
         raise ValueError(f"--env-kwargs must be a JSON object such as '{like}', not {args.env_kwargs[:80]!r}") from None
+    if taken := options.keys() & {"env", "task", "num_envs", "device", "backend", "team_reward"}:
+        raise ValueError(f"--env-kwargs cannot hold {', '.join(sorted(taken))}: the run itself sets that")
     return options | ({"team_reward": args.team_reward} if ":" in args.env else {})
 
 
