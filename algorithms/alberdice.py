@@ -21,7 +21,7 @@ did when it took a_i. D is the data; "resampled" means D weighted by rho_i.
   4  rho_i       = min( prod_{j != i} pi_j(a_j|s) / mu(a_-i|s,a_i), 100 )
   5  L(nu_i)     = alpha log E_D [ rho_i exp(E_i/alpha) ] + (1 - gamma) E_D nu_i(s) + penalty E |grad nu_i(s~)|^2
   6  L(e_i)      = E_resampled [ (e_i(s,a_i) - E_i)^2 + cql ( logsumexp_a e_i(s,a) - sum_a mu_i(a|s) e_i(s,a) ) ]
-  7  L(pi_i)     = E_resampled [ sum_a pi_i(a|s) ( alpha log(pi_i/mu_i) - e_i(s,a) ) ],   least at mu_i exp(e_i/alpha) / Z
+  7  L(pi_i)     = E_resampled [ sum_a pi_i(a|s) ( alpha log(pi_i/mu_i) - e_i(s,a) ) ]    least at mu_i exp(e_i/alpha)/Z
   8  L(mu_i)     = -E log mu_i(a_i|s),   L(mu) = -E log mu(a_-i|s,a_i)     behavioural cloning
 Without the penalty Eq. 5 is the dual of Eq. 1: at its minimum rho_i exp(E_i/alpha), normalised, is d_i over D. s~ lies
 between two states of the minibatch. A game that ends goes on in a state in which nothing happens; adding a constant to
@@ -57,7 +57,7 @@ Differences from the authors' code, and choices made here:
      kept as tables, where theirs learn all along. The policies start as clones.
   2. Eq. 2 is a sum over all actions of teammate j, given those that the teammates before it took in the data. Theirs is
      a mean over 16 draws, in which each a_j is drawn and the rest recorded, too: it has the same bias.
-  3. One teammate model serves every i and j, as in `inspo.py`; theirs has one a teammate.
+  3. One teammate model serves every i and j, as in `inspo.py`; theirs has one for each i.
   4. The state after the end: theirs appends it to every episode as rows of its own, in which nu learns. Here nu is 0
      there, as adding a constant to nu changes nothing, and it weighs as much as all recorded steps (`--absorbed 1`).
   5. E nu(s) is over all recorded states, as theirs, not over the first ones, as the derivation has it.
@@ -65,7 +65,8 @@ Differences from the authors' code, and choices made here:
      Its gradient is written out (`slope`), as a gradient within a gradient is not for a graph.
   7. alpha falls from 0.3 to 0.003 in Bridge, from the payoffs' range to a hundredth of it in games of one step; theirs
      from 5 to 0.001, over a thousand times as many updates, with Adam at 1e-4 and batches of 128 episodes.
-  8. Networks have 64 units, theirs 128; nu keeps its last bias, which nothing depends on. All step sizes fall to 0.
+  8. Networks have 64 units, theirs 128. nu has a last bias, as it is 0 after the end; theirs has none. All step sizes
+     fall linearly to 0.
   9. Scores are those of greedy play and of sampling; theirs are sampled.
  10. Without a memory, as theirs: no battles.
 
@@ -367,13 +368,14 @@ def turn(i, team, adams, data, behaviour, row_noise, step_noise, mix_noise, alph
     with torch.no_grad():
         log_pi_others = unroll([team.policies[j] for j in others], others, rows, data).movedim(0, 2)  # (S, B, N-1, A)
     log_mu_others = behaviour.log_mu_others[i][seed, rows]
-    ratio = importance_ratio(chosen(log_pi_others, actions).sum(-1), chosen(log_mu_others, actions).sum(-1), args.ratio_cap)
+    taken = (chosen(each, actions).sum(-1) for each in (log_pi_others, log_mu_others))  # (S, B) each
+    ratio = importance_ratio(*taken, args.ratio_cap)
     again = resample(ratio, step_noise)
 
     # How often to be where: nu
-    state, reward, done, kl = data.state[rows], data.reward[rows], data.done[rows], teammates_kl(log_pi_others, log_mu_others)
+    state, kl = data.state[rows], teammates_kl(log_pi_others, log_mu_others)
     nu, next_nu = team.nus[i](torch.cat([state, data.state[rows + 1]], 1))[..., 0].chunk(2, 1)  # (S, B) each
-    advantages = advantage(nu, next_nu, reward, done, kl, alpha, args.gamma).gather(1, again)
+    advantages = advantage(nu, next_nu, data.reward[rows], data.done[rows], kl, alpha, args.gamma).gather(1, again)
     slopes = slope(team.nus[i], torch.lerp(state, state.roll(1, 1), mix_noise[..., None]))
     loss_nu = nu_loss(advantages, ratio, nu, slopes, alpha, args)
     descend(adams["nus"][i], loss_nu)

@@ -39,6 +39,14 @@ def complains(process, *words, code=1):
         assert word in lines[0], lines[0]
 
 
+def refuses(script, flags, said, folder):
+    """Assert that a script ends with one line that holds `said`, and leaves no folder behind."""
+    with pytest.raises((ValueError, OSError)) as error:
+        script.main(script.parse([*flags, *(() if "--resume" in flags else ("--out-dir", str(folder)))]))
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert not folder.exists()
+
+
 @pytest.fixture
 def float64():
     """Everything that the test makes has double precision."""

@@ -1,7 +1,7 @@
 """Train every method on every task, and render the one table of all of them.
 
     python tests/grid.py                                  # all cells, two processes at a time, cheap ones first
-    python tests/grid.py --methods inspo bc --tasks xor   # a part: names may be cut short
+    python tests/grid.py --methods inspo "*cql" --tasks xor    # a part, by names or patterns
     python tests/grid.py --list                           # the cells, numbered, and which of them are done
     python tests/grid.py --index 7                        # one cell, e.g. $SLURM_ARRAY_TASK_ID of a SLURM array
     python tests/grid.py --ray                            # the cells on a Ray cluster (pip install "ray[default]")
@@ -45,7 +45,7 @@ METHODS = {
     "CFCQL": ("cfcql", "", DISCRETE),
     "MACQL": ("cfcql", "--joint-cql", DISCRETE),
     "OMAR": ("omar", "", DISCRETE),
-    "OMIGA": ("omiga", "", (*DISCRETE[:2], *CONTINUOUS)),
+    "OMIGA": ("omiga", "", (*DISCRETE, *CONTINUOUS)),
     "IQL": ("iql", "--team central", (*GAMES, *CONTINUOUS)),
     "MAIQL": ("iql", "--team mixed", (*GAMES, *CONTINUOUS)),
     "ITD3+BC": ("td3_bc", "", CONTINUOUS),

@@ -136,9 +136,7 @@ def test_the_slope_of_nus_loss_is_what_is_missing_from_the_flow_of_visits(float6
             E = reward[s, place] - alpha * kl[s, place] + go_on - nu[s, now[s, place]]
             mass.append(ratio[s].mean() * (E / alpha).exp() / B)
         total, want = sum(mass) + 1.5, torch.zeros(states)  # 1.5 steps after the end beside each recorded one
-        assert torch.isclose(
-            loss[s], alpha * (total / 2.5).log() + (1 - gamma) * nu[s, now[s]].mean() / 2.5
-        )
+        assert torch.isclose(loss[s], alpha * (total / 2.5).log() + (1 - gamma) * nu[s, now[s]].mean() / 2.5)
         for d, place in zip(mass, places[s]):
             want[after[s, place]] += (d / total * gamma * (1 - done[s, place])).detach()
             want[now[s, place]] -= (d / total).detach()
@@ -159,7 +157,9 @@ def test_the_table_of_the_behaviour_is_the_models(float64):
     table, rows = alberdice.tabulate(team, data, args), torch.arange(M + 1).expand(S, -1)
     for i in range(N):
         log_mu = alberdice.log_probs(team.mus[i], data.obs[rows, i], data.avail[rows, i]).clamp(min=-20)
-        beside = alberdice.teammate_log_prob(team.teammates, *(x[rows] for x in (data.state, data.avail, data.actions)), i)
+        beside = alberdice.teammate_log_prob(
+            team.teammates, *(x[rows] for x in (data.state, data.avail, data.actions)), i
+        )
         assert torch.allclose(table.log_mu[i], log_mu)
         assert torch.allclose(table.log_mu_others[i], beside.clamp(min=-20))
 
@@ -209,6 +209,21 @@ def score(tmp_path, *words):
 
 
 LONG = pytest.mark.long
+
+
+@LONG
+@pytest.mark.parametrize("dataset, reward", [("balanced", 20), ("imbalanced", 5)])
+def test_m_nes_local_optimum_is_not_left(tmp_path, dataset, reward):
+    """As the papers say: without an entropy bonus a rare but better convention stays rare."""
+    found = score(tmp_path, "--env", "matrix", "--task", "m-ne", "--dataset", dataset, "--eval-episodes", 2)
+    assert found["return"]["per_seed"] == [reward] * 10
+
+
+@LONG
+@pytest.mark.skipif(not REAL.exists(), reason="needs the authors' file")
+def test_the_authors_own_bridge_data_lead_to_the_best(tmp_path):
+    found = score(tmp_path, "--dataset", REAL)
+    assert min(found["return"]["per_seed"]) > -1.2356 and found["sampled_return"]["mean"] > -1.25
 
 
 @pytest.mark.parametrize("dataset", ["aa-ab-ba", *(pytest.param(d, marks=LONG) for d in ("ab", "ab-ba", "all"))])

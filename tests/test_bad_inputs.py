@@ -1,4 +1,4 @@
-"""Bad inputs by the hundred, drawn over all scripts, flags, files and folders: each ends in one line, and loses nothing.
+"""Bad inputs by the hundred, over all scripts, flags, files and folders: each ends in one line, and loses nothing.
 
 Every attempt is a process of its own, forked from this one, where torch is loaded already: `runs.launch`, as a user's
 command would call it. Words that the parser itself does not know or cannot read end in tyro's own frame instead, with
@@ -35,18 +35,55 @@ SCRIPTS = {
     "inspo": (*MATRIX, "--dataset", "DATA", *SHORT, "--clone-steps", "2"),
     "iql": (*MATRIX, "--dataset", "DATA", *SHORT),
     "maddpg_cql_pjap": ("--env", "polynomial", *SHORT, "--dataset", "MOVES", "--window", "2"),
-    "mappo": (*MATRIX, "--steps", "8", "--eval-every", "4", "--rollout", "2", "--num-envs", "2", "--eval-episodes", "2"),
+    "mappo": (
+        *MATRIX,
+        "--steps",
+        "8",
+        "--eval-every",
+        "4",
+        "--rollout",
+        "2",
+        "--num-envs",
+        "2",
+        "--eval-episodes",
+        "2",
+    ),
     "moma_ppo": (*MATRIX, "--dataset", "DATA", *SHORT, "--model-steps", "2", "--warmup", "1"),
     "omar": (*MATRIX, "--dataset", "DATA", *SHORT),
     "omiga": (*MATRIX, "--dataset", "DATA", *SHORT),
-    "polygames": ("--num-seeds", "2", "--num-samples", "8", "--steps", "2", "--full-batch-steps", "2", "--figures", "1"),
+    "polygames": "--num-seeds 2 --num-samples 8 --steps 2 --full-batch-steps 2 --figures 1".split(),
     "td3_bc": ("--env", "polynomial", *SHORT, "--dataset", "MOVES"),
 }
 NUMBERS = ("nan", "inf", "-inf", "-1", "-0.5", "0", "1e400", "1e-400", str(10**20), str(2**63), str(-(2**63)), "")
 WORDS = {
-    "env": ("", "nope", ":", "a:", ":b", "json:dumps", "os:getcwd", "no.such:thing", "envs:TASKS", "é", "\0", "bridge "),
+    "env": (
+        "",
+        "nope",
+        ":",
+        "a:",
+        ":b",
+        "json:dumps",
+        "os:getcwd",
+        "no.such:thing",
+        "envs:TASKS",
+        "é",
+        "\0",
+        "bridge ",
+    ),
     "task": ("nope", "[", "[" * 3000, "[[1e400, 1], [0, 1]]", "[[1, 2], [3]]", "[]", "null", '{"a": 1}', "[[]]", "NaN"),
-    "dataset": ("nope", "/", ".", "/dev/null", "nope.h5", "x" * 5000, "[0.1,-1]", "[1e400]", "\0", "GARBAGE", "peak--1"),
+    "dataset": (
+        "nope",
+        "/",
+        ".",
+        "/dev/null",
+        "nope.h5",
+        "x" * 5000,
+        "[0.1,-1]",
+        "[1e400]",
+        "\0",
+        "GARBAGE",
+        "peak--1",
+    ),
     "env_kwargs": ("{", "[]", "1", '{"nope": 1}', '{"num_envs": 3}', "null", "{1: 2}", "[" * 3000),
     "device": ("gpu", "", "cuda:7", "meta", "CPU"),
     "out_dir": ("FILE", "FILE/below", "/proc/nothing/here", "/dev/null", "\0", "x" * 5000, "FULL"),
@@ -71,7 +108,13 @@ def place(tmp_path_factory):
 
 
 def words(place, name, *more):
-    known = {"DATA": "data.h5", "MOVES": "moves.h5", "FILE": "file", "FILE/below": "file/below", "GARBAGE": "garbage.h5"}
+    known = {
+        "DATA": "data.h5",
+        "MOVES": "moves.h5",
+        "FILE": "file",
+        "FILE/below": "file/below",
+        "GARBAGE": "garbage.h5",
+    }
     known |= {"FULL": "full", "RUN": f"runs/{name}"}
     return [str(place / known[word]) if word in known else word for word in (*SCRIPTS[name], *more)]
 
@@ -178,7 +221,7 @@ def bad_file(chance, place):
             elif kind == 6:
                 file[key] = np.full(value.shape, -7, dtype=value.dtype) if value.dtype != bool else value[:-1]
     flags = [str(bad) if word in ("DATA", "MOVES") else word for word in SCRIPTS[name]]
-    return name, words(place, name)[:0] + flags, place / "out"
+    return name, flags, place / "out"
 
 
 class Bad:  # what a checkpoint must not be able to do

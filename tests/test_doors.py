@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
 from conftest import ROOT, command, complains, load_script
 
-from data import load, write
+from data import load, runs, write
 
 TINY = ("--num-seeds", 2, "--seed", 3, "--eval-episodes", 2, "--out-dir")
 # script, flags of a short run, and how many kinds of play (greedy, sampled) share a batch of games
@@ -94,6 +95,15 @@ def test_a_kept_team_plays_alone_as_it_was_evaluated(tmp_path, monkeypatch, case
     assert done.returncode == 0, done.stderr
     length, acted, unlike = map(int, done.stdout.split())
     assert (length, unlike) == (len(steps), 0) and acted > 0
+
+
+@pytest.mark.parametrize("name", sorted({script for script, _, _ in KEPT.values()}))
+def test_every_flag_is_read(name):
+    script, keeper = (ROOT / "algorithms" / f"{name}.py").read_text(), (ROOT / "data" / "runs.py").read_text()
+    kept = runs.MAY_CHANGE | {"seed", "dataset", "env_kwargs", "team_reward"}  # what the keeper of a run reads
+    unread = [field.name for field in fields(load_script(name).Args)
+              if f"args.{field.name}" not in script + keeper * (field.name in kept)]  # fmt: skip
+    assert unread == []
 
 
 @pytest.fixture(scope="module")

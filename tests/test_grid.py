@@ -14,7 +14,10 @@ WORDS, SHORT = grid.words, ["--steps", "3", "--eval-every", "2", "--eval-episode
 
 def test_the_interval_and_the_test_on_known_numbers():
     """Welch's p-value against drawn numbers of Student's distribution; the bootstrap's interval near the normal one."""
-    x, y = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9], [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2, 21.9, 22.1, 22.9]
+    x, y = (
+        [27.5, 21.0, 19.0, 23.6, 17.0, 17.9],
+        [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2, 21.9, 22.1, 22.9],
+    )
     a, b = np.var(x, ddof=1) / len(x), np.var(y, ddof=1) / len(y)
     t, df = (np.mean(x) - np.mean(y)) / math.sqrt(a + b), (a + b) ** 2 / (a**2 / 5 + b**2 / 12)
     # by drawing: the share of t-distributed numbers that are as far out
@@ -58,7 +61,13 @@ def test_a_cell_is_trained_once_and_another_machines_lines_stay(tmp_path, monkey
     monkeypatch.setattr(grid, "RESULTS", tmp_path / "results.csv")
     (cell,) = [c for c in grid.cells() if c.key == ("cloning", "xor", "ab")]
     monkeypatch.setattr(grid, "words", lambda *cell: WORDS(*cell) + SHORT)
-    elsewhere = dict.fromkeys(grid.COLUMNS, "") | {"method": "OMAR", "task": "xor", "dataset": "all", "seed": "3", "return": "1"}
+    elsewhere = dict.fromkeys(grid.COLUMNS, "") | {
+        "method": "OMAR",
+        "task": "xor",
+        "dataset": "all",
+        "seed": "3",
+        "return": "1",
+    }
     with (tmp_path / "results.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, grid.COLUMNS)
         table.writeheader()
@@ -103,7 +112,11 @@ def test_the_table_and_the_picture(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("before\n<!-- grid -->\nold\n<!-- end of grid -->\nafter\n")
     grid.render()
     page = (tmp_path / "README.md").read_text()
-    assert page.startswith("before\n<!-- grid -->") and page.endswith("<!-- end of grid -->\nafter\n") and "old" not in page
+    assert (
+        page.startswith("before\n<!-- grid -->")
+        and page.endswith("<!-- end of grid -->\nafter\n")
+        and "old" not in page
+    )
     (line,) = [line for line in page.splitlines() if line.startswith("| xor")]
     assert line == "| xor `ab-ba` | 1.00 | 0.50 ± 0.17 [0.20, 0.80] | 1.00* | 0.00 |"
     assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"

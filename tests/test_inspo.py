@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import h5py
@@ -1440,14 +1440,6 @@ def test_a_table_of_three_agents_written_on_the_command_line(tmp_path):
 
 
 # ---------------------------------------------------------------- bad input
-def test_every_flag_is_read():
-    script, keeper = (ROOT / "algorithms" / "inspo.py").read_text(), (ROOT / "data" / "runs.py").read_text()
-    kept = runs.MAY_CHANGE | {"seed", "dataset", "env_kwargs", "team_reward"}  # what the keeper of a run reads
-    unread = [field.name for field in fields(inspo.Args)
-              if f"args.{field.name}" not in script + keeper * (field.name in kept)]  # fmt: skip
-    assert unread == []
-
-
 @pytest.mark.parametrize("words, said", [
     (("--env", "chess"), "unknown environment: choose --env bridge, matrix, smac"),
     (("--env", "halfcheetah"), "InSPO is for discrete actions: choose --env bridge, matrix, smac, or"),

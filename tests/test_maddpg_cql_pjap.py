@@ -7,11 +7,11 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, command, complains, load_script
+from conftest import ROOT, command, complains, load_script, refuses
 from updates import UPDATES
 
 import data
@@ -678,14 +678,6 @@ def test_an_update_on_a_gpu_never_waits_for_the_host():
 
 
 # ---------------------------------------------------------------- bad input
-def test_every_flag_is_read():
-    script, keeper = ((ROOT / file).read_text() for file in ("algorithms/maddpg_cql_pjap.py", "data/runs.py"))
-    kept = runs.MAY_CHANGE | {"seed", "dataset", "env_kwargs", "team_reward"}  # what the keeper of a run reads
-    unread = [field.name for field in fields(maddpg.Args)
-              if f"args.{field.name}" not in script + keeper * (field.name in kept)]  # fmt: skip
-    assert unread == []
-
-
 @pytest.mark.parametrize("flags, said", [
     (("--env", "bridge", "--dataset", "mixed"), "or package.module:factory, not 'bridge'"),
     (("--env", "matrix"), "MADDPG is for continuous actions: choose --env halfcheetah, reacher, ant"),
@@ -705,10 +697,7 @@ def test_every_flag_is_read():
     (("--resume", "--out-dir", "nowhere"), "no run to resume in nowhere"),
 ])  # fmt: skip
 def test_bad_input_is_refused(tmp_path, flags, said):
-    with pytest.raises((ValueError, OSError)) as error:
-        maddpg.main(maddpg.parse([*flags, *(() if "--resume" in flags else ("--out-dir", str(tmp_path / "run")))]))
-    assert said in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists()
+    refuses(maddpg, flags, said, tmp_path / "run")
 
 
 def test_a_dataset_of_other_sizes_ends_in_one_line(tmp_path):

@@ -4,11 +4,10 @@ import csv
 import itertools
 import json
 import math
-from dataclasses import fields
 
 import pytest
 import torch
-from conftest import ROOT, command, complains, load_script
+from conftest import command, complains, load_script, refuses
 from test_cfcql import BRIDGE, UNEVEN, A, D, N, O, S, alone, along, episodes_in, lambda_return, random_dataset, streams
 
 import data
@@ -335,14 +334,6 @@ def test_it_says_which_method_it_was(tmp_path, words, method):
     assert process.returncode == 0 and f"\n{method} on matrix-xor" in process.stdout, process.stderr
 
 
-def test_every_flag_is_read():
-    script, keeper = (ROOT / "algorithms" / "omar.py").read_text(), (ROOT / "data" / "runs.py").read_text()
-    kept = runs.MAY_CHANGE | {"seed", "dataset", "env_kwargs", "team_reward"}  # what the keeper of a run reads
-    unread = [field.name for field in fields(omar.Args)
-              if f"args.{field.name}" not in script + keeper * (field.name in kept)]  # fmt: skip
-    assert unread == []
-
-
 @pytest.mark.parametrize("flags, said", [
     (("--env", "chess"), "unknown environment: choose"),
     (("--env", "reacher"), "see td3_bc.py"),
@@ -353,10 +344,7 @@ def test_every_flag_is_read():
     (("--resume", "--out-dir", "nowhere"), "no run to resume in nowhere"),
 ])  # fmt: skip
 def test_bad_input_is_refused(tmp_path, flags, said):
-    with pytest.raises((ValueError, OSError)) as error:
-        omar.main(omar.parse([*flags, *(() if "--resume" in flags else ("--out-dir", str(tmp_path / "run")))]))
-    assert said in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists()
+    refuses(omar, flags, said, tmp_path / "run")
 
 
 def test_continuous_actions_of_any_environment_are_refused():
