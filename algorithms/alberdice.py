@@ -129,7 +129,8 @@ class Args:
     policy_lr: float = 1e-3  # Adam's step size for the policies; all of them fall linearly to 0
     critic_lr: float = 3e-3  # Adam's step size for nu and e
     ratio_cap: float = 100.0  # largest importance ratio
-    clone_steps: int = 1000  # updates of the behaviour models before the sweeps
+    clone_steps: int = 1000  # updates of the behaviour models before the sweeps, at most
+    hold_back: float = 0.0  # share of the episodes by which they are judged: each seed stops where they get no better
     clone_lr: float = 2e-3  # their step size
     clone_batch: int = 128  # their minibatch
 
@@ -409,23 +410,48 @@ def alpha_at(step, args):
 
 
 # ---------------------------------------------------------------- behaviour
-def clone_update(team, adam, data, row_noise, args):
-    """One update of the behaviour, Eq. 8: mu_i of each agent and the teammate model, on steps drawn by row_noise."""
-    agents, rows = range(len(team.mus)), draw(row_noise, data)  # (S, B)
+def clone_loss(team, data, rows):
+    """Eq. 8 for each seed, (S,), on the steps that begin in the rows (S, B): mu_i of each agent, the teammate model."""
+    agents = range(len(team.mus))
     state, avail, actions = data.state[rows], data.avail[rows], data.actions[rows]
     loss = -chosen(unroll(team.mus, agents, rows, data), actions.movedim(2, 0)).sum(0).mean(1)
     for i in agents:
         log_mu = teammate_log_prob(team.teammates, state, avail, actions, i)
         others = torch.stack([actions[..., j] for j in agents if j != i], -1)  # (S, B, N-1)
         loss = loss - chosen(log_mu, others).sum(-1).mean(1)
-    descend(adam, loss)
+    return loss
 
 
-def clone(team, data, generators, args, clone_update=clone_update):
-    """Fit the behaviour before anything else, start the policies from it, and return it as a `Behaviour`."""
-    adam = Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr)
-    for _ in range(args.clone_steps):
-        clone_update(team, adam, data, uniform(generators, args.clone_batch), args)
+def clone_update(team, adam, data, row_noise, args):
+    """One update of the behaviour on steps that row_noise (S, B) draws."""
+    descend(adam, clone_loss(team, data, draw(row_noise, data)))
+
+
+def clone(team, data, generators, args, clone_update=clone_update, held=None):
+    """Fit the behaviour before anything else, start the policies from it, and return it as a `Behaviour`.
+
+    held (M,) bool are steps to judge by: each seed keeps the models, of every 250 updates, that find them
+    likeliest, and stops once 1,000 updates bring no better ones.
+    """
+    adam, S = Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr), args.num_seeds
+    learned = data if held is None else data._replace(steps=data.steps[~held])
+    kept = [p.detach().clone() for p in adam.moved]
+    best, since = kept[0].new_full((S,), math.inf), kept[0].new_zeros(S)
+    for step in range(1, args.clone_steps + 1):
+        clone_update(team, adam, learned, uniform(generators, args.clone_batch), args)
+        if held is None or (step % 250 and step < args.clone_steps):
+            continue
+        with torch.no_grad():
+            loss = clone_loss(team, data, data.steps[held].expand(S, -1))
+            better = (loss < best) & (since < 4)  # (S,) a seed that got no better in 1,000 updates is done
+            best, since = torch.where(better, loss, best), torch.where(better, 0, since + 1)
+            for old, new in zip(kept, adam.moved):
+                old[better] = new[better]
+        if (since >= 4).all():
+            break
+    if held is not None:
+        with torch.no_grad():
+            torch._foreach_copy_(adam.moved, kept)
     team.policies.load_state_dict(team.mus.state_dict())  # a cloned team is a good place to start from
     return tabulate(team, data, args)
 
@@ -465,8 +491,8 @@ def preset(args):
         found = datasets.load("", "", args.dataset)
         unit, seen = found.returns.std().item() or 1.0, found.obs[found.mask.any(1)]
         cells = bool((seen == seen.round()).all()) and len(seen.unique()) <= 20
-        values = dict(env=env, task=task, dataset="", num_seeds=3, one_hot=cells, clone_steps=5000, clone_lr=1e-3)
-        return values | dict(alpha=0.3 * unit, alpha_end=0.003 * unit, cql=0.1 * unit, eval_every=500)
+        values = dict(env=env, task=task, dataset="", num_seeds=3, one_hot=cells, clone_steps=50_000, hold_back=0.1)
+        return values | dict(alpha=0.3 * unit, alpha_end=0.003 * unit, cql=0.1 * unit, eval_every=500, clone_lr=1e-3)
     task = task or "xor"
     payoff = envs.make("matrix", task).payoff
     unit = (payoff.max() - payoff.min()).item() or 1.0
@@ -545,7 +571,8 @@ def main(args):
         behaviour = tabulate(team, data, args)
     else:
         generators = [runs.stream(seed, 1, device) for seed in run.seeds]
-        behaviour = clone(team, data, generators, args, run.compile(clone_update))
+        held = layout.hold_back(args.hold_back, data.steps, dataset.lengths)
+        behaviour = clone(team, data, generators, args, run.compile(clone_update), held)
 
     alpha, names = torch.zeros((), device=device), ("nu_loss", "e_loss", "policy_loss", "kl", "sample_size")
     logs = {name: torch.zeros(args.num_seeds, device=device) for name in names}
@@ -572,8 +599,8 @@ def main(args):
 def parse(argv=None):
     """Read the command line; where no flag speaks, the task's own values or those of the resumed run hold."""
     args = runs.parse(Args, preset, argv, __doc__, "AlberDICE is for discrete actions", ("bridge", "matrix"))
-    zero = "seed episodes eval_episodes cql penalty gamma layers clone_steps"
-    runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma")
+    zero = "seed episodes eval_episodes cql penalty gamma layers clone_steps hold_back"
+    runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma hold_back")
     return args
 
 

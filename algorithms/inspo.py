@@ -153,7 +153,8 @@ class Args:
     tau: float = 0.05  # how far a target network moves in an update
     weight_cap: float = 100.0  # largest weight in the policy loss
     ratio_cap: float = 100.0  # largest importance ratio
-    clone_steps: int = 1000  # updates of the behaviour models before the sweeps
+    clone_steps: int = 1000  # updates of the behaviour models before the sweeps, at most
+    hold_back: float = 0.0  # share of the episodes by which they are judged: each seed stops where they get no better
     clone_lr: float = 2e-3  # their step size
     clone_batch: int = 128  # their minibatch
 
@@ -634,10 +635,10 @@ def semi_greedy(order, team, data, behaviour, uniform):
 
 
 # ---------------------------------------------------------------- behaviour
-def clone_update(team, adam, data, row_noise, step_noise, args):
-    """One update of the behaviour: mu_i of each agent (Eq. 21) and the teammate model (Eq. 22), on sequences drawn by
-    row_noise (S, B'); with a memory step_noise (S, B) draws the steps that the teammate model learns from."""
-    agents, rows = range(len(team.mus)), draw(row_noise, data)[:, :-1]  # (S, L - 1, B')
+def clone_loss(team, data, rows, step_noise, args):
+    """For each seed, (S,): the loss of mu_i of each agent (Eq. 21) and of the teammate model (Eq. 22) on the sequences
+    rows (S, L, B'); with a memory step_noise (S, B) draws the steps that the teammate model learns from."""
+    agents, rows = range(len(team.mus)), rows[:, :-1]  # (S, L - 1, B')
     log_mu = unroll(team.mus, agents, rows, data).flatten(2, 3)  # (N, S, K, A)
     rows = rows.flatten(1)  # (S, K)
     valid = data.acted[rows]
@@ -650,17 +651,43 @@ def clone_update(team, adam, data, row_noise, step_noise, args):
     known = data.state[rows], data.avail[rows], data.actions[rows]
     for i in agents:
         loss = loss - teammate_log_prob(team.teammates, *known, i, prior).mean(1)
-    descend(adam, loss)
+    return loss
 
 
-def clone(team, data, generators, args, clone_update=clone_update):
-    """Fit the behaviour before anything else, start the policies from it, and return it as a `Behaviour`."""
-    adam = Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr)
-    for _ in range(args.clone_steps):
+def clone_update(team, adam, data, row_noise, step_noise, args):
+    """One update of the behaviour on sequences that row_noise (S, B') draws."""
+    descend(adam, clone_loss(team, data, draw(row_noise, data), step_noise, args))
+
+
+def clone(team, data, generators, args, clone_update=clone_update, held=None):
+    """Fit the behaviour before anything else, start the policies from it, and return it as a `Behaviour`.
+
+    held (Q,) bool are sequences to judge by: each seed keeps the models, of every 250 updates, that find them
+    likeliest, and stops once 1,000 updates bring no better ones.
+    """
+    adam, S = Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr), args.num_seeds
+    learned = data if held is None else data._replace(sequences=data.sequences[~held])
+    kept = [p.detach().clone() for p in adam.moved]
+    best, since = kept[0].new_full((S,), math.inf), kept[0].new_zeros(S)
+    for step in range(1, args.clone_steps + 1):
         row_noise, step_noise = uniform(generators, args.sequences if args.recurrent else args.clone_batch), None
         if args.recurrent:
             step_noise = uniform(generators, args.clone_batch)
-        clone_update(team, adam, data, row_noise, step_noise, args)
+        clone_update(team, adam, learned, row_noise, step_noise, args)
+        if held is None or (step % 250 and step < args.clone_steps):
+            continue
+        with torch.no_grad():
+            even = torch.linspace(0, 0.999, args.clone_batch, device=row_noise.device).expand(S, -1)
+            loss = clone_loss(team, data, data.sequences[held].mT.expand(S, -1, -1), even, args)
+            better = (loss < best) & (since < 4)  # (S,) a seed that got no better in 1,000 updates is done
+            best, since = torch.where(better, loss, best), torch.where(better, 0, since + 1)
+            for old, new in zip(kept, adam.moved):
+                old[better] = new[better]
+        if (since >= 4).all():
+            break
+    if held is not None:
+        with torch.no_grad():
+            torch._foreach_copy_(adam.moved, kept)
     team.policies.load_state_dict(team.mus.state_dict())  # a cloned team is a good place to start from
     return tabulate(team, data, args)
 
@@ -713,9 +740,16 @@ def preset(args):
         unit, seen = found.returns.std().item() or 1.0, found.obs[found.mask.any(1)]
         cells = bool((seen == seen.round()).all()) and len(seen.unique()) <= 20
         values = dict(env=env, task=task, dataset="", num_seeds=3, one_hot=cells, alpha=0.05 * unit, beta=0.01 * unit)
-        values |= dict(beta_end=0.001 * unit, cql=0.02 * unit, warmup=1000, clone_steps=5000, clone_lr=1e-3)
-        return values | dict(batch_size=256, clone_batch=256, critic_lr=1e-3, cooldown=0.4, eval_every=1000,
-                             eval_episodes=10)
+        values |= dict(beta_end=0.001 * unit, cql=0.02 * unit, warmup=1000, clone_steps=50_000, hold_back=0.1)
+        return values | dict(
+            batch_size=256,
+            clone_lr=1e-3,
+            clone_batch=256,
+            critic_lr=1e-3,
+            cooldown=0.4,
+            eval_every=1000,
+            eval_episodes=10,
+        )
     task = task or "xor"
     payoff = envs.make("matrix", task).payoff
     values = dict(dataset=datasets.names("matrix", task)[-1], steps=1500, one_hot=False, clone_lr=1e-3)
@@ -836,7 +870,8 @@ def main(args):
         behaviour = tabulate(team, data, args)
     else:
         generators = [runs.stream(seed, 1, device) for seed in run.seeds]
-        behaviour = clone(team, data, generators, args, run.compile(clone_update))
+        held = layout.hold_back(args.hold_back, data.sequences[:, 0], dataset.lengths)
+        behaviour = clone(team, data, generators, args, run.compile(clone_update), held)
 
     beta = torch.zeros((), device=device)
     logs = {name: torch.zeros(args.num_seeds, device=device) for name in ("q_loss", "policy_loss", "kl", "sample_size")}
@@ -871,8 +906,8 @@ def parse(argv=None):
     args = runs.parse(Args, preset, argv, __doc__, "InSPO is for discrete actions", ("bridge", "matrix", "smac"))
     if args.backend == "sc2" and args.env != "smac":
         raise ValueError("--backend sc2 plays the maps of --env smac")
-    zero = "seed episodes eval_episodes beta beta_hold warmup cql kl_target gamma layers clone_steps cooldown"
-    runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma tau cooldown")
+    zero = "seed episodes eval_episodes beta beta_hold warmup cql kl_target gamma layers clone_steps cooldown hold_back"
+    runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma tau cooldown hold_back")
     return args
 
 

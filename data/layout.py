@@ -66,6 +66,23 @@ def pack(lengths, empty):
     return torch.tensor(sequences, device=lengths.device)
 
 
+def hold_back(share, begin, lengths, most=5000):
+    """Choose episodes, evenly spread over the data, for judging what was learned from the others.
+
+    Args:
+        share: of the episodes, less where that would be more than `most` sequences.
+        begin: (Q,) the row with which each sequence, or step, begins.
+        lengths: (E,) of the episodes, in steps.
+    Returns:
+        (Q,) bool, the sequences that begin in these episodes; None if there are too few to spare one.
+    """
+    episode = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths + 1)[begin]  # (Q,)
+    found = episode.unique()
+    if share == 0 or len(found) < 2:
+        return None
+    return torch.isin(episode, found[:: max(2, round(1 / min(share, most / len(begin))))])
+
+
 def age(lengths):
     """The steps since each row's episode began, and those still to come: lengths (E,), in steps -> (R,), (R,)."""
     begin = (lengths + 1).cumsum(0) - lengths - 1  # (E,) each episode's first row

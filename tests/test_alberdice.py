@@ -182,6 +182,28 @@ def test_seeds_together_are_seeds_alone(float64):
             assert torch.allclose(together[name][s], value[0], atol=1e-12), name
 
 
+def test_clones_are_kept_where_held_back_steps_are_likeliest(float64):
+    """Each seed keeps the best of its looks, wherever the others stop, and none learns from what is held back."""
+    seed, seeds = 8, (3, 8)
+    held = torch.arange(M) % 2 == 0
+    data, args, team, _ = made(seeds, clone_steps=3000, clone_lr=1e-2)
+    alberdice.clone(team, data, streams(seeds), args, held=held)
+    found = team.state_dict()
+
+    data, args, team, _ = made((seed,), clone_lr=1e-2)
+    adam = alberdice.Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr)
+    (generator,), best, since = streams((seed,)), (torch.inf, None), 0
+    while since < 4:
+        for _ in range(250):
+            rows = (~held).nonzero()[:, 0][torch.rand(1, args.clone_batch, generator=generator).mul(M // 2).long()]
+            alberdice.descend(adam, alberdice.clone_loss(team, data, rows))
+        loss, since = alberdice.clone_loss(team, data, held.nonzero()[:, 0][None]).item(), since + 1
+        if loss < best[0]:
+            best, since = (loss, {name: value.clone() for name, value in team.state_dict().items()}), 0
+    for name in (name for name in best[1] if name.split(".")[0] in ("mus", "teammates")):
+        assert torch.allclose(found[name][1], best[1][name][0], atol=1e-10), name
+
+
 def test_an_agent_learns_against_what_its_teammates_have_become(float64):
     """The second turn of a sweep sees the first agent's new policy, not the old one."""
     data, args, team, adams = made()

@@ -265,6 +265,35 @@ def test_cloned_models_fit_the_counts():
     assert all(torch.equal(weight, cloned[name]) for name, weight in team.policies.state_dict().items())
 
 
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_clones_are_kept_where_held_back_episodes_are_likeliest(float64, recurrent):
+    """From few games at random cloning soon learns what was chance; held-back games end it, for each seed by itself."""
+    E, T, g = 24, 4, torch.Generator().manual_seed(0)
+    obs, actions = torch.rand(E, T + 1, 2, 3, generator=g), torch.randint(3, (E, T, 2), generator=g)
+    mask, avail = torch.ones(E, T, dtype=torch.bool), torch.ones(E, T + 1, 2, 3, dtype=torch.bool)
+    recorded = data.Dataset(obs, obs.flatten(2), avail, actions, torch.zeros(E, T), torch.zeros_like(mask), mask)
+    few = dict(recurrent=recurrent, one_hot=False, hidden=8, sequences=4, clone_batch=16, clone_lr=3e-3)
+
+    def cloned(seeds, share):
+        args = inspo.Args(num_seeds=len(seeds), clone_steps=2000, **few)
+        flat, _ = inspo.arrange(recorded.check(), args)
+        team = inspo.Team(2, 3, flat.obs.shape[-1], 6, args, [torch.Generator().manual_seed(s) for s in seeds])
+        held = data.layout.hold_back(share, flat.sequences[:, 0], recorded.lengths)
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        behaviour = inspo.clone(team, flat, generators, args, held=held)
+        seen, games = flat.acted.bool(), torch.arange(E).repeat_interleave(T)
+        log_mu = sum(behaviour.log_mu[i][:, seen].gather(-1, flat.actions[seen, i].expand(len(seeds), -1)[..., None])
+                     for i in range(2))  # fmt: skip
+        return team, log_mu[..., 0].mT[games % 4 == 0].mean(0)  # of the games that a share of 1/4 holds back
+
+    both, likely = cloned((1, 5), 0.25)
+    for s, seed in enumerate((1, 5)):
+        alone, _ = cloned((seed,), 0.25)
+        for (name, one), (_, two) in zip(alone.mus.state_dict().items(), both.mus.state_dict().items(), strict=True):
+            assert torch.allclose(one[0], two[s], atol=1e-8), name
+    assert (likely > -2.6).all()  # 2 log 3 = 2.2 would be as good as guessing
+
+
 def test_auto_alpha_moves_towards_the_target(tmp_path):
     """Eq. 25: alpha rises while the KL divergence is above its target, and falls below it."""
     for target, rises in ((0.05, True), (3.0, False)):

@@ -112,6 +112,17 @@ def test_age():
     assert left.tolist() == [1, 0, 3, 2, 1, 0, 1, 0, 2, 1, 0]
 
 
+def test_hold_back():
+    lengths = torch.tensor([1, 3, 1, 1, 2] * 4)  # 20 episodes, 32 steps
+    begin = (layout.age(lengths)[1] > 0).nonzero()[:, 0]
+    episode = torch.arange(20).repeat_interleave(lengths)
+    for share, apart in ((0.1, 10), (0.25, 4), (0.9, 2)):
+        assert torch.equal(layout.hold_back(share, begin, lengths), episode % apart == 0)
+    assert torch.equal(layout.hold_back(0.5, begin, lengths, most=4), episode % 8 == 0)  # 4 of 32 steps
+    assert layout.hold_back(0.0, begin, lengths) is None
+    assert layout.hold_back(0.5, torch.arange(3), torch.tensor([3])) is None  # a single episode
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 def test_togo(dtype):
     dataset = by_hand()
