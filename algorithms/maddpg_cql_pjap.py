@@ -56,7 +56,9 @@ Choices made here; "code" is the authors' as submitted (June 2024). algorithms/R
  10. CQL's terms differ in p_i only, so each joint action is evaluated once; p_i is the density before clipping (code).
  11. Both losses look at the networks as they were before the update (code).
  12. Batches are smaller, updates fewer, and inputs in units of the data's mean and spread (code: raw, --no-normalize).
- 13. Seeds differ in all that is random here, but are evaluated in one environment.
+ 13. --steepness is the paper's k on HalfCheetah, whose actions vary by 0.7; elsewhere k is in proportion to 0.7 over
+     the recorded actions' spread.
+ 14. Seeds differ in all that is random here, but are evaluated in one environment.
 
 Shapes: S seeds, L rows of a window, B windows, K joint actions, N agents, A entries of an
 agent's action, I inputs, D state, R rows (observations) of the dataset, W windows, E games.
@@ -103,7 +105,7 @@ class Args:
     track: bool = False  # also log to Weights & Biases
     # --- the method
     pjap: bool = True  # draw windows by their priorities; with --no-pjap all are equally likely
-    steepness: float = 4.0  # k: how fast priorities fall with the distance
+    steepness: float = 4.0  # k: how fast priorities fall with the distance, where actions vary as HalfCheetah's do
     ramp: float = 0.3  # the share of the updates over which k grows to its full value
     floor: float = 0.001  # the smallest priority, before the exponent
     exponent: float = 0.99  # of the priorities
@@ -493,6 +495,8 @@ def main(args):
     run.begin(team=team, windows=windows, rmsprops=rmsprops, generators=generators)
     runs.say(f"{len(dataset.returns)} episodes, {len(start)} windows, mean return {dataset.returns.mean():.1f}")
 
+    # "Close" depends on how much actions vary at all. The paper's k is HalfCheetah's, where they do by 0.7.
+    per_spread = 1.0 if args.env == "halfcheetah" else 0.7 / layout.units(data.actions[data.acted > 0])[1].mean().item()
     k, zero = torch.zeros((), device=device), torch.zeros(S, device=device)
     sums = nothing = dict.fromkeys(("q_loss", "cql", "policy_loss", "distance"), zero)  # since the last evaluation
     for step in run.steps(args.steps, args.eval_every):
@@ -507,7 +511,7 @@ def main(args):
             run.record(logs, {name: x.mean(1) for name, x in scores.items()}, far)
             sums = nothing
         if step < args.steps:
-            k.fill_(steepness_at(step, args))
+            k.fill_(steepness_at(step, args) * per_spread)
             new = learn(team, rmsprops, data, windows, draw_noise(generators, data, args), k, args)
             sums = {name: sums[name] + value for name, value in new.items()}
 
