@@ -51,12 +51,13 @@ Differences from the authors' code (of MOMA-PPO's baselines), and choices made h
   5. --scale-rewards (the ant's default, as in the code) measures rewards in thousandths of the difference between the
      best and the worst return of the data.
   6. Step sizes of the policies fall linearly to 0 (the code: along a cosine).
-  7. Fine-tuning in the true simulator (MAIQL-ft) is not here.
+  7. --finetune 1 (MAIQL-ft): as many updates again, in which the teams play as well. Every tenth, each seed plays ten
+     steps from recorded states; all steps, recorded or its own, are as likely to be drawn, in the end half and half.
 
 Seeds differ in all that is random here, and are evaluated in one environment.
 
 Shapes: S seeds, N agents, K players, Q = S K networks, B steps of a minibatch, M recorded steps, R rows (observations),
-E games, A actions (or entries of an action), O observation, I inputs, D state.
+E games, T steps, A actions (or entries of an action), O observation, I inputs, D state.
 """
 
 import copy
@@ -82,7 +83,7 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 @dataclass
 class Args:
     # --- what to learn
-    env: str = "matrix"  # the environment: matrix, bridge, smac, halfcheetah, reacher, ant, or module:factory
+    env: str = "matrix"  # matrix, bridge, smac, polynomial, reacher, halfcheetah, ant, or module:factory
     task: str = ""  # its task; by default the coordination game, or the environment's first
     dataset: str = "unfavourable"  # a dataset's name, or the path of a file
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
@@ -102,6 +103,7 @@ class Args:
     track: bool = False  # also log to Weights & Biases
     # --- the method
     team: Literal["central", "mixed", "independent"] = "mixed"  # who learns: one for all, or each agent
+    finetune: float = 0.0  # then so many times --steps more, in which the teams play the true game as well
     expectile: float = 0.7  # which expectile of the recorded actions' Q is V
     temperature: float = 3.0  # how much more a good action counts than a bad one; 0 clones
     scale_rewards: bool = False  # in thousandths of the spread of the data's returns
@@ -188,11 +190,12 @@ class Policies(nn.Module):
         return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - HALF_LOG_2PI).sum(-1)
 
     def sample(self, out, clocks=None):
-        """The likeliest actions, (S, N, B) or (S, N, B, A); with exponential clocks (S, N, B, A) actions drawn from
-        discrete policies."""
+        """The likeliest actions, (S, N, B) or (S, N, B, A); with exponential clocks, or normal numbers where actions
+        are continuous, (S, N, B, A), actions drawn from the policies."""
         if self.discrete:  # which clock rings first is a draw from pi
             return (out if clocks is None else out - clocks.log()).argmax(-1)
-        return out.chunk(2, -1)[0]
+        mean, log_std = out.chunk(2, -1)
+        return mean if clocks is None else mean + log_std.exp() * clocks
 
 
 class Mixer(nn.Module):
@@ -374,6 +377,8 @@ def preset(args):
         "matrix": dict(dataset=datasets.names("matrix", task)[-1]) if env == "matrix" else {},
         "bridge": small | dict(dataset="mixed", num_seeds=5, one_hot=True, batch_size=128, eval_episodes=32),
         "smac": small | dict(dataset="medium-replay", num_seeds=3, batch_size=512, eval_episodes=32),
+        "polynomial": body | dict(dataset="peak-0.5", num_seeds=10, steps=3000, eval_every=1000, hidden=64, batch_size=64,
+                                  lr=1e-3, normalize=False),
         "halfcheetah": body | dict(dataset="good"), "reacher": body | dict(dataset="expert-mix"),
         "ant": body | dict(dataset="full-replay", scale_rewards=True),
     }  # fmt: skip
@@ -394,18 +399,29 @@ def arrange(dataset, args):
             obs = (obs.to(dtype) - mean) / std.clamp(min=1e-3) if args.normalize else obs.to(dtype)
         return obs.flatten(-2)[..., None, :] if central else obs
 
-    state, (middle, spread) = rows["state"], layout.units(rows["state"])
-    if args.one_hot:
-        state = layout.one_hot(state)(state)
-    elif args.normalize:
-        state = (state - middle) / spread
-    avail, action, reward = rows["avail_actions"], rows["actions"], rows["reward"]
+    state, avail, action = see_state(rows["state"], args)(rows["state"]), rows["avail_actions"], rows["actions"]
     if central:
-        action = action.flatten(1)[:, None] if avail is None else joint_index(action, avail.shape)
-        avail = avail if avail is None else joint_mask(avail)
-    if args.scale_rewards:
-        reward = reward * 1000 / (dataset.returns.max() - dataset.returns.min()).clamp(min=1e-6)
+        action, avail = as_one(action, avail), avail if avail is None else joint_mask(avail)
+    reward = rows["reward"] * reward_scale(dataset, args)
     return Data(encode(rows["obs"]), state, avail, action, reward, rows["done"], rows["start"]), encode
+
+
+def see_state(state, args):
+    """The function that turns states (..., D) into the mixers' inputs; state (R, D) are the recorded ones."""
+    if args.one_hot:
+        return layout.one_hot(state)
+    middle, spread = layout.units(state) if args.normalize else (0.0, 1.0)
+    return lambda x: (x.to(state.dtype) - middle) / spread
+
+
+def reward_scale(dataset, args):
+    """What rewards are multiplied by."""
+    return 1000 / (dataset.returns.max() - dataset.returns.min()).clamp(min=1e-6) if args.scale_rewards else 1.0
+
+
+def as_one(action, avail):
+    """All agents' actions as those of the central player: (..., N) -> (..., 1), or (..., N, A) -> (..., 1, N A)."""
+    return action.flatten(-2)[..., None, :] if avail is None else joint_index(action, avail.shape)
 
 
 def joint_mask(avail):
@@ -436,6 +452,68 @@ def act(policies, encode, obs, avail, memory, clocks=None):
         powers = avail.shape[-1] ** torch.arange(N - 1, -1, -1, device=obs.device)
         action = action // powers % avail.shape[-1]
     return action, memory
+
+
+class Practice(nn.Module):
+    """Room behind the dataset's rows for what the teams play while they are fine-tuned: E games of T steps a round.
+
+    Attributes:
+        data: the dataset's rows, and behind them the teams', into which the other attributes are views.
+        own: (S, C) the rows where steps begin that a seed has played; count (S,) says how many of them it has.
+    """
+
+    def __init__(self, data, S, updates, time_limit):
+        super().__init__()
+        R, M, rounds = len(data.obs), len(data.steps), -(-updates // 10)
+        self.T = min(10, time_limit)
+        self.E = -(-M // (rounds * self.T))  # in the end there are as many steps of their own as in the data
+        sizes = S, rounds, self.E, self.T + 1
+        rooms = {name: x.new_zeros(math.prod(sizes), *x.shape[1:]) for name, x in data._asdict().items()
+                 if x is not None and name != "steps"}  # fmt: skip
+        self.data = data._replace(**{name: torch.cat([getattr(data, name), room]) for name, room in rooms.items()})
+        for name in rooms:
+            self.register_buffer(name, getattr(self.data, name)[R:].unflatten(0, sizes))
+        self.register_buffer("row", torch.arange(R, R + math.prod(sizes), device=data.obs.device).view(sizes))
+        self.register_buffer("own", data.steps.new_zeros(S, rounds * self.E * self.T + 1))
+        self.register_buffer("count", data.steps.new_zeros(S))
+
+    def draw(self, generators, args):
+        """A minibatch for each seed, of recorded steps and its own, all equally likely: (S, B) rows."""
+        M, B = len(self.data.steps), args.batch_size
+        uniform = [torch.rand(B, generator=g, device=g.device, dtype=torch.float64) for g in generators]
+        at = (torch.stack(uniform) * (M + self.count[:, None])).long()
+        return torch.where(at < M, self.data.steps[at.clamp(max=M - 1)], self.own.gather(1, (at - M).clamp(min=0)))
+
+    @torch.no_grad()
+    def play(self, r, game, policies, encode, see, states, scale, generators):
+        """Round r: every seed plays E games of the batch from recorded states, by sampling.
+
+        states (R, D) are as recorded, see and scale what `see_state` and `reward_scale` return.
+        """
+        M, E, N, S = len(self.data.steps), self.E, game.num_agents, len(generators)
+        begin = [torch.randint(M, (E,), generator=g, device=g.device) for g in generators]
+        begin = states[self.data.steps[torch.stack(begin)]]  # (S, E, D)
+        obs, info = game.set_state(begin.flatten(0, 1)) if hasattr(game, "set_state") else game.reset()
+        going = torch.ones(S, E, dtype=torch.bool, device=obs.device)
+        for t in range(self.T + 1):
+            obs, state, avail = (None if x is None else x.unflatten(0, (S, E))
+                                 for x in (obs, info["state"], info.get("avail_actions")))  # fmt: skip
+            self.obs[:, r, :, t], self.state[:, r, :, t] = encode(obs), see(state)
+            if avail is not None:
+                self.avail[:, r, :, t] = avail if policies.N == N else joint_mask(avail)
+            if t == self.T:
+                return
+            draws = torch.empty(policies.N, E, policies.A, device=obs.device)
+            how = draws.exponential_ if policies.discrete else draws.normal_
+            chance = torch.stack([how(generator=g).clone() for g in generators])
+            action, _ = act(policies, encode, obs, avail, None, chance)
+            obs, reward, ended, cut, info = game.step(action.flatten(0, 1))
+            self.action[:, r, :, t] = action if policies.N == N else as_one(action, avail)
+            self.reward[:, r, :, t], self.done[:, r, :, t] = reward.view(S, E) * scale, ended.view(S, E)
+            place = torch.where(going, self.count[:, None] + going.cumsum(1) - 1, self.own.shape[1] - 1)
+            self.own.scatter_(1, place, self.row[:, r, :, t])  # what follows a game's end goes to the last place
+            self.count += going.sum(1)
+            going &= ~(ended | cut).view(S, E)
 
 
 @torch.no_grad()
@@ -474,12 +552,17 @@ def main(args):
     data, encode = arrange(dataset, args)
     team = Team(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
     adams, generators = optimizers(team, args), [runs.stream(seed, 1, device) for seed in run.seeds]
-    learn, policies = run.compile(update), team.policies
+    learn, policies, practice, more = run.compile(update), team.policies, None, round(args.finetune * args.steps)
+    if more:
+        practice, method = Practice(data, args.num_seeds, more, runs.game(args).time_limit), f"{method}-ft"
+        game, data = runs.game(args, args.num_seeds * practice.E, device), practice.data
+        rows = layout.rows(dataset)
+        known = game, policies, encode, see_state(rows["state"], args), rows["state"], reward_scale(dataset, args)
     logs = dict.fromkeys(("policy_loss", "q_loss", "v_loss"), torch.full((args.num_seeds,), math.nan))
-    run.begin(team=team, adams=adams, generators=generators)
+    run.begin(team=team, adams=adams, generators=generators, **({"practice": practice} if practice else {}))
     runs.say(f"{len(dataset.returns)} episodes, {len(data.steps)} steps, mean return {dataset.returns.mean():.2f}")
 
-    for step in run.steps(args.steps, args.eval_every):
+    for step in run.steps(args.steps + more, args.eval_every):
         if run.due():
             run.check(logs)
             scores = evaluate(policies, encode, args, step, args.eval_episodes, device)
@@ -487,8 +570,13 @@ def main(args):
         if step < args.steps:
             adams["policies"].lr.fill_(args.lr * (1 - step / args.steps))
             logs = learn(team, adams, data, draw_rows(generators, data, args), args)
+        elif (tuned := step - args.steps) < more:
+            if tuned % 10 == 0:
+                practice.play(tuned // 10, *known, generators)
+            adams["policies"].lr.fill_(args.lr * (1 - tuned / more))
+            logs = learn(team, adams, data, practice.draw(generators, args), args)
 
-    scores = evaluate(policies, encode, args, args.steps, 10 * args.eval_episodes, device)
+    scores = evaluate(policies, encode, args, args.steps + more, 10 * args.eval_episodes, device)
     views, actions = dataset.obs.shape[2:], dataset.avail_actions.shape[-1] if policies.discrete else 0
     run.keep_team(lambda *seen: act(policies, encode, *seen), views, actions, 0, policies)
     return run.finish(method, scores, dataset, run.best)
@@ -497,8 +585,12 @@ def main(args):
 def parse(argv=None):
     """Read the command line; where no flag speaks, the environment's own values or those of the resumed run hold."""
     args = runs.parse(Args, preset, argv, __doc__)
-    zero = "seed episodes eval_episodes layers gamma temperature"
+    zero = "seed episodes eval_episodes layers gamma temperature finetune"
     runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma tau expectile")
+    if args.finetune and args.env not in ("matrix", "polynomial", "reacher", "ant"):
+        raise ValueError(
+            f"--finetune cannot put {args.env} into a recorded state: choose matrix, polynomial, reacher or ant"
+        )
     return args
 
 

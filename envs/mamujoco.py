@@ -260,6 +260,7 @@ class MultiAgentMujoco(VectorEnv):
                 place = len(self.qpos[b]) + len(self.qvel[b]) - len(x)  # entries that the state leaves out
                 entries = np.concatenate([np.zeros(place), x])
                 self.qpos[b][:], self.qvel[b][:] = np.split(entries, [len(self.qpos[b])])
+            self.data[b].qacc_warmstart[:] = 0  # or what was played before would show in the last digits
             self.mujoco.mj_forward(self.model, self.data[b])
         self._read()
         return self._observe()

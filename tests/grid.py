@@ -48,6 +48,7 @@ METHODS = {
     "OMIGA": ("omiga", "", (*DISCRETE, *CONTINUOUS)),
     "IQL": ("iql", "--team central", (*GAMES, *CONTINUOUS)),
     "MAIQL": ("iql", "--team mixed", (*GAMES, *CONTINUOUS)),
+    "MAIQL-ft": ("iql", "--team mixed --finetune 1", (*GAMES, "polynomial", "reacher", "ant")),
     "ITD3+BC": ("td3_bc", "", CONTINUOUS),
     "MATD3+BC": ("td3_bc", "--mixing", CONTINUOUS),
     "ICQL": ("td3_bc", "--bc 0 --cql 1", CONTINUOUS),

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from conftest import load_script
+from conftest import load_script, refuses
+
+import envs
+from data import layout, load
 
 omiga, iql, td3 = (load_script(name) for name in ("omiga", "iql", "td3_bc"))
 S, N, A, M, B = 2, 3, 4, 30, 8
@@ -55,7 +58,9 @@ def test_omiga_with_a_huge_alpha_clones(float64):
 def test_iql_with_temperature_0_clones(float64):
     data, args, team, _ = made(iql)
     batch = iql.gather(data, rows())
-    pairs = zip(gradient(iql.policy_loss(team, batch, 0.0), team.policies), gradient(cloning(team, batch), team.policies))
+    pairs = zip(
+        gradient(iql.policy_loss(team, batch, 0.0), team.policies), gradient(cloning(team, batch), team.policies)
+    )
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in pairs)
 
 
@@ -210,3 +215,129 @@ def test_central_players_play_digits():
     assert index.tolist() == [[1 * 9 + 0 * 3 + 2]]
     mask = torch.tensor([[[True, False], [True, True]]])
     assert iql.joint_mask(mask).tolist() == [[[True, True, False, False]]]
+
+
+# ---------------------------------------------------------------- fine-tuning
+def practised(env, task, dataset, seeds=(0, 1), team="mixed", rounds=3):
+    """`Practice` after some rounds, its game, the recorded states, and the teams that played."""
+    recorded = load(env, task, dataset, episodes=20 if env == "reacher" else 0)
+    args = iql.Args(env=env, task=task, team=team, hidden=8, num_seeds=len(seeds))
+    found, encode = iql.arrange(recorded, args)
+    players, states = iql.Team(found, args, streams(seeds)), layout.rows(recorded)["state"]
+    practice = iql.Practice(found, len(seeds), 10 * rounds, envs.make(env, task).time_limit)
+    game, see = envs.make(env, task, num_envs=len(seeds) * practice.E), iql.see_state(states, args)
+    generators = streams(seeds)
+    for r in range(rounds):
+        practice.play(r, game, players.policies, encode, see, states, 2.0, generators)
+    return practice, see(states), players, encode, args, game
+
+
+@pytest.mark.parametrize("team", ["mixed", "central"])
+def test_what_is_practised_is_what_the_true_game_does(float64, team):
+    """Each recorded step of a reacher leads on as the game itself does from that state, the first from recorded ones."""
+    practice, known, players, encode, args, game = practised("reacher", "independent", "expert-mix", team=team)
+    assert practice.T == 10 and practice.count.tolist() == [30 * practice.E] * 2
+    rows, recorded = practice.own[:, : 30 * practice.E], practice.data.steps
+    assert all(len(own.unique()) == len(own) and own.min() > recorded.max() for own in rows)
+    assert len(recorded) <= len(rows[0]) < 1.1 * len(recorded)  # half of each at the end
+    first, rows = practice.state[:, :, :, 0].flatten(0, 2), rows[:, ::5]
+    assert (first[:, None] - known).abs().amax(-1).amin(1).max() < 1e-3
+    raw = envs.make("reacher", "independent", num_envs=rows.numel())
+    std, mean = torch.std_mean(layout.rows(load("reacher", "independent", "expert-mix", episodes=20))["state"], 0)
+    raw.set_state(practice.data.state[rows].flatten(0, 1) * std.clamp(min=1e-3) + mean)
+    action = practice.data.action[rows].flatten(0, 1)
+    obs, reward, _, _, info = raw.step(action.reshape(rows.numel(), game.num_agents, -1).float())
+    assert action.abs().max() <= 1 and action.std() > 0.01
+    assert torch.allclose(2 * reward.double(), practice.data.reward[rows].flatten(), atol=1e-4)
+    assert torch.allclose(encode(obs), practice.data.obs[rows + 1].flatten(0, 1), atol=1e-2)
+
+
+@pytest.mark.parametrize("team", ["mixed", "central"])
+def test_practice_in_a_game_of_one_step(team):
+    practice, *_, game = practised("matrix", "m-ne", "balanced", team=team, rounds=40)
+    own = practice.own[:, : 40 * practice.E]
+    assert practice.T == 1 and (practice.count == own.shape[1]).all()
+    action = practice.data.action[own]  # (S, C, K)
+    both = action if team == "mixed" else torch.cat([action // 3, action % 3], -1)
+    assert torch.equal(practice.data.reward[own], 2 * game.payoff[both[..., 0], both[..., 1]])
+    assert (practice.data.done[own] == 1).all() and len(both.flatten(0, 1).unique(dim=0)) == 9
+
+
+def test_no_step_follows_the_end_of_a_game(monkeypatch):
+    """A reacher has no end of its own, so one is made up: the steps after it are not drawn, those of others are."""
+    step, count = envs.mamujoco.MultiAgentMujoco.step, []
+
+    def ending(self, actions):
+        obs, reward, ended, cut, info = step(self, actions)
+        count.append(1)
+        ended[0] |= len(count) % 10 >= 4  # in each round after four of ten steps
+        return obs, reward, ended, cut, info
+
+    monkeypatch.setattr(envs.mamujoco.MultiAgentMujoco, "step", ending)
+    practice, *_ = practised("reacher", "independent", "expert-mix")
+    count = 30 * practice.E
+    assert practice.count.tolist() == [count - 3 * 6, count]
+    own = practice.own[0, : count - 18]
+    place = own - practice.row[0].min()  # rounds, games, rows of a game
+    game, t = place // 11 % practice.E, place % 11
+    assert len(own.unique()) == len(own) and practice.own[1, :count].min() > own.max()
+    ended = practice.data.done[own] == 1
+    assert ended.sum() == 3 and (t[ended] == 3).all() and (game[ended] == 0).all()
+
+
+def test_recorded_and_own_steps_are_equally_likely():
+    practice, *_, args, _ = practised("reacher", "independent", "expert-mix")
+    practice.count[1] = 0
+    rows = torch.cat([practice.draw(streams((s, s + 1000)), args) for s in range(200)], 1)  # (2, 12,800)
+    own = rows >= practice.row.min()
+    count = 30 * practice.E
+    share = count / (count + len(practice.data.steps))
+    assert abs(own[0].double().mean() - share) < 4 * (share / own.shape[1]) ** 0.5 and not own[1].any()
+    assert torch.isin(rows[0][own[0]], practice.own[0, :count]).all()
+    assert torch.isin(rows[~own], practice.data.steps).all()
+
+
+def test_seeds_practise_as_they_would_alone(float64):
+    together, *_ = practised("reacher", "independent", "expert-mix", seeds=(3, 8))
+    for s, seed in enumerate((3, 8)):
+        alone, *_ = practised("reacher", "independent", "expert-mix", seeds=(seed,))
+        for name in ("obs", "state", "action", "reward", "done"):
+            assert torch.allclose(getattr(together, name)[s], getattr(alone, name)[0], atol=1e-12), name
+
+
+def test_maiql_learns_from_practice_what_the_data_hide(tmp_path):
+    """Alone with unfavourable data it miscoordinates (above); what it then plays itself tells which actions fit."""
+    assert (
+        score(iql, tmp_path, "--num-seeds", "3", "--steps", "300", "--finetune", "1")["return"]["per_seed"] == [1.0] * 3
+    )
+
+
+def test_practice_needs_a_game_that_takes_states(tmp_path):
+    for env in ("bridge", "halfcheetah", "smac"):
+        refuses(iql, ["--env", env, "--finetune", "1"], "--finetune cannot put", tmp_path / "run")
+
+
+def test_a_run_killed_in_practice_ends_with_the_same_bits(tmp_path):
+    words = "--env reacher --episodes 10 --steps 20 --finetune 2 --eval-every 15 --num-seeds 2 --hidden 8".split()
+    words += ["--eval-episodes", "2"]
+    whole = iql.main(iql.parse([*words, "--out-dir", str(tmp_path / "whole")]))
+    argv = [*words, "--out-dir", str(tmp_path / "broken")]
+    learn, calls = iql.update, []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 50:
+            raise KeyboardInterrupt
+        return learn(*args)
+
+    iql.update = stop
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            iql.main(iql.parse(argv))
+    finally:
+        iql.update = learn
+    assert len(calls) == 50
+    again = iql.main(iql.parse(["--resume", "--out-dir", str(tmp_path / "broken")]))
+    assert again["return"] == whole["return"]
+    one, other = (torch.load(tmp_path / name / "checkpoint.pt")["parts"] for name in ("whole", "broken"))
+    assert all(torch.equal(one[part][name], other[part][name]) for part in ("team", "practice") for name in one[part])
