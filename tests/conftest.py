@@ -74,3 +74,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "long" in item.keywords and not config.getoption("--long"):
             item.add_marker(pytest.mark.skip(reason="only with --long"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """All tests at once run on all cores, where pytest-xdist is installed; -n 0 runs them one after the other."""
+    whole = [Path(word).resolve() for word in config.args] in ([ROOT / "tests"], [ROOT])
+    if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and whole:
+        config.option.numprocesses = os.cpu_count()

@@ -1204,7 +1204,7 @@ def test_script_finds_the_tables_fixed_point(tmp_path):
     payoff, alpha, beta = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 3.0]]), 1.0, 1.0
     task, behaviour = json.dumps(payoff.tolist()), "[0.5, 0.3, 0.2]"
     summary = inspo.main(inspo.parse([
-        "--env", "matrix", "--task", task, "--dataset", behaviour, "--num-seeds", "3", "--steps", "1500",
+        "--env", "matrix", "--task", task, "--dataset", behaviour, "--num-seeds", "1", "--steps", "1500",
         "--eval-every", "1500", "--alpha", str(alpha), "--beta", str(beta), "--beta-end", str(beta), "--beta-hold", "0",
         "--warmup", "0", "--cql", "0", "--out-dir", str(tmp_path / "run")]))  # fmt: skip
     recorded = data.load("matrix", task, behaviour)
@@ -1232,7 +1232,7 @@ def test_five_seeds_at_once_are_five_single_runs(tmp_path, float64):
     inspo.main(inspo.parse([*SHORT, "--seed", "3", "--out-dir", str(tmp_path / "all")]))
     together = weights(tmp_path / "all")
     rows = list(csv.DictReader((tmp_path / "all" / "metrics.csv").open()))
-    for s in range(5):
+    for s in (0, 2, 4):
         out = tmp_path / f"one{s}"
         inspo.main(inspo.parse([*SHORT, "--seed", str(3 + s), "--num-seeds", "1", "--out-dir", str(out)]))
         for name, tensor in weights(out).items():
@@ -1262,7 +1262,7 @@ def wait_for_step(folder, step):
     raise TimeoutError(f"{folder} never reached step {step}")
 
 
-LONGER = ["--num-seeds", "2", "--steps", "1200", "--eval-every", "100", "--eval-episodes", "4", "--clone-steps", "50",
+LONGER = ["--num-seeds", "2", "--steps", "600", "--eval-every", "100", "--eval-episodes", "4", "--clone-steps", "50",
           "--auto-alpha", "--order", "semi-greedy"]  # fmt: skip
 
 
@@ -1275,7 +1275,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path):
     process.kill()
     process.communicate()
     killed_at = torch.load(broken / "checkpoint.pt", weights_only=True)["step"]
-    assert 200 <= killed_at < 1200
+    assert 200 <= killed_at < 600
     resumed = command("algorithms/inspo.py", "--resume", "--out-dir", broken)
     assert resumed.returncode == 0, resumed.stderr
     assert (whole / "metrics.csv").read_text() == (broken / "metrics.csv").read_text()
@@ -1382,7 +1382,7 @@ def train(out, *words):
     return json.loads((out / "summary.json").read_text()), process.stdout
 
 
-@pytest.mark.parametrize("dataset", [LONG("ab"), "ab-ba", "aa-ab-ba", LONG("all")])
+@pytest.mark.parametrize("dataset", [LONG("ab"), LONG("ab-ba"), "aa-ab-ba", LONG("all")])
 def test_xor_is_solved_by_ten_of_ten_seeds(tmp_path, dataset):
     summary, _ = train(tmp_path / "run", "--env", "matrix", "--task", "xor", "--dataset", dataset, "--num-seeds", 10)
     assert summary["seeds"] == list(range(10))
@@ -1391,6 +1391,7 @@ def test_xor_is_solved_by_ten_of_ten_seeds(tmp_path, dataset):
     assert summary["return"]["per_seed"] == [1.0] * 10
 
 
+@pytest.mark.long
 def test_xor_fails_without_looking_at_the_teammates(tmp_path):
     """The sheet's S2: without resampling, every seed lands on the joint action that nobody ever took."""
     summary, _ = train(
@@ -1529,14 +1530,15 @@ def test_ctrl_c_while_data_are_collected_names_no_folder(tmp_path, monkeypatch, 
         return step(*_)
 
     game = type(envs.make("smac", "3m", 1))
-    step, cached = game.step, sorted((ROOT / "data" / "cache").iterdir())
+    step = game.step
     monkeypatch.setattr(game, "step", interrupted)
+    monkeypatch.setattr(data.collect, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(runs, "owned", None)  # other tests had runs in this process
     words = ["--env", "smac", "--task", "3m", "--episodes", "123", "--out-dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as end:
         runs.launch(inspo.main, lambda: inspo.parse(words))
     assert end.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"
-    assert not (tmp_path / "run").exists() and sorted((ROOT / "data" / "cache").iterdir()) == cached
+    assert len(steps) >= 3 and not (tmp_path / "run").exists() and not list((tmp_path / "cache").glob("*"))
 
 
 def damage(name):
