@@ -80,5 +80,6 @@ def pytest_collection_modifyitems(config, items):
 def pytest_cmdline_main(config):
     """All tests at once run on all cores, where pytest-xdist is installed; -n 0 runs them one after the other."""
     whole = [Path(word).resolve() for word in config.args] in ([ROOT / "tests"], [ROOT])
-    if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and whole:
-        config.option.numprocesses = os.cpu_count()
+    mine = config.pluginmanager.hasplugin("xdist") and "PYTEST_XDIST_WORKER" not in os.environ
+    if mine and whole and config.option.numprocesses is None:
+        config.option.numprocesses = min(8, os.cpu_count() or 1)

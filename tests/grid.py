@@ -269,6 +269,11 @@ def score(rows):
             return [row[name] for row in rows]
 
 
+def sampled(rows):
+    """The battles that a team wins which draws its actions, one number a seed; None where a method does not draw."""
+    return None if rows[0]["sampled_win_rate"] is None else [row["sampled_win_rate"] for row in rows]
+
+
 def random_play(task):
     """The mean return of random play in a task without a score of its own."""
     if task.env == "matrix":
@@ -302,9 +307,11 @@ def text(number, digits=2):
     return f"{number:.{digits}f}".replace("-", "−")
 
 
-def table(found, tasks, methods):
+def table(found, tasks, methods, score=score):
     """Mean ± standard error [bootstrap interval] of each cell; * where Welch's test finds no difference from the best."""
-    methods = [name for name in methods if any((name, task.name, d) in found for task in tasks for d in task.datasets)]
+    known = [(task.name, d) for task in tasks for d in task.datasets]
+    found = {key: rows for key, rows in found.items() if key[1:] in known and score(rows) is not None}
+    methods = [name for name in methods if any((name, *where) in found for where in known)]
     digits = 3 if tasks[0].env == "polynomial" else 2
     out = [f"| task | data | {' | '.join(methods)} |", "|---" * (2 + len(methods)) + "|"]
     for task in tasks:
@@ -378,13 +385,14 @@ def render():
     found, page = read_results(), PAGE.read_text()
     begin, end = "<!-- grid -->\n", "<!-- end of grid -->"
     before, after = page.split(begin)[0], page.split(end)[1]
-    parts = {"Games": ("matrix", "bridge"), "Polynomial games": ("polynomial",), "Battles, won": ("smac",)}
-    parts |= {"Bodies, normalised": ("reacher", "halfcheetah", "ant")}
+    parts = {"Games": (("matrix", "bridge"), score), "Polynomial games": (("polynomial",), score)}
+    parts |= {"Battles, won": (("smac",), score), "Battles, won by sampling": (("smac",), sampled)}
+    parts |= {"Bodies, normalised": (("reacher", "halfcheetah", "ant"), score)}
     tables = []
-    for title, environments in parts.items():
+    for title, (environments, judge) in parts.items():
         tasks = [task for task in TASKS if task.env in environments]
         if any(key[1] == task.name for key in found for task in tasks):
-            tables.append(f"**{title}**\n\n{table(found, tasks, METHODS)}\n")
+            tables.append(f"**{title}**\n\n{table(found, tasks, METHODS, judge)}\n")
     results.save(PAGE, (before + begin + "\n" + "\n".join(tables) + "\n" + end + after).encode())
     results.save_figure(PICTURE, picture(found))
     if all((method, "twin-peaks", "peak-1") in found for method in ("MADDPG+CQL", "+PJAP")):
