@@ -305,13 +305,6 @@ def test_seeds_practise_as_they_would_alone(float64):
             assert torch.allclose(getattr(together, name)[s], getattr(alone, name)[0], atol=1e-12), name
 
 
-def test_maiql_learns_from_practice_what_the_data_hide(tmp_path):
-    """Alone with unfavourable data it miscoordinates (above); what it then plays itself tells which actions fit."""
-    assert (
-        score(iql, tmp_path, "--num-seeds", "3", "--steps", "300", "--finetune", "1")["return"]["per_seed"] == [1.0] * 3
-    )
-
-
 def test_practice_needs_a_game_that_takes_states(tmp_path):
     for env in ("bridge", "halfcheetah", "smac"):
         refuses(iql, ["--env", env, "--finetune", "1"], "--finetune cannot put", tmp_path / "run")
