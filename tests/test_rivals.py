@@ -218,12 +218,22 @@ def test_central_players_play_digits():
 
 
 # ---------------------------------------------------------------- fine-tuning
+def recorded(env, task, dataset):
+    """A dataset, collected if need be with the precision that the teams have."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        return load(env, task, dataset, episodes=20 if env == "reacher" else 0)
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def practised(env, task, dataset, seeds=(0, 1), team="mixed", rounds=3):
     """`Practice` after some rounds, its game, the recorded states, and the teams that played."""
-    recorded = load(env, task, dataset, episodes=20 if env == "reacher" else 0)
+    known = recorded(env, task, dataset)
     args = iql.Args(env=env, task=task, team=team, hidden=8, num_seeds=len(seeds))
-    found, encode = iql.arrange(recorded, args)
-    players, states = iql.Team(found, args, streams(seeds)), layout.rows(recorded)["state"]
+    found, encode = iql.arrange(known, args)
+    players, states = iql.Team(found, args, streams(seeds)), layout.rows(known)["state"]
     practice = iql.Practice(found, len(seeds), 10 * rounds, envs.make(env, task).time_limit)
     game, see = envs.make(env, task, num_envs=len(seeds) * practice.E), iql.see_state(states, args)
     generators = streams(seeds)
@@ -237,13 +247,13 @@ def test_what_is_practised_is_what_the_true_game_does(float64, team):
     """Each recorded step of a reacher leads on as the game itself does from that state, the first from recorded ones."""
     practice, known, players, encode, args, game = practised("reacher", "independent", "expert-mix", team=team)
     assert practice.T == 10 and practice.count.tolist() == [30 * practice.E] * 2
-    rows, recorded = practice.own[:, : 30 * practice.E], practice.data.steps
-    assert all(len(own.unique()) == len(own) and own.min() > recorded.max() for own in rows)
-    assert len(recorded) <= len(rows[0]) < 1.1 * len(recorded)  # half of each at the end
+    rows, steps = practice.own[:, : 30 * practice.E], practice.data.steps
+    assert all(len(own.unique()) == len(own) and own.min() > steps.max() for own in rows)
+    assert len(steps) <= len(rows[0]) < 1.1 * len(steps)  # half of each at the end
     first, rows = practice.state[:, :, :, 0].flatten(0, 2), rows[:, ::5]
     assert (first[:, None] - known).abs().amax(-1).amin(1).max() < 1e-3
     raw = envs.make("reacher", "independent", num_envs=rows.numel())
-    std, mean = torch.std_mean(layout.rows(load("reacher", "independent", "expert-mix", episodes=20))["state"], 0)
+    std, mean = torch.std_mean(layout.rows(recorded("reacher", "independent", "expert-mix"))["state"], 0)
     raw.set_state(practice.data.state[rows].flatten(0, 1) * std.clamp(min=1e-3) + mean)
     action = practice.data.action[rows].flatten(0, 1)
     obs, reward, _, _, info = raw.step(action.reshape(rows.numel(), game.num_agents, -1).float())
@@ -273,6 +283,7 @@ def test_no_step_follows_the_end_of_a_game(monkeypatch):
         ended[0] |= len(count) % 10 >= 4  # in each round after four of ten steps
         return obs, reward, ended, cut, info
 
+    recorded("reacher", "independent", "expert-mix")  # before, or these games would be counted
     monkeypatch.setattr(envs.mamujoco.MultiAgentMujoco, "step", ending)
     practice, *_ = practised("reacher", "independent", "expert-mix")
     count = 30 * practice.E
