@@ -248,7 +248,7 @@ def train_online(reward, theta, capacity, noise, uniforms, eta):
 HOME = Path(__file__).resolve().parents[1]
 if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists():  # not if this file was copied alone
     sys.path.insert(0, str(HOME))
-    from data import runs
+    from data import flags, runs
     from envs import polynomial as pictures
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
@@ -441,9 +441,7 @@ def main(args):
 
 def parse(argv=None):
     """Read the command line."""
-    import tyro
-
-    args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
+    args = flags.read(Args, argv, description=__doc__.splitlines()[0])
     check(args)
     return args
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import envs
-from data import collect
+from data import collect, flags
 
 MOST_SEEDS = 100_000  # all train at once, and a seed's random streams alone take 20 kB
 MISFITS = LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError  # of a foreign file
@@ -26,9 +26,7 @@ def parse(kind, preset, argv, doc, kinds="", known=()):
     Raises:
         ValueError: an environment that the method cannot learn from.
     """
-    import tyro
-
-    read = functools.partial(tyro.cli, kind, args=argv, description=doc.splitlines()[0])
+    read = functools.partial(flags.read, kind, argv, description=doc.splitlines()[0])
     args = read()
     if args.resume:
         return read(default=replace(saved_args(kind, args.out_dir), resume=True, out_dir=args.out_dir))

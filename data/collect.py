@@ -561,9 +561,9 @@ def main(args):
 
 
 def parse():
-    import tyro
+    from data import flags
 
-    return tyro.cli(Args, description=__doc__.splitlines()[0])
+    return flags.read(Args, description=__doc__.splitlines()[0])
 
 
 if __name__ == "__main__":

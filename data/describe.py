@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 if __name__ == "__main__":  # let `python data/describe.py` find the packages beside its own folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data import runs
+from data import flags, runs
 from data.dataset import TENSORS
 from data.readers import read
 
@@ -83,7 +83,7 @@ def main(args):
 
 
 def parse():
-    return tyro.cli(Args, description=__doc__.splitlines()[0])
+    return flags.read(Args, description=__doc__.splitlines()[0])
 
 
 if __name__ == "__main__":

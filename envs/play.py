@@ -370,7 +370,9 @@ if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # a terminal without "±" is no error
     try:
-        main(tyro.cli(Args, description=main.__doc__))
+        from data import flags
+
+        main(flags.read(Args, description=main.__doc__))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import tyro
 from gymnasium.vector import VectorEnv
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
@@ -580,7 +579,9 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__.splitlines()[0]))
+        from data import flags
+
+        main(flags.read(Args, description=__doc__.splitlines()[0]))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

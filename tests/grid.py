@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tyro
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data import results, runs  # noqa: E402
+from data import flags, results, runs  # noqa: E402
 
 RESULTS, PAGE = ROOT / "algorithms" / "results.csv", ROOT / "algorithms" / "README.md"
 PICTURE = ROOT / ".readme" / "grid.png"
@@ -456,6 +455,6 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(flags.read(Args))
     except ValueError as trouble:
         raise SystemExit(f"error: {trouble}") from None

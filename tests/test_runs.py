@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, complains
+from conftest import ROOT, command, complains
 
 from data import folder, results, runs
 
@@ -892,3 +892,18 @@ def test_a_commit_is_known_or_unknown(monkeypatch):
     assert len(runs.provenance(torch.device("cpu"))["git_commit"]) in (40, len("unknown"))
     monkeypatch.setenv("PATH", "/nowhere")
     assert runs.provenance(torch.device("cpu"))["git_commit"] == "unknown"
+
+
+@pytest.mark.parametrize("words, said", [
+    (("algorithms/bc.py", "--stepz", 3), "Unrecognized options: --stepz, 3 (perhaps --steps?); see --help"),
+    (("algorithms/bc.py", "--steps", "three"), "Error parsing --steps: invalid literal"),
+    (("algorithms/iql.py", "--team", "foo"), "'foo' for argument '--team'. Expected one of ('central', 'mixed', 'indep"),
+    (("algorithms/polygames.py", "--figur", "x"), "Unrecognized options: --figur, x"),
+    (("envs/play.py",), "Missing from envs/play.py"),
+    (("data/collect.py", "--teem", "x"), "Unrecognized options: --teem, x"),
+    (("data/describe.py",), "Missing from data/describe.py"),
+    (("envs/smac.py", "--battles", "x"), "Error parsing --battles"),
+    (("tests/grid.py", "--index", "first"), "Error parsing --index"),
+])  # fmt: skip
+def test_words_that_the_parser_cannot_read_are_one_line(words, said):
+    complains(command(*words), said)
