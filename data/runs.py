@@ -326,8 +326,8 @@ def launch(main, read):
         sys.exit(f"error: {error}")
     except OverflowError as error:
         sys.exit(f"error: a number is too large: choose smaller ones ({error})")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+    except (MemoryError, RuntimeError, TypeError) as error:
+        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
             raise
         said = str(error).partition("\n")[0][:200] or type(error).__name__
         sys.exit(f"error: not enough memory: choose smaller sizes ({said})")

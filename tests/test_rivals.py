@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import load_script, refuses
+from conftest import command, complains, load_script, refuses
 
 import envs
 from data import layout, load
@@ -345,3 +345,9 @@ def test_a_run_killed_in_practice_ends_with_the_same_bits(tmp_path):
     assert again["return"] == whole["return"]
     one, other = (torch.load(tmp_path / name / "checkpoint.pt")["parts"] for name in ("whole", "broken"))
     assert all(torch.equal(one[part][name], other[part][name]) for part in ("team", "practice") for name in one[part])
+
+
+def test_more_practice_than_any_memory_holds_is_refused_in_one_line(tmp_path):
+    for times in ("1e300", "1e9"):
+        complains(command("algorithms/iql.py", "--finetune", times, "--out-dir", tmp_path / "run"), "choose smaller")
+    assert not (tmp_path / "run").exists()
