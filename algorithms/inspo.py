@@ -59,6 +59,7 @@ Choices made here (the authors have published no code):
   2. alpha, beta, cql, step sizes and lengths are ours. One alpha serves all agents of a seed.
   3. One network models all teammates: mu(a_j | s, what is known of the joint action), see `teammate_log_prob`.
   4. Policies start as copies of the cloned mu_i. Two layers of 64 units do what the paper's three of 256 do, faster.
+     In games that nobody tuned, cloning ends where held-back episodes get no likelier (--hold-back).
   5. In games such as M-NE, beta stays at its start until the policies have flattened, and the Q-functions get a head
      start; see `preset` for the weights in units of the payoffs. On Bridge, where a detour of one cell is worth .02,
      alpha, the conservative weight and the step sizes fall at the end (--cooldown); elsewhere they stay.
