@@ -56,8 +56,8 @@ Choices made here; "code" is the authors' as submitted (June 2024). algorithms/R
  10. CQL's terms differ in p_i only, so each joint action is evaluated once; p_i is the density before clipping (code).
  11. Both losses look at the networks as they were before the update (code).
  12. Batches are smaller, updates fewer, and inputs in units of the data's mean and spread (code: raw, --no-normalize).
- 13. --steepness is the paper's k on HalfCheetah, whose actions vary by 0.7; elsewhere k is in proportion to 0.7 over
-     the recorded actions' spread.
+ 13. --steepness is the paper's k on HalfCheetah, whose actions vary by about 0.7; elsewhere k is in proportion to 0.7
+     over the recorded actions' spread.
  14. Seeds differ in all that is random here, but are evaluated in one environment.
 
 Shapes: S seeds, L rows of a window, B windows, K joint actions, N agents, A entries of an
@@ -495,7 +495,7 @@ def main(args):
     run.begin(team=team, windows=windows, rmsprops=rmsprops, generators=generators)
     runs.say(f"{len(dataset.returns)} episodes, {len(start)} windows, mean return {dataset.returns.mean():.1f}")
 
-    # "Close" depends on how much actions vary at all. The paper's k is HalfCheetah's, where they do by 0.7.
+    # "Close" depends on how much actions vary at all. The paper's k is HalfCheetah's, where they do by about 0.7.
     per_spread = 1.0 if args.env == "halfcheetah" else 0.7 / layout.units(data.actions[data.acted > 0])[1].mean().item()
     k, zero = torch.zeros((), device=device), torch.zeros(S, device=device)
     sums = nothing = dict.fromkeys(("q_loss", "cql", "policy_loss", "distance"), zero)  # since the last evaluation
