@@ -477,7 +477,6 @@ if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists()
     import envs
     from data import layout, runs
     from envs.matrix import draw_joints
-    from envs.play import play
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
 
@@ -519,31 +518,10 @@ def act(policies, encode, obs, avail, memory, clocks=None):
     return actions.transpose(1, 2), memory
 
 
-@torch.no_grad()
 def evaluate(policies, encode, args, step, episodes, device):
-    """Play the teams of all seeds in one batch of games, greedily, and then from the same starts by sampling.
-
-    Returns {"return", "sampled_return"} and, where games can be won, {"win_rate", "sampled_win_rate"}, (S, E) each.
-    """
-    if not episodes:
-        return {}
-    S, N, found = args.num_seeds, len(policies), {}
-    generators = [runs.stream(args.seed + s, 10 + step, device) for s in range(S)]
-
-    def answer(obs, info, sampled):
-        obs, avail = (x.unflatten(0, (S, episodes)) for x in (obs, info["avail_actions"]))
-        blank, clocks = torch.empty(N, episodes, avail.shape[-1], device=device), None
-        if sampled:
-            clocks = torch.stack([blank.exponential_(generator=g).clone() for g in generators])
-        return act(policies, encode, obs, avail, None, clocks)[0].flatten(0, 1), sampled
-
-    with runs.evaluation(args, S * episodes, device, step) as game:
-        for sampled in (False, True):
-            played = play(game, answer, sampled, step)
-            for name, score in (("return", played.returns), ("win_rate", played.won)):
-                if score is not None:
-                    found["sampled_" * sampled + name] = score.view(S, episodes).double()
-    return found
+    """Scores (S, E) of the teams of all seeds, greedily and by sampling: `runs.score`."""
+    clocks = (len(policies), episodes, policies[0][-1].weight.shape[-1])
+    return runs.score(lambda *seen: act(policies, encode, *seen), args, step, episodes, device, clocks=clocks)
 
 
 @torch.no_grad()

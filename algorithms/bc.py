@@ -237,7 +237,6 @@ if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists()
     import data as datasets
     import envs
     from data import layout, runs
-    from envs.play import play
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
 
@@ -262,16 +261,8 @@ def preset(args):
 
 def arrange(dataset, args):
     """The dataset as `Data`, and the function that turns observations (..., N, O) into the policies' inputs."""
-    dtype, rows = torch.get_default_dtype(), layout.rows(dataset)
-    steps, avail = rows["start"], rows["avail_actions"]
-    std, mean = torch.std_mean(rows["obs"], 0, correction=0)  # (N, O)
-    cells = layout.one_hot(rows["obs"].flatten(0, 1)) if args.one_hot else None
-
-    def encode(obs):
-        if args.one_hot:
-            return cells(obs)
-        return (obs.to(dtype) - mean) / std.clamp(min=1e-3) if args.normalize else obs.to(dtype)
-
+    rows = layout.rows(dataset)
+    steps, avail, encode = rows["start"], rows["avail_actions"], layout.inputs(rows["obs"], args)
     return Data(encode(rows["obs"])[steps], None if avail is None else avail[steps], rows["actions"][steps]), encode
 
 
@@ -283,31 +274,10 @@ def act(policies, encode, obs, avail, memory, clocks=None):
     return action if policies.discrete else action.clamp(-1, 1).float(), memory
 
 
-@torch.no_grad()
 def evaluate(policies, encode, args, step, episodes, device):
-    """Play the teams of all seeds in one batch of games, greedily, and discrete ones from the same starts by sampling.
-
-    Returns {"return": (S, E)} and, where they exist, "sampled_return", "win_rate", "sampled_win_rate".
-    """
-    if not episodes:
-        return {}
-    S, N, A, found = args.num_seeds, policies.N, policies.A, {}
-    generators = [runs.stream(args.seed + s, 10 + step, device) for s in range(S)]
-
-    def answer(obs, info, sampled):
-        obs, avail = (x if x is None else x.unflatten(0, (S, episodes)) for x in (obs, info.get("avail_actions")))
-        blank, clocks = torch.empty(N, episodes, A, device=device), None
-        if sampled:
-            clocks = torch.stack([blank.exponential_(generator=g).clone() for g in generators])
-        return act(policies, encode, obs, avail, None, clocks)[0].flatten(0, 1), sampled
-
-    with runs.evaluation(args, S * episodes, device, step) as game:
-        for sampled in (False, True)[: 1 + policies.discrete]:
-            played = play(game, answer, sampled, step)
-            for name, score in (("return", played.returns), ("win_rate", played.won)):
-                if score is not None:
-                    found["sampled_" * sampled + name] = score.view(S, episodes).double()
-    return found
+    """Scores (S, E) of the greedy teams of all seeds and, where actions are discrete, by sampling: `runs.score`."""
+    clocks = (policies.N, episodes, policies.A) if policies.discrete else None
+    return runs.score(lambda *seen: act(policies, encode, *seen), args, step, episodes, device, clocks=clocks)
 
 
 def main(args):

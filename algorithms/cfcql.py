@@ -476,7 +476,6 @@ if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists()
     import data as datasets
     import envs
     from data import layout, runs
-    from envs.play import play
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
 
@@ -501,25 +500,17 @@ def arrange(dataset, args):
     if dataset.avail_actions is None:
         raise ValueError("CFCQL is for discrete actions, and these are continuous")
     dtype, rows = torch.get_default_dtype(), layout.rows(dataset, blank=True)
-    A, R, obs, state = rows["avail_actions"].shape[-1], len(rows["obs"]), rows["obs"][:-1], rows["state"]
-    std, mean = torch.std_mean(obs, 0, correction=0)  # (N, O)
-    cells = layout.one_hot(obs.flatten(0, 1)) if args.one_hot else None
+    A, R = rows["avail_actions"].shape[-1], len(rows["obs"])
+    see, see_state = (layout.inputs(rows[name][:-1], args) for name in ("obs", "state"))
 
     def encode(obs, last):
-        if args.one_hot:
-            seen = cells(obs)
-        else:
-            seen = (obs.to(dtype) - mean) / std.clamp(min=1e-3) if args.normalize else obs.to(dtype)
-        return torch.cat([seen, last], -1) if args.recurrent else seen
+        return torch.cat([see(obs), last], -1) if args.recurrent else see(obs)
 
-    middle, spread = layout.units(state[:-1])
-    if args.one_hot:
-        state = layout.one_hot(state[:-1])(state)
-    elif args.normalize:
-        state = (state - middle) / spread
     last = F.one_hot(layout.last_actions(rows["actions"], rows["first"]) + 1, A + 1)[..., 1:].to(dtype)
     rest = (rows[name] for name in ("avail_actions", "actions", "reward", "done", "acted", "first"))
-    return Data(encode(rows["obs"], last), state, *rest, layout.pack(dataset.lengths + 1, R - 1)), encode
+    return Data(
+        encode(rows["obs"], last), see_state(rows["state"]), *rest, layout.pack(dataset.lengths + 1, R - 1)
+    ), encode
 
 
 def act(agents, encode, obs, avail, memory):
@@ -537,25 +528,10 @@ def act(agents, encode, obs, avail, memory):
     return action, memory
 
 
-@torch.no_grad()
 def evaluate(agents, encode, args, step, episodes, device):
-    """Play the teams of all seeds in one batch of games.
-
-    Returns {"return": (S, E)} and, where games can be won, "win_rate".
-    """
-    if not episodes:
-        return {}
-    S, width = args.num_seeds, agents.hidden + agents.A * (agents.hidden > 0)
-
-    def answer(obs, info, memory):
-        obs, avail = (x.unflatten(0, (S, episodes)) for x in (obs, info["avail_actions"]))
-        action, memory = act(agents, encode, obs, avail, memory)
-        return action.flatten(0, 1), memory
-
-    with runs.evaluation(args, S * episodes, device, step) as game:
-        played = play(game, answer, torch.zeros(S, episodes, agents.N, width, device=device), step)
-    scores = {"return": played.returns, "win_rate": played.won}
-    return {name: x.view(S, episodes).double() for name, x in scores.items() if x is not None}
+    """Scores (S, E) of the teams of all seeds: `runs.score`."""
+    memory = agents.hidden + agents.A * (agents.hidden > 0)
+    return runs.score(lambda *seen: act(agents, encode, *seen), args, step, episodes, device, memory)
 
 
 def main(args):

@@ -363,7 +363,6 @@ if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists()
     import data as datasets
     import envs
     from data import layout, runs
-    from envs.play import play
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
 
@@ -388,17 +387,11 @@ def preset(args):
 
 def arrange(dataset, args):
     """The dataset as `Data`, and the function that turns observations (..., N, O) into the players' inputs."""
-    dtype, rows = torch.get_default_dtype(), layout.rows(dataset)
-    std, mean = torch.std_mean(rows["obs"], 0, correction=0)  # (N, O)
-    cells = layout.one_hot(rows["obs"].flatten(0, 1)) if args.one_hot else None
-    central = args.team == "central"
+    rows, central = layout.rows(dataset), args.team == "central"
+    see = layout.inputs(rows["obs"], args)
 
     def encode(obs):
-        if args.one_hot:
-            obs = cells(obs)
-        else:
-            obs = (obs.to(dtype) - mean) / std.clamp(min=1e-3) if args.normalize else obs.to(dtype)
-        return obs.flatten(-2)[..., None, :] if central else obs
+        return see(obs).flatten(-2)[..., None, :] if central else see(obs)
 
     state, avail, action = see_state(rows["state"], args)(rows["state"]), rows["avail_actions"], rows["actions"]
     if central:
@@ -517,31 +510,10 @@ class Practice(nn.Module):
             going &= ~(ended | cut).view(S, E)
 
 
-@torch.no_grad()
 def evaluate(policies, encode, args, step, episodes, device):
-    """Play the teams of all seeds in one batch of games, greedily, and discrete ones from the same starts by sampling.
-
-    Returns {"return": (S, E)} and, where they exist, "sampled_return", "win_rate", "sampled_win_rate".
-    """
-    if not episodes:
-        return {}
-    S, N, A, found = args.num_seeds, policies.N, policies.A, {}
-    generators = [runs.stream(args.seed + s, 10 + step, device) for s in range(S)]
-
-    def answer(obs, info, sampled):
-        obs, avail = (x if x is None else x.unflatten(0, (S, episodes)) for x in (obs, info.get("avail_actions")))
-        blank, clocks = torch.empty(N, episodes, A, device=device), None
-        if sampled:
-            clocks = torch.stack([blank.exponential_(generator=g).clone() for g in generators])
-        return act(policies, encode, obs, avail, None, clocks)[0].flatten(0, 1), sampled
-
-    with runs.evaluation(args, S * episodes, device, step) as game:
-        for sampled in (False, True)[: 1 + policies.discrete]:
-            played = play(game, answer, sampled, step)
-            for name, score in (("return", played.returns), ("win_rate", played.won)):
-                if score is not None:
-                    found["sampled_" * sampled + name] = score.view(S, episodes).double()
-    return found
+    """Scores (S, E) of the greedy teams of all seeds and, where actions are discrete, by sampling: `runs.score`."""
+    clocks = (policies.N, episodes, policies.A) if policies.discrete else None
+    return runs.score(lambda *seen: act(policies, encode, *seen), args, step, episodes, device, clocks=clocks)
 
 
 def main(args):

@@ -412,7 +412,6 @@ if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists()
     sys.path.insert(0, str(HOME))
     import envs
     from data import layout, runs
-    from envs.play import play
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
 
@@ -456,20 +455,8 @@ def act(policy, encode, obs, avail, memory):
 
 
 def evaluate(policy, encode, args, step, episodes, device):
-    """Play the teams of all seeds in one batch of games, without noise; returns {"return": (S, E)}."""
-    if not episodes:
-        return {}
-    S = args.num_seeds
-
-    def answer(obs, info, memory):
-        obs = obs.unflatten(0, (S, episodes))
-        if memory is None:
-            memory = torch.zeros(*obs.shape[:3], policy.hidden, device=device)
-        actions, memory = act(policy, encode, obs, None, memory)
-        return actions.flatten(0, 1), memory
-
-    with runs.evaluation(args, S * episodes, device, step) as game:
-        return {"return": play(game, answer, seed=step).returns.view(S, episodes)}
+    """The returns (S, E) of the teams of all seeds, without noise: `runs.score`."""
+    return runs.score(lambda *seen: act(policy, encode, *seen), args, step, episodes, device, policy.hidden)
 
 
 @torch.no_grad()

@@ -69,7 +69,6 @@ A actions, H of a memory, E games, O observation, I inputs, D state.
 """
 
 import copy
-import functools
 import math
 import signal
 import sys
@@ -367,7 +366,6 @@ if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists()
     import data as datasets
     import envs
     from data import layout, runs
-    from envs.play import play
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
 
@@ -392,25 +390,17 @@ def arrange(dataset, args):
     if dataset.avail_actions is None:
         raise ValueError("this form of OMAR is for discrete actions, and these are continuous: see td3_bc.py")
     dtype, rows = torch.get_default_dtype(), layout.rows(dataset, blank=True)
-    A, R, obs, state = rows["avail_actions"].shape[-1], len(rows["obs"]), rows["obs"][:-1], rows["state"]
-    std, mean = torch.std_mean(obs, 0, correction=0)  # (N, O)
-    cells = layout.one_hot(obs.flatten(0, 1)) if args.one_hot else None
+    A, R = rows["avail_actions"].shape[-1], len(rows["obs"])
+    see, see_state = (layout.inputs(rows[name][:-1], args) for name in ("obs", "state"))
 
     def encode(obs, last):
-        if args.one_hot:
-            seen = cells(obs)
-        else:
-            seen = (obs.to(dtype) - mean) / std.clamp(min=1e-3) if args.normalize else obs.to(dtype)
-        return torch.cat([seen, last], -1) if args.recurrent else seen
+        return torch.cat([see(obs), last], -1) if args.recurrent else see(obs)
 
-    middle, spread = layout.units(state[:-1])
-    if args.one_hot:
-        state = layout.one_hot(state[:-1])(state)
-    elif args.normalize:
-        state = (state - middle) / spread
     last = F.one_hot(layout.last_actions(rows["actions"], rows["first"]) + 1, A + 1)[..., 1:].to(dtype)
     rest = (rows[name] for name in ("avail_actions", "actions", "reward", "done", "acted", "first"))
-    return Data(encode(rows["obs"], last), state, *rest, layout.pack(dataset.lengths + 1, R - 1)), encode
+    return Data(
+        encode(rows["obs"], last), see_state(rows["state"]), *rest, layout.pack(dataset.lengths + 1, R - 1)
+    ), encode
 
 
 def act(policies, encode, obs, avail, memory, clocks=None):
@@ -430,33 +420,10 @@ def act(policies, encode, obs, avail, memory, clocks=None):
     return action, memory
 
 
-@torch.no_grad()
 def evaluate(policies, encode, args, step, episodes, device):
-    """Play the teams of all seeds in one batch of games, greedily, and from the same starts by sampling.
-
-    Returns {"return", "sampled_return"} and, where games can be won, "win_rate", "sampled_win_rate", (S, E) each.
-    """
-    if not episodes:
-        return {}
-    S, N, A, found = args.num_seeds, policies.N, policies.A, {}
-    generators = [runs.stream(args.seed + s, 10 + step, device) for s in range(S)]
-
-    def answer(sampled, obs, info, memory):
-        obs, avail = (x.unflatten(0, (S, episodes)) for x in (obs, info["avail_actions"]))
-        blank, clocks = torch.empty(episodes, N, A, device=device), None
-        if sampled:
-            clocks = torch.stack([blank.exponential_(generator=g).clone() for g in generators])
-        action, memory = act(policies, encode, obs, avail, memory, clocks)
-        return action.flatten(0, 1), memory
-
-    memory = torch.zeros(S, episodes, N, policies.hidden + A * (policies.hidden > 0), device=device)
-    with runs.evaluation(args, S * episodes, device, step) as game:
-        for sampled in (False, True):
-            played = play(game, functools.partial(answer, sampled), memory, step)
-            for name, score in (("return", played.returns), ("win_rate", played.won)):
-                if score is not None:
-                    found["sampled_" * sampled + name] = score.view(S, episodes).double()
-    return found
+    """Scores (S, E) of the teams of all seeds, greedily and by sampling: `runs.score`."""
+    memory, clocks = policies.hidden + policies.A * (policies.hidden > 0), (episodes, policies.N, policies.A)
+    return runs.score(lambda *seen: act(policies, encode, *seen), args, step, episodes, device, memory, clocks)
 
 
 def main(args):

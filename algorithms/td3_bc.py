@@ -392,7 +392,6 @@ if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists()
     sys.path.insert(0, str(HOME))
     import envs
     from data import layout, runs
-    from envs.play import play
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
 
@@ -428,18 +427,9 @@ def act(policies, encode, obs, avail, memory):
     return policies(encode(obs).transpose(1, 2)).transpose(1, 2).float(), memory
 
 
-@torch.no_grad()
 def evaluate(policies, encode, args, step, episodes, device):
-    """Play the teams of all seeds in one batch of games; returns {"return": (S, E)}."""
-    if not episodes:
-        return {}
-    S = args.num_seeds
-
-    def answer(obs, info, memory):
-        return act(policies, encode, obs.unflatten(0, (S, episodes)), None, memory)[0].flatten(0, 1), memory
-
-    with runs.evaluation(args, S * episodes, device, step) as game:
-        return {"return": play(game, answer, None, step).returns.view(S, episodes)}
+    """The returns (S, E) of the teams of all seeds: `runs.score`."""
+    return runs.score(lambda *seen: act(policies, encode, *seen), args, step, episodes, device)
 
 
 def main(args):

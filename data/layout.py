@@ -112,6 +112,18 @@ def units(x):
     return mean, std.clamp(min=1e-3)
 
 
+def inputs(x, args):
+    """The function that turns observations (..., D) into a network's inputs: one-hot with `args.one_hot`, measured in
+    units of what was recorded, x (R, D) or (R, N, D), with `args.normalize`, else as they are."""
+    if args.one_hot:
+        return one_hot(x.flatten(0, -2))
+    dtype = torch.get_default_dtype()
+    if not args.normalize:
+        return lambda raw: raw.to(dtype)
+    std, mean = torch.std_mean(x, 0, correction=0)
+    return lambda raw: (raw.to(dtype) - mean) / std.clamp(min=1e-3)
+
+
 def one_hot(x):
     """A function (..., D) -> (..., I) with one column for each value that an entry of x (R, D) takes.
 

@@ -45,6 +45,7 @@ from data.results import (  # noqa: F401
     draw_curves, draw_open_loop, over_seeds, save, save_csv, save_figure, save_json, save_tensors, table_text,
 )  # fmt: skip
 from data.team import save_team
+from envs.play import play
 
 MAY_CHANGE = {"resume", "out_dir", "device", "threads", "compile", "track"}  # what `--resume` lets a user change
 NO_MEMORY = re.compile("allocate memory|out of memory|bad_alloc|overflow|Storage size|numel", re.I)  # RuntimeErrors
@@ -370,6 +371,40 @@ def evaluation(args, num_envs, device, step, **options):
         raise FloatingPointError(f"in the evaluation after {step} updates, {error}") from None
     finally:
         games.close()
+
+
+@torch.no_grad()
+def score(act, args, step, episodes, device, memory=0, clocks=None):
+    """Play E games with the team of each seed, all in one batch, greedily, and from the same starts by sampling.
+
+    Args:
+        act: function of obs (S, E, N, O), avail (S, E, N, A), or None where actions are continuous, and the memory
+            (S, E, N, W), to the actions (S, E, N) or (S, E, N, A) and the memory; to sample it gets clocks, too.
+        step: how many updates were made: each evaluation has games and chance of its own.
+        memory: W, how many numbers an agent remembers; they are 0 at first.
+        clocks: the shape of one seed's exponential draws, with which `act` samples; None to play greedily only.
+    Returns:
+        {"return": (S, E)} and, where they exist, "sampled_return", "win_rate" and "sampled_win_rate"; {} for no games.
+    """
+    if not episodes:
+        return {}
+    S, found = args.num_seeds, {}
+    generators = [stream(args.seed + s, 10 + step, device) for s in range(S)]
+
+    def answer(sampled, obs, info, last):
+        obs, avail = (x if x is None else x.unflatten(0, (S, episodes)) for x in (obs, info.get("avail_actions")))
+        last = torch.zeros(*obs.shape[:3], memory, device=device) if last is None else last
+        draws = [torch.empty(clocks, device=device).exponential_(generator=g) for g in generators] if sampled else []
+        actions, last = act(obs, avail, last, *([torch.stack(draws)] if sampled else []))
+        return actions.flatten(0, 1), last
+
+    with evaluation(args, S * episodes, device, step) as games:
+        for sampled in (False, True)[: 1 + (clocks is not None)]:
+            played = play(games, functools.partial(answer, sampled), seed=step)
+            for name, value in (("return", played.returns), ("win_rate", played.won)):
+                if value is not None:
+                    found["sampled_" * sampled + name] = value.view(S, episodes).double()
+    return found
 
 
 def game_options(args):
