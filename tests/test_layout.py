@@ -1,5 +1,7 @@
 """The ways to lay out a dataset that scripts share, each on a few steps that can be checked by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -150,6 +152,18 @@ def test_units(float64):
     scaled = (x - mean) / std
     assert torch.allclose(scaled.mean(0), torch.zeros(2, 3), atol=1e-12)
     assert torch.allclose(scaled.std(0)[:, :2], torch.ones(2, 2)) and not scaled[..., 2].any()
+
+
+def test_inputs_are_cells_or_units_or_what_was_seen(float64):
+    x = torch.tensor([[[0.0, 5], [4, 1]], [[2, 5], [0, 3]], [[4, 5], [2, 5]]])  # (R, N, O)
+
+    def how(one_hot, normalize):
+        return layout.inputs(x, SimpleNamespace(one_hot=one_hot, normalize=normalize))
+
+    seen, unit = torch.tensor([[3.0, 5], [2, 6]]), (8 / 3) ** 0.5  # the deviation of 0, 2, 4, over R
+    assert torch.equal(how(False, False)(seen.float()), seen)
+    assert torch.allclose(how(False, True)(seen), torch.tensor([[1 / unit, 0], [0, 3 / unit]]))
+    assert how(True, True)(seen).tolist() == [[0, 0, 0, 0, 0, 1], [0, 1, 0, 0, 0, 0]]  # of 0, 2, 4 and 1, 3, 5
 
 
 def test_one_hot():
