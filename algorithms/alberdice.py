@@ -48,8 +48,8 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   team = alberdice.Team(data, args, generators)
   adams, behaviour = alberdice.optimizers(team, args), alberdice.clone(team, data, generators, args)
   for step in range(100):
-      noise, alpha = alberdice.draw_noise(generators, N, args), torch.tensor(alberdice.alpha_at(step, args))
-      logs = alberdice.update(team, adams, data, behaviour, noise, alpha, args)
+      noise, weights = alberdice.draw_noise(generators, N, args), torch.tensor(alberdice.weights_at(step, args))
+      logs = alberdice.update(team, adams, data, behaviour, noise, weights, args)
 
 Differences from the authors' code, and choices made here:
   1. One gradient step each for nu, e and pi in an agent's turn, agents in a fixed order, as theirs; but the minibatch
@@ -117,7 +117,8 @@ class Args:
     # --- the method
     alpha: float = 0.3  # weight of the KL divergence to the data at the start, in units of the return
     alpha_end: float = 0.003  # and at the end; it decays exponentially
-    cql: float = 0.1  # weight of the conservative term in Eq. 6
+    cql: float = 1.0  # weight of the conservative term in Eq. 6 at the start
+    cql_end: float = 0.1  # and at the end; it decays exponentially, too
     penalty: float = 0.1  # weight of the gradient penalty in Eq. 5
     absorbed: float = 1.0  # how many steps in the state after the end stand beside one recorded step
     gamma: float = 0.99  # discount
@@ -357,11 +358,11 @@ def descend(adam, loss):
     adam.step(torch.autograd.grad(loss.sum(), adam.moved))
 
 
-def turn(i, team, adams, data, behaviour, row_noise, step_noise, mix_noise, alpha, args):
-    """One update of agent i, with the teammates as they are now; the noise (S, B) is that of `Noise`, alpha ().
-
-    Returns diagnostics, a dictionary of (S,) tensors.
+def turn(i, team, adams, data, behaviour, row_noise, step_noise, mix_noise, weights, args):
+    """One update of agent i, with the teammates as they are now; the noise (S, B) is that of `Noise`, the weights (2,)
+    are alpha and cql. Returns diagnostics, a dictionary of (S,) tensors.
     """
+    alpha, cql = weights
     others = [j for j in range(len(team.policies)) if j != i]
     rows = draw(row_noise, data)  # (S, B)
     seed = torch.arange(len(rows), device=rows.device)[:, None]
@@ -384,7 +385,7 @@ def turn(i, team, adams, data, behaviour, row_noise, step_noise, mix_noise, alph
     # What an action adds to that: e
     rows = rows.gather(1, again)
     avail, log_mu, e = data.avail[rows, i], behaviour.log_mu[i][seed, rows], team.es[i](data.state[rows])  # (S, B, A)
-    loss_e = e_loss(e, data.actions[rows, i], advantages.detach(), avail, log_mu, args.cql)
+    loss_e = e_loss(e, data.actions[rows, i], advantages.detach(), avail, log_mu, cql)
     descend(adams["es"][i], loss_e)
 
     # The policy that does it
@@ -394,19 +395,21 @@ def turn(i, team, adams, data, behaviour, row_noise, step_noise, mix_noise, alph
     return {name: x.detach() for name, x in logs.items()} | {"sample_size": ratio.sum(1) ** 2 / (ratio**2).sum(1)}
 
 
-def update(team, adams, data, behaviour, noise, alpha, args, turn=turn):
+def update(team, adams, data, behaviour, noise, weights, args, turn=turn):
     """One sweep: every agent's turn, for all seeds; returns the diagnostics of the last turn.
 
-    alpha is a () tensor. `turn` can be given in compiled form.
+    weights (2,) are those of `weights_at`. `turn` can be given in compiled form.
     """
     for i, chance in enumerate(zip(*noise)):
-        logs = turn(i, team, adams, data, behaviour, *chance, alpha, args)
+        logs = turn(i, team, adams, data, behaviour, *chance, weights, args)
     return logs
 
 
-def alpha_at(step, args):
-    """The weight of the KL divergence in update `step`: falling exponentially to its end in the last."""
-    return args.alpha * (args.alpha_end / args.alpha) ** (step / max(1, args.steps - 1))
+def weights_at(step, args):
+    """The weights of the KL divergence and of the conservative term in update `step`, alpha and cql: each falls
+    exponentially to its end in the last."""
+    share, ends = step / max(1, args.steps - 1), ((args.alpha, args.alpha_end), (args.cql, args.cql_end))
+    return [start and start * (end / start) ** share for start, end in ends]
 
 
 # ---------------------------------------------------------------- behaviour
@@ -491,12 +494,13 @@ def preset(args):
         unit, seen = found.returns.std().item() or 1.0, found.obs[found.mask.any(1)]
         cells = bool((seen == seen.round()).all()) and len(seen.unique()) <= 20
         values = dict(env=env, task=task, dataset="", num_seeds=3, one_hot=cells, clone_steps=50_000, hold_back=0.1)
-        return values | dict(alpha=0.3 * unit, alpha_end=0.003 * unit, cql=0.1 * unit, eval_every=500, clone_lr=1e-3)
+        values |= dict(alpha=0.3 * unit, alpha_end=0.003 * unit, cql=0.1 * unit, cql_end=0.1 * unit)
+        return values | dict(eval_every=500, clone_lr=1e-3)
     task = task or "xor"
     payoff = envs.make("matrix", task).payoff
     unit = (payoff.max() - payoff.min()).item() or 1.0
     values = dict(dataset=datasets.names("matrix", task)[-1], num_seeds=10, steps=1000, one_hot=False, clone_lr=1e-3)
-    values |= dict(alpha=unit, alpha_end=0.01 * unit, cql=0.1 * unit)
+    values |= dict(alpha=unit, alpha_end=0.01 * unit, cql=0.1 * unit, cql_end=0.1 * unit)
     return values | (dict(dataset="aa-ab-ba") if task == "xor" else {}) | dict(env=env, task=task)
 
 
@@ -552,7 +556,7 @@ def main(args):
         held = layout.hold_back(args.hold_back, data.steps, dataset.lengths)
         behaviour = clone(team, data, generators, args, run.compile(clone_update), held)
 
-    alpha, names = torch.zeros((), device=device), ("nu_loss", "e_loss", "policy_loss", "kl", "sample_size")
+    weights, names = torch.zeros(2, device=device), ("nu_loss", "e_loss", "policy_loss", "kl", "sample_size")
     logs = {name: torch.zeros(args.num_seeds, device=device) for name in names}
     for step in run.steps(args.steps, args.eval_every):
         if run.due():
@@ -560,11 +564,11 @@ def main(args):
             scores = evaluate(team.policies, encode, args, step, args.eval_episodes, device)
             run.record(logs, {name: x.mean(1) for name, x in scores.items()})
         if step < args.steps:
-            alpha.fill_(alpha_at(step, args))
+            weights.copy_(torch.tensor(weights_at(step, args)))
             for name, lr in (("nus", args.critic_lr), ("es", args.critic_lr), ("policies", args.policy_lr)):
                 for adam in adams[name]:
                     adam.lr.fill_(lr * (1 - step / args.steps))
-            logs = update(team, adams, data, behaviour, draw_noise(own, N, args), alpha, args, learn)
+            logs = update(team, adams, data, behaviour, draw_noise(own, N, args), weights, args, learn)
 
     scores = {name: evaluate(policies, encode, args, args.steps, 10 * args.eval_episodes, device)
               for name, policies in (("AlberDICE", team.policies), ("behavioural cloning", team.mus))}  # fmt: skip
@@ -577,7 +581,7 @@ def main(args):
 def parse(argv=None):
     """Read the command line; where no flag speaks, the task's own values or those of the resumed run hold."""
     args = runs.parse(Args, preset, argv, __doc__, "AlberDICE is for discrete actions", ("bridge", "matrix"))
-    zero = "seed episodes eval_episodes cql penalty gamma layers clone_steps hold_back"
+    zero = "seed episodes eval_episodes cql cql_end penalty gamma layers clone_steps hold_back"
     runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma hold_back")
     return args
 

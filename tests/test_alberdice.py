@@ -170,8 +170,8 @@ def trained(seeds, steps=3):
     generators = streams(seeds)
     behaviour = alberdice.clone(team, data, generators, args)
     for step in range(steps):
-        noise, alpha = alberdice.draw_noise(generators, N, args), torch.tensor(alberdice.alpha_at(step, args))
-        alberdice.update(team, adams, data, behaviour, noise, alpha, args)
+        noise, weights = alberdice.draw_noise(generators, N, args), torch.tensor(alberdice.weights_at(step, args))
+        alberdice.update(team, adams, data, behaviour, noise, weights, args)
     return team.state_dict()
 
 
@@ -217,7 +217,7 @@ def test_an_agent_learns_against_what_its_teammates_have_become(float64):
     alberdice.unroll = watch
     try:
         noise = alberdice.draw_noise(streams(), N, args)
-        alberdice.update(team, adams, data, behaviour, noise, torch.tensor(0.1), args)
+        alberdice.update(team, adams, data, behaviour, noise, torch.tensor([0.1, 0.1]), args)
     finally:
         alberdice.unroll = unroll
     assert [agents for agents, _ in seen] == [(1, 2), (0,), (0, 2), (1,), (0, 1), (2,)]
