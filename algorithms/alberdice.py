@@ -33,9 +33,9 @@ Commands, and the return you should see (mean of all seeds; one CPU core of a sm
   ... --task m-ne --dataset imbalanced                     5, the data's local optimum, in 10 of 10, as in the papers
       (the best is 20); balanced 20; --task penalty 10; --task climbing 7.2 +- 0.7 (the best is 11)
   python algorithms/alberdice.py                           Bridge, mixed data, 5 seeds, 2 min (the best is -1.2355): of
-      10 seeds 7 at -1.24 and 3 at -10.04, one side stuck; sampled -3.0 +- 0.7, the data -9.31
-  ... --dataset optimal                                    8 of 10 seeds between -1.24 and -1.26; sampled -1.5 +- 0.2.
-      On the authors' own file of such data: -1.2355 in 5 of 5, sampled -1.236
+      10 seeds 6 at -1.2355 and 4 at -10.04, one side stuck; sampled -3.5 +- 0.9, the data -9.31
+  ... --dataset optimal                                    7 of 10 seeds at -1.2355, 3 at -1.259; sampled -1.31 +- 0.06.
+      On the authors' own file of such data: -1.2355 in 5 of 5, sampled -1.237
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, alberdice
@@ -64,7 +64,8 @@ Differences from the authors' code, and choices made here:
   6. The gradient penalty looks between each state of the minibatch and the one before it; theirs between two halves.
      Its gradient is written out (`slope`), as a gradient within a gradient is not for a graph.
   7. alpha falls from 0.3 to 0.003 in Bridge, from the payoffs' range to a hundredth of it in games of one step; theirs
-     from 5 to 0.001, over a thousand times as many updates, with Adam at 1e-4 and batches of 128 episodes.
+     from 5 to 0.001, over a thousand times as many updates, with Adam at 1e-4 and batches of 128 episodes. On Bridge the
+     conservative weight falls as well; theirs is 0.1 throughout.
   8. Networks have 64 units, theirs 128. nu has a last bias, as it is 0 after the end; theirs has none. All step sizes
      fall linearly to 0.
   9. Scores are those of greedy play and of sampling; theirs are sampled.

@@ -507,10 +507,9 @@ def arrange(dataset, args):
         return torch.cat([see(obs), last], -1) if args.recurrent else see(obs)
 
     last = F.one_hot(layout.last_actions(rows["actions"], rows["first"]) + 1, A + 1)[..., 1:].to(dtype)
+    inputs = encode(rows["obs"], last), see_state(rows["state"])
     rest = (rows[name] for name in ("avail_actions", "actions", "reward", "done", "acted", "first"))
-    return Data(
-        encode(rows["obs"], last), see_state(rows["state"]), *rest, layout.pack(dataset.lengths + 1, R - 1)
-    ), encode
+    return Data(*inputs, *rest, layout.pack(dataset.lengths + 1, R - 1)), encode
 
 
 def act(agents, encode, obs, avail, memory):
