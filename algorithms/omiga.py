@@ -354,6 +354,8 @@ def preset(args):
         "matrix": dict(dataset=datasets.names("matrix", task)[-1]) if env == "matrix" else {},
         "bridge": small | dict(dataset="mixed", num_seeds=5, one_hot=True, batch_size=128, eval_episodes=32),
         "smac": small | dict(dataset="medium-replay", num_seeds=3, batch_size=512, eval_episodes=32, alpha=1.0),
+        "polynomial": body | dict(dataset="peak-0.5", num_seeds=10, steps=3000, eval_every=1000, hidden=64,
+                                  batch_size=64, lr=1e-3, normalize=False),
         "halfcheetah": body | dict(dataset="good"), "reacher": body | dict(dataset="expert-mix"),
         "ant": body | dict(dataset="full-replay"),
     }  # fmt: skip

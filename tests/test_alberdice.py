@@ -164,6 +164,18 @@ def test_the_table_of_the_behaviour_is_the_models(float64):
         assert torch.allclose(table.log_mu_others[i], beside.clamp(min=-20))
 
 
+def test_both_weights_fall_by_a_constant_factor():
+    args = alberdice.Args(steps=5, alpha=1.6, alpha_end=0.1, cql=0.0)
+    falling = [alberdice.weights_at(step, args) for step in range(5)]
+    assert [alpha for alpha, _ in falling] == pytest.approx([1.6, 0.8, 0.4, 0.2, 0.1])
+    assert [cql for _, cql in falling] == [0] * 5
+    args = alberdice.parse([])
+    assert alberdice.weights_at(args.steps - 1, args) == pytest.approx([args.alpha_end, args.cql_end])
+    assert args.cql > args.cql_end and alberdice.Args(steps=1).cql == alberdice.weights_at(0, args)[1]
+    args = alberdice.parse(["--env", "matrix"])
+    assert args.cql == args.cql_end == 0.1
+
+
 # ---------------------------------------------------------------- the whole
 def trained(seeds, steps=3):
     data, args, team, adams = made(seeds)

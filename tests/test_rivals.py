@@ -351,3 +351,20 @@ def test_more_practice_than_any_memory_holds_is_refused_in_one_line(tmp_path):
     for times in ("1e300", "1e9"):
         complains(command("algorithms/iql.py", "--finetune", times, "--out-dir", tmp_path / "run"), "choose smaller")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_reachers_distance_and_minibatches_fit_it():
+    args = td3.parse(["--env", "reacher"])
+    assert (args.bc, args.batch_size, args.samples) == (10, 256, 10)
+    args = td3.parse("--env reacher --bc 0 --cql 1".split())
+    assert (args.bc, args.batch_size, args.samples) == (0, 64, 4)
+
+
+@pytest.mark.long
+def test_on_the_reacher_learning_alone_is_worse_than_learning_together(tmp_path):
+    """As in MOMA-PPO's Table 4, where no agent sees the other's joint: ITD3+BC < MATD3+BC < 0.9."""
+    found = []
+    for flags in ([], ["--mixing"]):
+        words = ["--env", "reacher", "--task", "independent", "--out-dir", str(tmp_path / f"run{len(flags)}"), *flags]
+        found.append(td3.main(td3.parse(words))["normalized_return"]["mean"])
+    assert found[0] < found[1] - 0.1 and found[1] < 0.9
