@@ -132,9 +132,14 @@ def words(cell, folder, resume):
 
 
 def commit():
-    """The short name of the commit, with a "+" if anything that is tracked differs from it."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """The short name of the commit, with a "+" if what is tracked differs from it, but for what this script writes."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    written = [f":!{path.relative_to(ROOT)}" for path in (RESULTS, PAGE, PICTURE)]
+    name = git("rev-parse", "--short", "HEAD") or "unknown"
+    return name + "+" * bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", *written))
 
 
 # ---------------------------------------------------------------- training
