@@ -32,8 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 from data import flags, results, runs  # noqa: E402
 
-RESULTS, PAGE = ROOT / "algorithms" / "results.csv", ROOT / "algorithms" / "README.md"
-PICTURE = ROOT / ".readme" / "grid.png"
+WRITTEN = "algorithms/results.csv", "algorithms/README.md", ".readme/grid.png"
+RESULTS, PAGE, PICTURE = (ROOT / file for file in WRITTEN)
 
 # method: (script, flags, the environments that it has), as the columns of the tables
 DISCRETE, CONTINUOUS, GAMES = ("matrix", "bridge", "smac"), ("polynomial", "reacher", "halfcheetah", "ant"), ("matrix",)
@@ -137,9 +137,8 @@ def commit():
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    written = [f":!{path.relative_to(ROOT)}" for path in (RESULTS, PAGE, PICTURE)]
-    name = git("rev-parse", "--short", "HEAD") or "unknown"
-    return name + "+" * bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", *written))
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{file}" for file in WRITTEN))
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
 
 
 # ---------------------------------------------------------------- training

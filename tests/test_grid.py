@@ -2,6 +2,7 @@
 
 import csv
 import math
+import subprocess
 
 import grid
 import numpy as np
@@ -138,3 +139,21 @@ def test_the_list_numbers_the_cells():
     assert len(listed) == 1 and listed[0].split()[-3:] == ["InSPO", "xor", "ab"]
     number = listed[0].split()[0]
     assert command("tests/grid.py", "--list", "--index", number).stdout.splitlines() == listed
+
+
+def test_the_commit_says_if_the_code_was_another(tmp_path, monkeypatch):
+    """A "+" for what was changed, but not for what the grid itself writes while it goes on from cell to cell."""
+    for file in (*grid.WRITTEN, "algorithms/bc.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("before")
+    monkeypatch.setattr(grid, "ROOT", tmp_path)
+    assert grid.commit() == "unknown"
+    for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm first"):
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
+    name = grid.commit()
+    assert name.isalnum() and len(name) >= 7
+    for file in grid.WRITTEN:
+        (tmp_path / file).write_text("after")
+    assert grid.commit() == name
+    (tmp_path / "algorithms/bc.py").write_text("after")
+    assert grid.commit() == name + "+"

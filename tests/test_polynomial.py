@@ -267,3 +267,14 @@ def test_commands(tmp_path):
     words = ("data/collect.py", "--env", "polynomial", "--dataset", "peak-wide", "--out", tmp_path / "a.h5")
     complains(command(*words), "no dataset 'peak-wide'", "peak-0.5 (or another spread above 0)")
     assert not (tmp_path / "a.h5").exists()
+
+
+@pytest.mark.long
+def test_with_pjap_two_agents_go_to_the_same_side(tmp_path):
+    """R = xy, recorded anywhere: the answer to what the other did in the data leads to opposite sides, slowly."""
+    script, found = load_script("maddpg_cql_pjap"), {}
+    for flag in ("--pjap", "--no-pjap"):
+        words = f"--env polynomial --task sign-agreement --dataset uniform --num-seeds 10 --out-dir {tmp_path / flag} {flag}"
+        found[flag] = script.main(script.parse(words.split()))["return"]
+    assert min(found["--pjap"]["per_seed"]) > 0 > max(found["--no-pjap"]["per_seed"])
+    assert found["--pjap"]["mean"] > 0.6
