@@ -70,7 +70,8 @@ print(len(steps), acted, unlike)
 def test_a_kept_team_plays_alone_as_it_was_evaluated(tmp_path, monkeypatch, case):
     name, flags, kinds = KEPT[case]
     script, seen = load_script(name), []
-    play = script.play
+    where = script if hasattr(script, "play") else runs  # whoever plays: most scripts leave it to `runs.score`
+    play = where.play
 
     def spied(game, act, *rest, **more):
         seen.clear()  # the last evaluation's first batch is greedy; a second one samples
@@ -84,7 +85,7 @@ def test_a_kept_team_plays_alone_as_it_was_evaluated(tmp_path, monkeypatch, case
         return answer
 
     batches = []
-    monkeypatch.setattr(script, "play", spied)
+    monkeypatch.setattr(where, "play", spied)
     script.main(script.parse([str(word) for word in (*flags, *TINY, tmp_path / "run")]))
     twice = kinds == 1 and "avail" in batches[-1][0] and name not in ("moma_ppo", "cfcql")  # the last batch samples
     back = {"inspo": 2, "alberdice": 4}.get(name, 1 + twice)  # these two play their clones last
@@ -101,6 +102,8 @@ def test_a_kept_team_plays_alone_as_it_was_evaluated(tmp_path, monkeypatch, case
 def test_every_flag_is_read(name):
     script, keeper = (ROOT / "algorithms" / f"{name}.py").read_text(), (ROOT / "data" / "runs.py").read_text()
     kept = runs.MAY_CHANGE | {"seed", "dataset", "env_kwargs", "team_reward"}  # what the keeper of a run reads
+    if "layout.inputs(" in script:
+        script += (ROOT / "data" / "layout.py").read_text()
     unread = [field.name for field in fields(load_script(name).Args)
               if f"args.{field.name}" not in script + keeper * (field.name in kept)]  # fmt: skip
     assert unread == []
