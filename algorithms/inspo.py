@@ -742,15 +742,8 @@ def preset(args):
         cells = bool((seen == seen.round()).all()) and len(seen.unique()) <= 20
         values = dict(env=env, task=task, dataset="", num_seeds=3, one_hot=cells, alpha=0.05 * unit, beta=0.01 * unit)
         values |= dict(beta_end=0.001 * unit, cql=0.02 * unit, warmup=1000, clone_steps=50_000, hold_back=0.1)
-        return values | dict(
-            batch_size=256,
-            clone_lr=1e-3,
-            clone_batch=256,
-            critic_lr=1e-3,
-            cooldown=0.4,
-            eval_every=1000,
-            eval_episodes=10,
-        )
+        values |= dict(batch_size=256, clone_lr=1e-3, clone_batch=256, critic_lr=1e-3, cooldown=0.4)
+        return values | dict(eval_every=1000, eval_episodes=10)
     task = task or "xor"
     payoff = envs.make("matrix", task).payoff
     values = dict(dataset=datasets.names("matrix", task)[-1], steps=1500, one_hot=False, clone_lr=1e-3)
