@@ -70,6 +70,11 @@ class Task(NamedTuple):
     seeds: int
     worst: float = 0.0  # shares: 0 is random play (in games: the mean of the payoffs, or 1,000 games), 1 is the best
 
+    @property
+    def title(self):
+        """Its name for a reader: the reacher's tasks are only views."""
+        return f"{self.env} {self.name}" if self.env == "reacher" else self.name
+
 
 TASKS = (
     Task("xor", "matrix", "xor", ("ab", "ab-ba", "aa-ab-ba", "all"), 10, 0.5),
@@ -337,7 +342,7 @@ def table(found, tasks, methods, score=score):
                 cell.append(f"{text(values.mean(), digits)}{star}{range_}")
             one = next(iter(row.values()))[0]
             data = one["dataset_win_rate"] if one["win_rate"] is not None else one["dataset_return"]
-            out.append(f"| {task.name} `{dataset}` | {text(data, digits)} | {' | '.join(cell)} |")
+            out.append(f"| {task.title} `{dataset}` | {text(data, digits)} | {' | '.join(cell)} |")
     return "\n".join(out)
 
 
@@ -358,7 +363,10 @@ def picture(found):
     for i, j in zip(*np.nonzero(~np.isnan(values))):
         ink = "black" if 0.15 < values[i, j] < 0.85 else "white"
         axes.text(j, i, text(max(values[i, j], -9.9)), ha="center", va="center", fontsize=6, color=ink)
-    axes.set_xticks(range(len(tasks)), [f"{t.name} {d}" for t, d in tasks], rotation=60, ha="right", fontsize=7)
+    for j, ((task, _), (following, _)) in enumerate(zip(tasks, tasks[1:])):
+        if task.env != following.env:  # a gap between the kinds of games
+            axes.axvline(j + 0.5, color="white", linewidth=3)
+    axes.set_xticks(range(len(tasks)), [f"{t.title} {d}" for t, d in tasks], rotation=60, ha="right", fontsize=7)
     axes.set_yticks(range(len(methods)), methods, fontsize=8)
     axes.set_title("greedy teams: 0 plays like chance, 1 is the best possible", fontsize=9)
     return figure
