@@ -312,7 +312,7 @@ def share(rows, worst):
 
 
 def text(number, digits=2):
-    return f"{number:.{digits}f}".replace("-", "−")
+    return f"{round(number, digits) + 0.0:.{digits}f}".replace("-", "−")  # no −0.00
 
 
 def table(found, tasks, methods, score=score):
