@@ -437,6 +437,29 @@ def test_bridge_is_crossed_on_optimal_data_by_the_weight_of_the_penalty(tmp_path
     assert fewest <= sum(x > -1.3 for x in returns) <= most, returns
 
 
+@pytest.mark.parametrize("task, lam", [("5m_vs_6m", 0.6), ("3m", 0.6), ("2s3z", 0.9), ("3s_vs_5z", 0.9)])
+def test_long_battles_look_further_ahead(task, lam):
+    assert cfcql.parse(["--env", "smac", "--task", task]).td_lambda == lam
+
+
+@pytest.mark.parametrize("words, least, most, won", [((), 12, 18, 0.6), (("--td-lambda", 0.6), 20, 40, 0)])
+@pytest.mark.long
+def test_what_q_promises_in_long_battles(tmp_path, words, least, most, won):
+    """A battle pays 20 at most, discounted about 15. What the penalty adds to the best action's value is
+    bootstrapped in every step, and with a lambda of 0.6 Q promises more than can be had."""
+    battle = "--env smac --task 2s3z --dataset medium-replay --seed 100 --num-seeds 2".split()
+    about = train(tmp_path / "run", *battle, *words)
+    assert min(about["win_rate"]["per_seed"]) >= won
+    args = cfcql.parse(["--resume", "--out-dir", str(tmp_path / "run")])
+    found, _ = cfcql.arrange(data.load("smac", "2s3z", "medium-replay"), args)
+    team = cfcql.Team(found, args, streams(2))
+    team.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["parts"]["team"])
+    start = found.first.nonzero()[:, 0].expand(2, 1, -1)  # (S, 1, E)
+    best = cfcql.see(team.agents, found, start).amax(-1)  # (S, 1, E, N)
+    promised = cfcql.mix(team.mixer(found.state[start]), best[..., None, :])
+    assert least < promised.mean() < most
+
+
 WORDS = "--num-seeds 2 --steps 30 --eval-every 10 --eval-episodes 2 --clone-steps 5 --hidden 16 --sequences 2".split()
 BRIDGE = ["--env", "bridge", "--episodes", 40]
 
