@@ -27,6 +27,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+try:
+    import fcntl
+except ImportError:  # Windows: there two processes may train the same cell
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -153,12 +158,22 @@ def train(cell, out_dir):
     if (folder / "summary.json").exists():
         return ""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    note = folder.with_name(folder.name + ".commit")  # of the state that began it
-    if not note.exists() or not (folder / "config.json").exists():
-        note.write_text(commit())
-    run = subprocess.run(
-        words(cell, folder, (folder / "config.json").exists()), cwd=ROOT, capture_output=True, text=True
-    )
+    with folder.with_name(folder.name + ".commit").open("a+") as note:  # of the state that began it
+        try:
+            if fcntl:
+                fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "another process trains it"
+        except OSError:
+            pass  # a disk without locks
+        if not note.tell() or not (folder / "config.json").exists():
+            note.truncate(0)
+            note.write(commit())
+            note.flush()
+        run = subprocess.run(  # which has the lock, too, and so keeps it if this process is killed
+            words(cell, folder, (folder / "config.json").exists()), cwd=ROOT, capture_output=True, text=True,
+            pass_fds=[note.fileno()] if fcntl else (),
+        )  # fmt: skip
     if run.returncode == 0:
         return ""
     return (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]

@@ -3,6 +3,7 @@
 import csv
 import math
 import subprocess
+import sys
 
 import grid
 import numpy as np
@@ -157,3 +158,25 @@ def test_the_commit_says_if_the_code_was_another(tmp_path, monkeypatch):
     assert grid.commit() == name
     (tmp_path / "algorithms/bc.py").write_text("after")
     assert grid.commit() == name + "+"
+
+
+def test_two_grids_do_not_train_the_same_cell(tmp_path, monkeypatch):
+    """Who comes second says so and leaves it. A cell is locked as long as it trains."""
+    fcntl = pytest.importorskip("fcntl")
+    cell = grid.cells()[0]
+    note = tmp_path / cell.folder.with_name(cell.folder.name + ".commit")
+    note.parent.mkdir(parents=True)
+    with note.open("a+") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        monkeypatch.setattr(grid, "words", lambda *what: pytest.fail("it was begun twice"))
+        assert grid.train(cell, tmp_path) == "another process trains it"
+    assert not note.read_text()
+
+    def held(cell, folder, resume):
+        """A process that tries to take the lock which it was given, as a third would, and finds it taken."""
+        code = f"import fcntl; fcntl.flock(open({str(note)!r}), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        return [sys.executable, "-c", code]
+
+    monkeypatch.setattr(grid, "words", held)
+    assert "BlockingIOError" in grid.train(cell, tmp_path)
+    assert note.read_text() == grid.commit()
