@@ -68,9 +68,9 @@ Differences from the authors' code, and choices made here:
   9. In battles q_i and beta_i are GRUs that see their agent's last action too (--recurrent); elsewhere they have no
      memory. Views are in units of the data's mean and spread, or one-hot (Bridge's cells), or as they are (battles).
      Step sizes fall linearly to 0.
- 10. In battles that may last 100 steps and more lambda is 0.9, not 0.6. Eq. 5 pulls recorded actions up until the best
-     is worth about 1 more than they are, whatever a reward is worth, and (1 - lambda) of this enters Eq. 2 in every
-     step: 2s3z, medium-replay data, paid 25 at the start by Q, 15 in truth (--td-lambda 0.6), and was lost.
+ 10. In battles that may last 100 steps and more lambda is 0.9, not 0.6. Eq. 5 leaves the best action worth about 1 more
+     than recorded ones, whatever a reward is worth, and 1 - lambda of that enters Eq. 2 in every step: with 0.6, on
+     2s3z's medium-replay data, Q promises 25 at a battle's start, where 15 can be had, and its team loses.
 
 A minibatch consists of whole episodes, laid end to end in sequences of one length: Eq. 2 looks ahead. Seeds differ in
 all that is random here, and are evaluated in one environment.
