@@ -19,6 +19,7 @@ A script's `main` holds the loop and learns; a `Run` keeps what must not get los
 """
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import json
@@ -317,6 +318,7 @@ def launch(main, read):
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # a terminal without "±" must not end a run
     limit_memory()
+    keep_memory()
     try:
         main(read())
     except KeyboardInterrupt:
@@ -345,6 +347,14 @@ def limit_memory():
             resource.setrlimit(resource.RLIMIT_DATA, (memory, hard))
     except (ImportError, ValueError, OSError):  # not on Windows
         pass
+
+
+def keep_memory():
+    """Keep what is freed for what comes next. The C library would hand tensors of megabytes back to the system and ask
+    for them again, page by page, in every update: with minibatches as large as the papers', a fifth of the time."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):  # glibc; musl has none
+        library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
 
 
 def say(text):

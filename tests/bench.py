@@ -329,6 +329,7 @@ def main(words):
     if unknown := set(parts) - set(PARTS):
         sys.exit(f"error: unknown words {sorted(unknown)}: choose from {', '.join(PARTS)} and --cuda")
     torch.set_num_threads(1)
+    runs.keep_memory()  # as every run does
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else 'CPU, one thread'}")
     for part in parts:
         PARTS[part](device)

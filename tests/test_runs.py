@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import platform
 import resource
 import signal
 import subprocess
@@ -741,6 +742,18 @@ def test_a_number_beyond_64_bits_ends_in_one_line(monkeypatch):
     with pytest.raises(SystemExit) as found:
         runs.launch(lambda args: range(10**30)[2**70 :].__len__(), lambda: None)
     assert found.value.code.startswith("error: a number is too large: choose smaller ones (")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("kept", [True, False])
+def test_memory_is_not_asked_for_again_in_every_update(kept):
+    """A large tensor that comes and goes touches no new page, once there was one; it does without `keep_memory`."""
+    words = f"import resource, sys, torch; sys.path.insert(0, {str(ROOT)!r}); from data import runs\n"
+    words += "runs.keep_memory()\n" * kept + "for _ in range(8):\n    x = torch.zeros(10**7); del x\n"
+    words += "    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n    print(faults)"
+    found = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+    faults = [int(line) for line in found.stdout.split()]
+    assert (faults[-1] - faults[3] < 100) == kept, found.stderr
 
 
 def test_a_run_cannot_fill_more_than_the_machine_has(script):
