@@ -241,11 +241,12 @@ def bench_windows(device):
     """PJAP's sampler: to draw 64 of a million windows and to renew their priorities."""
     script, clock = load_script("maddpg_cql_pjap"), time.process_time if device == "cpu" else time.perf_counter
     windows = script.Windows(torch.arange(1_000_000, device=device), 20, 1)
-    generators = [runs.stream(0, 0, device)]
 
     def draw():
         for _ in range(200):
-            windows.write(windows.draw(script.uniform64(generators, 64)), torch.rand(1, 64, device=device))
+            windows.write(
+                windows.draw(torch.rand(1, 64, device=device, dtype=torch.float64)), torch.rand(1, 64, device=device)
+            )
 
     print(f"\n64 of a million windows drawn and renewed: {1000 / median_speed(draw, 200, clock):.2f} ms")
 

@@ -763,6 +763,7 @@ def test_a_run_cannot_fill_more_than_the_machine_has(script):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     plenty = -1 if torch.cuda.is_available() else memory
     for before, expected in ((None, plenty), (4 * 10**9, 4 * 10**9)):
+
         def limit():
             if before:
                 resource.setrlimit(resource.RLIMIT_DATA, (before, resource.RLIM_INFINITY))
