@@ -2,6 +2,7 @@
 
 import collections
 
+import bench
 import pytest
 import torch
 from pretended_gpu import AWAY, PretendedGPU
@@ -125,3 +126,12 @@ def test_a_game_of_any_length_is_asked_eight_times_whether_it_is_over(gpu):
         gpu.clear()
         play(game, lambda obs, info, memory: (torch.zeros(3, 2, dtype=torch.int64, device=AWAY), memory))
         assert sum(n for wait, n in gpu.waits.items() if "play.py" in wait) <= 8, gpu.waits
+
+
+# ---------------------------------------------------------------- what measures speed
+def test_speed_is_measured(capsys):
+    """`tests/bench.py` names parts of scripts and environments that may change."""
+    assert bench.environment("bridge", "", 4, "cpu", steps=5) > 0
+    assert bench.smac("3m", 4, "cpu", steps=3) > 0
+    bench.bench_windows("cpu")
+    assert float(capsys.readouterr().out.split("renewed: ")[1].split()[0]) > 0
