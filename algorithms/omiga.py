@@ -43,7 +43,7 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   greedy = team.policies.sample(team.policies(obs.transpose(0, 1).expand(S, N, M + 1, 5), data.avail.transpose(0, 1)))
 
 Differences from the authors' code, and choices made here:
-  1. Each agent has networks of its own; the authors' agents share one of each kind, told which agent it is.
+  1. Each agent has networks of its own; the authors' agents share one of each kind, told which agent it is: --shared.
   2. alpha is in units of the rewards as they are: 10 in both branches of the authors' code, which with returns of 1 to
      20 is almost cloning. Ours is smaller; see `preset`.
   3. The authors divide Eq. 4 by exp(max z) of the whole minibatch, so that its scale hangs on one step. Here a seed's
@@ -104,6 +104,7 @@ class Args:
     # --- the method
     alpha: float = 0.1  # how dear it is to leave the recorded behaviour, in units of the return
     gamma: float = 0.99  # discount
+    shared: bool = False  # one network of each kind for all agents, told which agent it is
     # --- the optimisation
     normalize: bool = True  # views in units of the data's mean and spread
     one_hot: bool = False  # feed whole numbers as one-hot values (the cells of a grid)
@@ -119,7 +120,7 @@ class Args:
 class Data(NamedTuple):
     """The dataset as R rows, one for each observation: episodes end to end. In an episode's last row no step begins."""
 
-    obs: torch.Tensor  # (R, N, I) what the policies see
+    obs: torch.Tensor  # (R, N, I) what the policies see; if they share a network, whose eyes these are belongs to it
     state: torch.Tensor  # (R, D) what the mixer sees
     avail: torch.Tensor | None  # (R, N, A) bool, the available actions; None where actions are continuous
     action: torch.Tensor  # (R, N) int64, or (R, N, A) in [-1, 1], of the step that begins in a row
@@ -156,14 +157,24 @@ def mlp(inputs, outputs, args, generators, scale=1.0):
     return nn.Sequential(*body, Linear(sizes[-1], outputs, generators, scale))
 
 
+def owners(generators, num_agents, args):
+    """A generator for each network: of each agent of each seed or, where agents share, of each seed."""
+    return generators if args.shared else [g for g in generators for _ in range(num_agents)]
+
+
+def side_by_side(network, x):
+    """What the networks of S teams, an agent's own or shared, make of the agents' x: (S, N, B, I) -> (S, N, B, out)."""
+    return network(x.reshape(len(network[0].weight), -1, x.shape[-1])).view(*x.shape[:3], -1)
+
+
 class Policies(nn.Module):
     """A policy for each agent of S teams."""
 
     def __init__(self, data, args, generators):
         super().__init__()
-        (_, self.N, I), self.S, self.discrete = data.obs.shape, len(generators), data.avail is not None
+        (_, self.N, I), self.discrete = data.obs.shape, data.avail is not None
         self.A = (data.avail if self.discrete else data.action).shape[-1]
-        each = [g for g in generators for _ in range(self.N)]
+        each = owners(generators, self.N, args)
         self.body = mlp(I, self.A * (1 if self.discrete else 2), args, each, scale=0.1)
         if not self.discrete:  # actions begin as far apart as the recorded ones
             spread = data.action.std(0, correction=0).clamp(min=math.exp(-6), max=1)
@@ -172,7 +183,7 @@ class Policies(nn.Module):
     def forward(self, obs, avail):
         """Log-probabilities of all actions (S, N, B, A) from views (S, N, B, I) and available actions (..., N, B, A);
         where actions are continuous (None) their means and log-deviations (S, N, B, 2A)."""
-        out = self.body(obs.flatten(0, 1)).unflatten(0, (self.S, self.N))
+        out = side_by_side(self.body, obs)
         if self.discrete:
             return F.log_softmax(out.masked_fill(~avail, ILLEGAL), -1)
         mean, log_std = out.chunk(2, -1)
@@ -213,14 +224,14 @@ class Team(nn.Module):
         super().__init__()
         self.policies = Policies(data, args, generators)
         (_, N, I), A = data.obs.shape, self.policies.A
-        each = [g for g in generators for _ in range(N)]
+        each = owners(generators, N, args)
         self.q, self.v = mlp(I + A, 1, args, each), mlp(I, 1, args, each)
         self.mixer = Mixer(data.state.shape[1], N, args, generators)
         self.targets = copy.deepcopy(nn.ModuleList([self.q, self.v, self.mixer])).requires_grad_(False)
 
     def local(self, network, *x):
-        """Values of agents, (S, N, B), by networks of inputs (S, N, B, ...), laid side by side."""
-        return network(torch.cat(x, -1).flatten(0, 1)).view(x[0].shape[:3])
+        """Values of agents, (S, N, B), by networks of inputs (S, N, B, ...)."""
+        return side_by_side(network, torch.cat(x, -1)).squeeze(-1)
 
 
 # ---------------------------------------------------------------- losses
@@ -365,7 +376,13 @@ def preset(args):
 def arrange(dataset, args):
     """The dataset as `Data`, and the function that turns observations (..., N, O) into the policies' inputs."""
     rows = layout.rows(dataset)
-    encode, see = (layout.inputs(rows[name], args) for name in ("obs", "state"))
+    view, see = (layout.inputs(rows[name], args) for name in ("obs", "state"))
+    N = rows["obs"].shape[1]
+
+    def encode(obs):
+        seen = view(obs)
+        return torch.cat([seen, torch.eye(N).to(seen).expand(*seen.shape[:-1], N)], -1) if args.shared else seen
+
     rest = (rows[name] for name in ("avail_actions", "actions", "reward", "done", "start"))
     return Data(encode(rows["obs"]), see(rows["state"]), *rest), encode
 

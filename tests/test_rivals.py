@@ -89,6 +89,30 @@ def test_omigas_losses_against_a_slow_loop(float64):
         assert torch.isclose(q_loss[s], want_q) and torch.isclose(v_loss[s], want_v)
 
 
+def test_agents_that_share_a_network_are_agents_with_equal_ones(float64):
+    data, args, team, _ = made(omiga, shared=True)
+    _, _, apart, _ = made(omiga)
+    apart.load_state_dict({
+        name: value if "mixer" in name or "targets.2" in name else value.repeat_interleave(N, 0)
+        for name, value in team.state_dict().items()
+    })  # fmt: skip
+    batch = omiga.gather(data, rows())
+    weights = [omiga.value_loss(each, batch, 0.7) for each in (team, apart)]
+    losses = [
+        (omiga.critic_loss(each, batch, 0.9), *weight, omiga.policy_loss(each.policies, batch, weight[1]))
+        for each, weight in zip((team, apart), weights)
+    ]
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*losses))
+    assert sum(p.numel() for p in apart.q.parameters()) == N * sum(p.numel() for p in team.q.parameters())
+
+
+def test_who_shares_a_network_is_told_who_it_is():
+    args = omiga.parse(["--env", "matrix", "--task", "xor", "--shared"])
+    data, encode = omiga.arrange(load("matrix", "xor", args.dataset), args)
+    assert (data.obs[:, :, -2:] == torch.eye(2)).all()
+    assert (encode(torch.ones(3, 4, 2, 1))[..., -2:] == torch.eye(2)).all()
+
+
 @pytest.mark.parametrize("team_", ["mixed", "independent"])
 def test_iqls_losses_against_a_slow_loop(float64, team_):
     data, args, team, _ = made(iql, team=team_)
@@ -145,7 +169,7 @@ def test_the_conservative_term_has_the_logarithm_of_the_density(float64):
 
 
 CASES = {
-    "omiga": (omiga, {}), "MAIQL": (iql, {"team": "mixed"}), "IQL alone": (iql, {"team": "independent"}),
+    "omiga": (omiga, {}), "omiga, shared": (omiga, {"shared": True}), "MAIQL": (iql, {"team": "mixed"}), "IQL alone": (iql, {"team": "independent"}),
     "ITD3+BC": (td3, {}), "MATD3+BC": (td3, {"mixing": True}), "IOMAR": (td3, {"bc": 0.0, "cql": 1.0, "omar": 0.9}),
 }  # fmt: skip
 
