@@ -215,6 +215,8 @@ SIZES = {
     "CFCQL, 5m_vs_6m, 128 episodes": (updates.cfcql, "--env smac --num-seeds 1 --sequences 128".split()),
     "OMIGA, 5m_vs_6m, 128 steps, hidden 256": (
         updates.omiga, "--env smac --num-seeds 1 --batch-size 128 --hidden 256".split()),
+    "OMIGA, the same, agents share networks": (
+        updates.omiga, "--env smac --num-seeds 1 --batch-size 128 --hidden 256 --shared".split()),
     "AlberDICE, Bridge, 2,560 steps, hidden 128": (
         updates.alberdice, "--num-seeds 1 --batch-size 2560 --hidden 128".split()),
     "OMAR, 5m_vs_6m, 3 seeds": (updates.omar, "--env smac".split()),
