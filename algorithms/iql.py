@@ -184,10 +184,10 @@ class Policies(nn.Module):
         return torch.cat([mean, (self.log_spread + log_std).clamp(-6, 0)], -1)
 
     def log_prob(self, out, action):
-        """Log-probability of each agent's action, (S, N, B); `out` from `forward`."""
-        if self.discrete:  # Eq. 1
+        """log pi_i of Eq. 5 for each agent's action, (S, N, B); `out` from `forward`."""
+        if self.discrete:
             return out.gather(-1, action[..., None])[..., 0]
-        mean, log_std = out.chunk(2, -1)  # Eq. 2
+        mean, log_std = out.chunk(2, -1)
         return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - HALF_LOG_2PI).sum(-1)
 
     def sample(self, out, clocks=None):

@@ -56,8 +56,8 @@ Differences from the authors' code, and choices made here:
 
 Seeds differ in all that is random here, and are evaluated in one environment.
 
-Shapes: S seeds, N agents, Q = S N networks, B steps of a minibatch, M recorded steps, R rows (observations), E games,
-A actions (or entries of an action), O observation, I inputs, D state.
+Shapes: S seeds, N agents, Q = S N networks (S if shared), B steps of a minibatch, M recorded steps, R rows
+(observations), E games, A actions (or entries of an action), O observation, I inputs, D state.
 """
 
 import copy
@@ -190,10 +190,10 @@ class Policies(nn.Module):
         return torch.cat([mean, (self.log_spread + log_std).clamp(-6, 0)], -1)
 
     def log_prob(self, out, action):
-        """Log-probability of each agent's action, (S, N, B); `out` from `forward`."""
-        if self.discrete:  # Eq. 1
+        """log pi_i of Eq. 5 for each agent's action, (S, N, B); `out` from `forward`."""
+        if self.discrete:
             return out.gather(-1, action[..., None])[..., 0]
-        mean, log_std = out.chunk(2, -1)  # Eq. 2
+        mean, log_std = out.chunk(2, -1)
         return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - HALF_LOG_2PI).sum(-1)
 
     def sample(self, out, clocks=None):
@@ -381,7 +381,8 @@ def arrange(dataset, args):
 
     def encode(obs):
         seen = view(obs)
-        return torch.cat([seen, torch.eye(N).to(seen).expand(*seen.shape[:-1], N)], -1) if args.shared else seen
+        who = torch.eye(N, dtype=seen.dtype, device=seen.device)
+        return torch.cat([seen, who.expand(*seen.shape[:-1], N)], -1) if args.shared else seen
 
     rest = (rows[name] for name in ("avail_actions", "actions", "reward", "done", "start"))
     return Data(encode(rows["obs"]), see(rows["state"]), *rest), encode

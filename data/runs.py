@@ -351,7 +351,7 @@ def limit_memory():
 
 def keep_memory():
     """Keep what is freed for what comes next. The C library would hand tensors of megabytes back to the system and ask
-    for them again, page by page, in every update: with minibatches as large as the papers', a fifth of the time."""
+    for them again, page by page, in every update: up to a fifth of the time, with minibatches as large as the papers'."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):  # glibc; musl has none
         library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink

@@ -169,7 +169,8 @@ def test_the_conservative_term_has_the_logarithm_of_the_density(float64):
 
 
 CASES = {
-    "omiga": (omiga, {}), "omiga, shared": (omiga, {"shared": True}), "MAIQL": (iql, {"team": "mixed"}), "IQL alone": (iql, {"team": "independent"}),
+    "omiga": (omiga, {}), "omiga, shared": (omiga, {"shared": True}),
+    "MAIQL": (iql, {"team": "mixed"}), "IQL alone": (iql, {"team": "independent"}),
     "ITD3+BC": (td3, {}), "MATD3+BC": (td3, {"mixing": True}), "IOMAR": (td3, {"bc": 0.0, "cql": 1.0, "omar": 0.9}),
 }  # fmt: skip
 

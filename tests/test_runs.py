@@ -753,7 +753,7 @@ def test_memory_is_not_asked_for_again_in_every_update(kept):
     words += "    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n    print(faults)"
     found = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
     faults = [int(line) for line in found.stdout.split()]
-    assert (faults[-1] - faults[3] < 100) == kept, found.stderr
+    assert (faults[-1] - faults[3] < 30) == kept, found.stderr  # a huge page is one
 
 
 def test_a_run_cannot_fill_more_than_the_machine_has(script):
