@@ -6,12 +6,12 @@ be bad, or one that nobody ever took. Keeping each agent close to the data does 
 
 The idea. The agents learn in turns. When it is agent i's turn, its teammates belong to the world that it lives in: the
 minibatch is resampled so that their recorded actions look as if they came from their *current* policies, and agent i
-pays where these policies do what never went with its own action. What is left is a problem of one agent, and it is not
-solved by asking a Q-function what the best action is worth, but for how often each state should be visited: that has a
+pays where these policies do what never went with its own action. What is left is a problem of one agent. It is not
+asked what the best action is worth, as a Q-function would tell, but how often each state should be visited: that has a
 convex dual, whose only unknown is a function nu(s) of states. Where nu says that a step leads to more than it costs,
-the step should be more frequent than in the data; e(s,a) says by how much, and the policy follows it. A weight alpha of
-the KL divergence to the data decays over training. (`inspo.py` takes its turns and its resampling from here; the
-losses nu, e and pi stand in place of its Q and pi.)
+the step should be more frequent than in the data; e(s,a) says by how much, and the policy follows it. Alpha, the weight
+of the KL divergence to the data, decays over training. (`inspo.py` takes its turns and its resampling from here; the
+losses of nu, e and pi stand in place of those of its Q and pi.)
 
 Equations, by numbers of our own. Agent i acts by pi_i; mu_i is its recorded behaviour, mu(a_-i|s,a_i) what the others
 did when it took a_i. D is the data; "resampled" means D weighted by rho_i.
@@ -23,9 +23,11 @@ did when it took a_i. D is the data; "resampled" means D weighted by rho_i.
   6  L(e_i)      = E_resampled [ (e_i(s,a_i) - E_i)^2 + cql ( logsumexp_a e_i(s,a) - sum_a mu_i(a|s) e_i(s,a) ) ]
   7  L(pi_i)     = E_resampled [ sum_a pi_i(a|s) ( alpha log(pi_i/mu_i) - e_i(s,a) ) ]    least at mu_i exp(e_i/alpha)/Z
   8  L(mu_i)     = -E log mu_i(a_i|s),   L(mu) = -E log mu(a_-i|s,a_i)     behavioural cloning
-Without the penalty Eq. 5 is the dual of Eq. 1: at its minimum rho_i exp(E_i/alpha), normalised, is d_i over D. s~ lies
-between two states of the minibatch. A game that ends goes on in a state in which nothing happens; adding a constant to
-nu changes nothing, so that nu is 0 there, and E_i too.
+If teammates and world leave nothing to chance and games begin anywhere in D, Eq. 5 without its penalty is the dual of
+Eq. 1: at its minimum rho_i exp(E_i/alpha), normalised, is d_i pi_-i over D. Else it lies above the dual, as the mean
+over what chance does stands outside the exponential: good luck counts for too much. s~ lies between two states of the
+minibatch. A game that ends goes on in a state in which nothing happens; adding a constant to nu changes nothing, so
+that nu is 0 there, and E_i too.
 
 Commands, and the return you should see (mean of all seeds; one CPU core of a small server, torch 2.13):
   python algorithms/alberdice.py --env matrix --task xor   data aa-ab-ba, 10 seeds at once, under a minute: 1 in 10 of
@@ -52,22 +54,23 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
       logs = alberdice.update(team, adams, data, behaviour, noise, weights, args)
 
 Differences from the authors' code, and choices made here:
-  1. One gradient step each for nu, e and pi in an agent's turn, agents in a fixed order, as theirs; but the minibatch
-     is of single steps, not of whole episodes, and mu_i and mu(a_-i|s,a_i) are cloned before the turns begin and then
-     kept as tables, where theirs learn all along. The policies start as clones.
+  1. One gradient step each for nu, e and pi in an agent's turn, agents in a fixed order, as theirs; but each turn has
+     a minibatch of its own, of single steps, not of whole episodes, and mu_i and mu(a_-i|s,a_i) are cloned before the
+     turns begin and then kept as tables, where theirs learn all along. The policies start as clones.
   2. Eq. 2 is a sum over all actions of teammate j, given those that the teammates before it took in the data. Theirs is
-     a mean over 16 draws, in which each a_j is drawn and the rest recorded, too: it has the same bias.
-  3. One teammate model serves every i and j, as in `inspo.py`; theirs has one for each i.
+     a mean over 16 draws, in which each a_j is drawn and the rest recorded, too. Weighted by rho_i both have the right
+     mean, but for the cap of Eq. 4.
+  3. One teammate model serves every i and j, as in `inspo.py`; theirs has one for each i, but one mu for all agents.
   4. The state after the end: theirs appends it to every episode as rows of its own, in which nu learns. Here nu is 0
      there, as adding a constant to nu changes nothing, and it weighs as much as all recorded steps (`--absorbed 1`).
   5. E nu(s) is over all recorded states, as theirs, not over the first ones, as the derivation has it.
   6. The gradient penalty looks between each state of the minibatch and the one before it; theirs between two halves.
      Its gradient is written out (`slope`), as a gradient within a gradient is not for a graph.
   7. alpha falls from 0.3 to 0.003 in Bridge, from the payoffs' range to a hundredth of it in games of one step; theirs
-     from 5 to 0.001, over a thousand times as many updates, with Adam at 1e-4 and batches of 128 episodes. On Bridge the
-     conservative weight falls as well; theirs is 0.1 throughout.
+     from 5 to 0.001, over 11 (XOR) to 37 times (Bridge) as many updates, with Adam at 1e-4 and batches of 128 episodes.
+     On Bridge the conservative weight falls as well; theirs is 0.1 throughout.
   8. Networks have 64 units, theirs 128. nu has a last bias, as it is 0 after the end; theirs has none. All step sizes
-     fall linearly to 0.
+     but the clones' fall linearly to 0.
   9. Scores are those of greedy play and of sampling; theirs are sampled.
  10. Without a memory, as theirs: no battles.
 
@@ -558,7 +561,7 @@ def main(args):
         behaviour = clone(team, data, generators, args, run.compile(clone_update), held)
 
     weights, names = torch.zeros(2, device=device), ("nu_loss", "e_loss", "policy_loss", "kl", "sample_size")
-    logs = {name: torch.zeros(args.num_seeds, device=device) for name in names}
+    logs = {name: torch.full((args.num_seeds,), math.nan) for name in names}
     for step in run.steps(args.steps, args.eval_every):
         if run.due():
             run.check(logs)
@@ -582,7 +585,7 @@ def main(args):
 def parse(argv=None):
     """Read the command line; where no flag speaks, the task's own values or those of the resumed run hold."""
     args = runs.parse(Args, preset, argv, __doc__, "AlberDICE is for discrete actions", ("bridge", "matrix"))
-    zero = "seed episodes eval_episodes cql cql_end penalty gamma layers clone_steps hold_back"
+    zero = "seed episodes eval_episodes cql penalty gamma layers clone_steps hold_back"
     runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma hold_back")
     return args
 

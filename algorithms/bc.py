@@ -77,7 +77,7 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 @dataclass
 class Args:
     # --- what to learn
-    env: str = "matrix"  # the environment: matrix, bridge, smac, halfcheetah, reacher, ant, or module:factory
+    env: str = "matrix"  # matrix, bridge, smac, polynomial, reacher, halfcheetah, ant, or module:factory
     task: str = ""  # its task; by default the coordination game, or the environment's first
     dataset: str = "unfavourable"  # a dataset's name, or the path of a file
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
@@ -253,8 +253,8 @@ def preset(args):
         "bridge": small | dict(dataset="mixed", num_seeds=5, one_hot=True, batch_size=128, lr=2e-3, eval_episodes=32),
         "smac": small | dict(dataset="medium-replay", num_seeds=3, steps=2000, eval_every=500, batch_size=512, lr=1e-3,
                              eval_episodes=32),
-        "halfcheetah": body | dict(dataset="good"), "reacher": body | dict(dataset="expert-mix"),
-        "ant": body | dict(dataset="full-replay"),
+        "polynomial": body | dict(dataset="peak-0.5"), "halfcheetah": body | dict(dataset="good"),
+        "reacher": body | dict(dataset="expert-mix"), "ant": body | dict(dataset="full-replay"),
     }  # fmt: skip
     return values.get(env, unknown) | dict(env=env, task=task)
 

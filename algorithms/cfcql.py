@@ -8,21 +8,21 @@ The idea. Replace one agent's action at a time and leave the others' as they wer
 each, in place of one over A^N. How much each of them counts depends on how far that agent's choice would lead from its
 recorded behaviour. The team's value is mixed from local ones (QMIX) and grows with every one of them, so that the best
 joint action is found by every agent alone, and that is how the team acts. But this form of the value is all that holds
-the team together. It cannot say "A if you play B, and B if you play A": on XOR the method fails by its form, however
-long it learns, and where it succeeds all the same, luck broke a tie between fits that are equally bad.
+the team together. It cannot say "A if you play B, and B if you play A": where the data hold both of XOR's conventions
+it fails by its form, and where it succeeds all the same, luck broke a tie between fits that are equally bad.
 
 Equations, by numbers of our own. h_i is what agent i saw and did so far, q_i(h_i, .) its local values; a prime marks
 slowly moving copies; m_t is 0 where the game ended by its own rules.
  1 mixing     Q(s, a)   = w2(s) . elu( sum_i w1_i(s) q_i(h_i, a_i) + b1(s) ) + b2(s),   w1, w2 >= 0
- 2 target     G_t       = r_t + gamma m_t [ (1 - lambda) Q'_{t+1} + lambda G_{t+1} ]    in the last step only Q'_{t+1}
+ 2 target     G_t       = r_t + gamma m_t [ (1 - lambda) Q'_{t+1} + lambda G_{t+1} ]    in the last step [ ] is Q'_{t+1}
               Q'_t      = Q'(s_t, a*),   a*_i = argmax_a q_i(h_i, a)
  3 deviation  K_i       = KL( p_i || beta_i ),   p_i(a') = softmax_a' Q(s, (a', a_-i))
- 4 weights    w_i       = softmax_i( tau_lambda K_i )
- 5 gap        C         = sum_i w_i log sum_a' exp Q(s, (a', a_-i)) - Q(s, a)
+ 4 weights    u_i       = softmax_i( tau_lambda K_i )                   numbers; no gradient goes through them
+ 5 gap        C         = sum_i u_i log sum_a' exp Q(s, (a', a_-i)) - Q(s, a)
               C         = log mean_a' exp Q(s, a') - Q(s, a)            MACQL, a' joint actions drawn at random
  6 loss       L(q, w, b) = E [ 1/2 (Q(s, a) - G)^2 + cql C ]            QMIX with cql = 0
  7 behaviour  L(beta_i) = -E log beta_i(a_i|h_i)                        learned before
-With one agent Eq. 6 is plain CQL. With tau_lambda = 0 all w_i are 1/N, and no behaviour has to be learned.
+With one agent Eq. 6 is plain CQL. With tau_lambda = 0 all u_i are 1/N, and no behaviour has to be learned.
 
 Commands, and the return you should see (last team; one CPU core of a small server, torch 2.13):
   python algorithms/cfcql.py                          XOR, data aa-ab-ba, 10 seeds at once, 11 s: 0 in 10 of 10 seeds,
@@ -31,7 +31,7 @@ Commands, and the return you should see (last team; one CPU core of a small serv
       20); --dataset balanced 20 in 10 of 10
   python algorithms/cfcql.py --env bridge             Bridge, mixed data, 5 seeds, 28 s: -15.5 in 5 of 5, as they block
       each other (the data -9.31, the best possible -1.2355)
-  ... with --dataset optimal                          12 s: -1.25 in 5 of 5, where the papers see it fail; 9 of 10 of
+  ... with --dataset optimal                          12 s: -1.25 in 5 of 5, where the papers see it fail; 9 of the
       seeds 100 to 109. The weight does it (--cql 1): the greedy team then does what was done most often, and in these
       data one side goes first a little more often. --cql 0.1: -7.9 +- 4.1; --cql 0: -15.5
   python algorithms/cfcql.py --env smac               5m_vs_6m, medium-replay data, 3 seeds, 3.5 min: 56 % of the
@@ -57,7 +57,7 @@ Differences from the authors' code, and choices made here:
   1. Each agent has networks of its own; the authors' agents share one of each kind, told which agent it is.
   2. The N A mixed values of Eq. 5 are found at once, from what changes in the sum of Eq. 1; theirs loop over both.
   3. In Eq. 4 the agent that would deviate most counts most: the sign is that of the authors' code. There a tau_lambda
-     of 100 means that agent alone; here it is a softmax like any other, of which then little else is left.
+     of 100 means that agent alone; here it is a softmax like any other, which then leaves the others little.
   4. Random joint actions of MACQL are available ones; in the authors' code unavailable ones count, and are worth 0.
   5. An episode that was cut goes on to be worth Q' after its last step. In the authors' code that holds only for those
      as long as the longest of the minibatch. What is padding enters no mean.
@@ -67,7 +67,7 @@ Differences from the authors' code, and choices made here:
      at least -12 in Eq. 3, where theirs adds 1e-5 to both probabilities. A table holds it, as it never changes again.
   9. In battles q_i and beta_i are GRUs that see their agent's last action too (--recurrent); elsewhere they have no
      memory. Views are in units of the data's mean and spread, or one-hot (Bridge's cells), or as they are (battles).
-     Step sizes fall linearly to 0.
+     The step size falls linearly to 0, but for the behaviour's.
  10. In battles that may last 100 steps and more lambda is 0.9, not 0.6. Eq. 5 leaves the best action worth about 1 more
      than recorded ones, whatever a reward is worth, and 1 - lambda of that enters Eq. 2 in every step: with 0.6, on
      2s3z's medium-replay data, Q promises 25 at a battle's start, where 15 can be had, and its team loses.
@@ -327,7 +327,7 @@ def td_lambda(reward, done, acted, value, gamma, lam):
 
 @torch.no_grad()
 def agent_weights(q, avail, log_beta, tau_lambda):
-    """Eqs. 3 and 4: w_i, (S, L, B, N), from Q(s, (a', a_-i)), available actions and log beta_i, (S, L, B, N, A)."""
+    """Eqs. 3 and 4: u_i, (S, L, B, N), from Q(s, (a', a_-i)), available actions and log beta_i, (S, L, B, N, A)."""
     if log_beta is None:
         return torch.full_like(q[..., 0], 1 / q.shape[-2])
     log_p = F.log_softmax(q.masked_fill(~avail, ILLEGAL), -1)
@@ -447,7 +447,7 @@ def clone_update(behaviour, adam, data, rows, args):
 
 
 def needs_behaviour(args):
-    """Whether any w_i of Eq. 4 depends on it."""
+    """Whether any u_i of Eq. 4 depends on it."""
     return args.cql > 0 and args.tau_lambda > 0 and not args.joint_cql
 
 

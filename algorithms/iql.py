@@ -15,7 +15,7 @@ reward.
 Equations, by numbers of our own. Player i = 1..K has Q_i(o_i, a_i), twice, and V_i(o_i); a prime marks slowly moving
 copies, s' the next state; m is 0 where the game ended by its own rules. "central" is one player.
  1 mixing   Q = sum_i w_i(s, a) Q_i + b(s, a),   V = sum_i u_i(s) V_i + c(s)   (mixed; otherwise Q = Q_i, V = V_i)
- 2          A(s, a)  = Q'(s, a) - V(s),          of each Q_i the lower of the two copies
+ 2          A(s, a)  = Q'(s, a) - V(s),          Q' of the lower copy of each Q_i, and of copies of w and b
  3          L(V)     = E [ |expectile - 1(A < 0)| A^2 ]
  4          L(Q)     = E [ r + gamma m V(s') - Q(s, a) ]^2      for both Q
  5          L(pi)    = -E [ min( exp(temperature A), 100 ) sum_i log pi_i(a_i|o_i) ]
@@ -47,13 +47,15 @@ Differences from the authors' code (of MOMA-PPO's baselines), and choices made h
      code; the paper says QMIX, where they may not.
   2. On games with discrete actions the central player has one logit for each joint action. With one for each agent's
      action it could not tell two conventions from their mixture.
-  3. Agents have no memory; the authors' look at their last ten views. Networks are smaller.
+  3. Agents have no memory; the authors' look at their last ten views and actions. Networks are smaller, copies move
+     twice as fast, and a seed's gradient has a limited length also without mixers.
   4. Continuous policies are normal and clipped when played, as in bc.py; the authors' go through a tanh.
   5. --scale-rewards (the ant's default, as in the code) measures rewards in thousandths of the difference between the
      best and the worst return of the data.
   6. Step sizes of the policies fall linearly to 0 (the code: along a cosine).
-  7. --finetune 1 (MAIQL-ft): as many updates again, in which the teams play as well. Every tenth, each seed plays ten
-     steps from recorded states; all steps, recorded or its own, are as likely to be drawn, in the end half and half.
+  7. --finetune 1 (MAIQL-ft): as many updates again, in which the teams play as well. Before every tenth each seed plays
+     games of up to ten steps from recorded states (the authors' one), so many that half of all steps are its own in the
+     end, or fewer where games end early; a minibatch draws from all alike.
 
 Seeds differ in all that is random here, and are evaluated in one environment.
 
@@ -115,7 +117,7 @@ class Args:
     hidden: int = 64  # units per hidden layer
     layers: int = 2  # hidden layers
     batch_size: int = 64  # recorded steps per update
-    lr: float = 1e-3  # Adam's step size, which falls linearly to 0
+    lr: float = 1e-3  # Adam's step size; the policies' falls linearly to 0
     tau: float = 0.01  # how far a target network moves in an update
     max_grad_norm: float = 1.0  # longest gradient of one seed's agents
 
@@ -171,7 +173,7 @@ class Policies(nn.Module):
         each = [g for g in generators for _ in range(self.N)]
         self.body = mlp(I, self.A * (1 if self.discrete else 2), args, each, scale=0.1)
         if not self.discrete:  # actions begin as far apart as the recorded ones
-            spread = data.action.std(0, correction=0).clamp(min=math.exp(-6), max=1)
+            spread = data.action[data.steps].std(0, correction=0).clamp(min=math.exp(-6), max=1)
             self.register_buffer("log_spread", spread.log()[:, None])  # (N, 1, A)
 
     def forward(self, obs, avail):
@@ -222,9 +224,10 @@ class Team(nn.Module):
         each = [g for g in generators for _ in range(K)]
         self.q = nn.ModuleList(mlp(I + A, 1, args, each) for _ in range(2))
         self.v = mlp(I, 1, args, each)
-        if args.team == "mixed":
-            self.q_mixer, self.v_mixer = Mixer(D + K * A, K, args, generators), Mixer(D, K, args, generators)
-        self.target_q = copy.deepcopy(self.q).requires_grad_(False)
+        self.q_mixer = Mixer(D + K * A, K, args, generators) if args.team == "mixed" else None
+        self.v_mixer = Mixer(D, K, args, generators) if args.team == "mixed" else None
+        critics = filter(None, [self.q, self.q_mixer])
+        self.targets = copy.deepcopy(nn.ModuleList(critics)).requires_grad_(False)
 
 
 # ---------------------------------------------------------------- losses
@@ -254,14 +257,12 @@ def gather(data, rows):
 def value(team, obs, state):
     """V of Eq. 1, (S, 1, B) where the players' values are mixed, else (S, K, B)."""
     local = team.v(obs.flatten(0, 1)).view(obs.shape[:3])
-    return team.v_mixer(local, state) if hasattr(team, "v_mixer") else local
+    return team.v_mixer(local, state) if team.v_mixer else local
 
 
-def joint_value(team, local, batch):
+def joint_value(mixer, local, batch):
     """Q of Eq. 1, likewise, from the players' own, (S, K, B)."""
-    if not hasattr(team, "q_mixer"):
-        return local
-    return team.q_mixer(local, batch.state, batch.taken.transpose(1, 2).flatten(2))
+    return mixer(local, batch.state, batch.taken.transpose(1, 2).flatten(2)) if mixer else local
 
 
 def local_values(networks, batch):
@@ -272,8 +273,9 @@ def local_values(networks, batch):
 
 def advantage(team, batch):
     """Eq. 2, of the shape of V; its gradient is V's."""
+    networks, *mixer = team.targets
     with torch.no_grad():
-        q = joint_value(team, local_values(team.target_q, batch).amin(0), batch)
+        q = joint_value(mixer[0] if mixer else None, local_values(networks, batch).amin(0), batch)
     return q - value(team, batch.obs, batch.state)
 
 
@@ -287,7 +289,7 @@ def critic_loss(team, batch, gamma):
     """Eq. 4 for each seed, (S,)."""
     with torch.no_grad():
         y = batch.reward + gamma * (1 - batch.done) * value(team, batch.next_obs, batch.next_state)
-    return sum(((y - joint_value(team, q, batch)) ** 2).mean((1, 2)) for q in local_values(team.q, batch))
+    return sum(((y - joint_value(team.q_mixer, q, batch)) ** 2).mean((1, 2)) for q in local_values(team.q, batch))
 
 
 def policy_loss(team, batch, temperature):
@@ -337,9 +339,9 @@ def descend(adam, losses, args):
 
 def optimizers(team, args):
     """Adam for the policies, for V and for Q, each with its mixer."""
-    parts = {"policies": ["policies"], "values": ["v", "v_mixer"], "critics": ["q", "q_mixer"]}
-    nets = {name: [getattr(team, part) for part in found if hasattr(team, part)] for name, found in parts.items()}
-    return {name: Adam([p for net in found for p in net.parameters()], args.lr) for name, found in nets.items()}
+    parts = {"policies": [team.policies], "values": [team.v, team.v_mixer], "critics": [team.q, team.q_mixer]}
+    return {name: Adam([p for net in filter(None, nets) for p in net.parameters()], args.lr)
+            for name, nets in parts.items()}  # fmt: skip
 
 
 def update(team, adams, data, rows, args):
@@ -352,7 +354,7 @@ def update(team, adams, data, rows, args):
     q_loss = critic_loss(team, batch, args.gamma)
     descend(adams["critics"], q_loss, args)
     with torch.no_grad():
-        torch._foreach_lerp_(list(team.target_q.parameters()), list(team.q.parameters()), args.tau)
+        torch._foreach_lerp_(list(team.targets.parameters()), adams["critics"].moved, args.tau)
     return {"policy_loss": pi_loss.detach(), "q_loss": q_loss.detach(), "v_loss": v_loss.detach()}
 
 

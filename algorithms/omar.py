@@ -1,5 +1,6 @@
-"""OMAR for discrete actions (Pan et al., ICML 2022), in the form that CFCQL and InSPO compare with; and its base,
-independent actor-critic with CQL (--omar 0).
+"""OMAR for discrete actions (Pan et al., ICML 2022), in the form that CFCQL and InSPO compare with.
+
+Without its search (--omar 0) it is independent actor-critic with CQL.
 
 The problem. A team of N agents learns from a fixed dataset. Each agent learns by itself: it has critics of its own
 actions and a policy, and conservative Q-learning (CQL) keeps the critics low where nothing was recorded.
@@ -13,7 +14,7 @@ each agent and A a half, both play B, and that is worth 0. No search over such a
 
 Equations, by numbers of our own. h_i is what agent i saw and did so far; each agent has two critics q_ic(s, o_i, .); a
 prime marks slowly moving copies; m_t is 0 where the game ended by its own rules.
- 1 target     G_t      = r_t + gamma m_t [ (1 - lambda) Q'_{t+1} + lambda G_{t+1} ]     in the last step only Q'_{t+1}
+ 1 target     G_t      = r_t + gamma m_t [ (1 - lambda) Q'_{t+1} + lambda G_{t+1} ]     in the last step [ ] is Q'_{t+1}
               Q'_t     = q'_ic(s_t, o_i, a*),   a* = argmax pi_i(.|h_i);     y_i = the smaller G of the two critics
  2 critics    L(q_ic)  = E [ (q_ic(a_i) - y_i)^2 + cql ( log sum_a exp q_ic(a) - q_ic(a_i) ) ]
  3 advantage  A_i      = q_i1(a_i) - sum_a pi_i(a|h_i) q_i1(a)
@@ -29,7 +30,7 @@ Commands, and the return you should see (last policy, greedy; one CPU core of a 
       each other (the data -9.31, the best possible -1.2355); optimal data: sampled -1.94 +- 0.03, greedy -10.3 +- 3.7
   python algorithms/omar.py --env smac                5m_vs_6m, medium-replay data, 3 seeds, 3 min: no battle won
       (return 7.3; the data 9 % and 7.8; cloning 43 %); --dataset expert 65 % (sampled 53 %, the data 90 %);
-      but --task 2s3z 97 % in five seeds (sampled 93 %; the data 9 %), --omar 0: 96 and 89 %, two seeds
+      but --task 2s3z 97 % in five seeds (sampled 93 %; the data 9 %), --omar 0 96 % in two (sampled 89 %)
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, omar
@@ -52,8 +53,8 @@ Differences from the authors' code (that of CFCQL's repository), and choices mad
   3. Actions that are not available enter neither the logarithm of Eq. 2 nor an argmax, and have no share in pi_i. In
      theirs they enter both, so that a policy may be drawn towards what it cannot do, and pi_i does not add up to 1.
   4. One step of the critics goes with one of the policies; theirs make one for every time step of the minibatch.
-  5. a* is the policy's own choice; theirs is that of a slowly moving copy. Copies of critics move a little in each
-     update; theirs jump every 200 episodes.
+  5. a* is the policy's own choice; theirs is that of a copy. Copies of critics move a little in each update; theirs all
+     jump every 200 episodes.
   6. An episode that was cut goes on to be worth Q' after its last step. In the authors' code that holds only for those
      as long as the longest of the minibatch. What is padding enters no mean.
   7. Critics are plain networks of two layers without a dueling head. Eq. 4 takes the critic before its step.

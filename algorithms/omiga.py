@@ -8,16 +8,16 @@ joint policy falls apart into one for each agent, and every agent has a closed s
 the exponential of its own advantage. Nothing is ever asked about an action that is not in the data: V_i is found by a
 regression whose minimum is the soft maximum over recorded actions, and the policy by cloning with weights. What holds
 the team together are the weights and one bias, b(s), and so the method sees a joint action's worth only as far as a sum
-of local values can tell it: two conventions that exclude each other look alike, or worse, to it.
+of local values can tell it: a mixture of two conventions that exclude each other looks as good to it, or better.
 
 Equations, by numbers of our own. q_i(o_i, a_i) and v_i(o_i) are agent i's values, w_i(s) >= 0 and b(s) the mixer's
 weights; a prime marks slowly moving copies, s' the next state; m is 0 where the game ended by its own rules.
  1 mixing     Q(s, a) = sum_i w_i(s) q_i(o_i, a_i) + b(s),     V(s) = sum_i w_i(s) v_i(o_i) + b(s)
  2            L(q, w, b) = E [ Q(s, a) - r - gamma m V'(s') ]^2
  3 advantage  z_i     = clip( w'_i(s) (q'_i(o_i, a_i) - v_i(o_i)) / alpha, -10, 10 )
- 4            L(v_i)  = E [ exp(z_i) + w'_i(s) v_i(o_i) / alpha ]       least where E exp(z_i) = 1
+ 4            L(v_i)  = E [ exp(z_i) + w'_i(s) v_i(o_i) / alpha ]       level where E exp(z_i) = 1
  5            L(pi_i) = -E [ exp(z_i) log pi_i(a_i|o_i) ]               so pi_i is mu_i exp(w_i (q_i - v_i) / alpha)
-mu_i is who recorded the data. With a large alpha all weights are 1: plain cloning.
+mu_i is the recorded behaviour. With a large alpha every exp(z_i) is 1: plain cloning.
 
 Commands, and the return you should see (last policy, greedy; one CPU core of a small server, torch 2.13):
   python algorithms/omiga.py                                   the coordination game, unfavourable data, 10 seeds at
@@ -46,8 +46,8 @@ Differences from the authors' code, and choices made here:
   1. Each agent has networks of its own; the authors' agents share one of each kind, told which agent it is: --shared.
   2. alpha is in units of the rewards as they are: 10 in both branches of the authors' code, which with returns of 1 to
      20 is almost cloning. Ours is smaller; see `preset`.
-  3. The authors divide Eq. 4 by exp(max z) of the whole minibatch, so that its scale hangs on one step. Here a seed's
-     gradient has a limited length instead, which serves the same end.
+  3. The authors divide Eq. 4 by exp(max z) of the whole minibatch, so that its scale hangs on one step, and limit the
+     length of the gradient. Here only the latter is done, for each seed.
   4. log pi counts available actions only; theirs gives some of the mass to actions that cannot be played.
   5. Continuous policies are normal and clipped when played, as in bc.py; theirs go through a tanh, which cannot reach
      the recorded actions at the bounds.
@@ -83,7 +83,7 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 @dataclass
 class Args:
     # --- what to learn
-    env: str = "matrix"  # the environment: matrix, bridge, smac, halfcheetah, reacher, ant, or module:factory
+    env: str = "matrix"  # matrix, bridge, smac, polynomial, reacher, halfcheetah, ant, or module:factory
     task: str = ""  # its task; by default the coordination game, or the environment's first
     dataset: str = "unfavourable"  # a dataset's name, or the path of a file
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
@@ -177,7 +177,7 @@ class Policies(nn.Module):
         each = owners(generators, self.N, args)
         self.body = mlp(I, self.A * (1 if self.discrete else 2), args, each, scale=0.1)
         if not self.discrete:  # actions begin as far apart as the recorded ones
-            spread = data.action.std(0, correction=0).clamp(min=math.exp(-6), max=1)
+            spread = data.action[data.steps].std(0, correction=0).clamp(min=math.exp(-6), max=1)
             self.register_buffer("log_spread", spread.log()[:, None])  # (N, 1, A)
 
     def forward(self, obs, avail):
@@ -271,7 +271,7 @@ def critic_loss(team, batch, gamma):
 
 
 def value_loss(team, batch, alpha):
-    """Eq. 4 for each seed, (S,), and the exp(z_i) of Eq. 3, (S, N, B)."""
+    """Eq. 4, the mean over agents, for each seed, (S,), and the exp(z_i) of Eq. 3, (S, N, B)."""
     target_q, _, target_mixer = team.targets
     with torch.no_grad():
         weight, _ = target_mixer(batch.state)  # (S, N, B)
@@ -282,7 +282,7 @@ def value_loss(team, batch, alpha):
 
 
 def policy_loss(policies, batch, exp_z):
-    """Eq. 5 for each seed, (S,)."""
+    """Eq. 5, summed over agents, for each seed, (S,)."""
     return -(exp_z * policies.log_prob(policies(batch.obs, batch.avail), batch.action)).sum(1).mean(1)
 
 

@@ -16,11 +16,11 @@ the next state; m is 0 where the game ended by its own rules.
  1 mixing    Q(s, a)  = sum_i |w_i(s)| Q_i(o_i, a_i) + b(s)            with --mixing; otherwise each Q_i by itself
  2           y        = r + gamma m min_c Q'_c(s', a'),   a'_i = clip( pi'_i(o'_i) + clip(noise) )
  3           L(Q)     = sum_c E (y - Q_c)^2 + cql E [ logsumexp_a ( Q_c(o, a) - log p(a) ) - Q_c(o, a_recorded) ]
- 4           L(pi)    = -(1 - omar) lambda E Q_1(o, pi(o)) + bc E |pi(o) - a|^2 + omar E |pi(o) - a*|^2
+ 4           L(pi)    = -(1 - omar) lambda E Q_1(o, pi(o)) + bc E |pi(o) - a|^2 + omar E |pi(o) - a*|^2 / A
  5           lambda   = 2.5 / E |Q_1(o, pi(o))|  if bc > 0, else 1
  6 search    a*       = the best by Q_1 of the last candidates and pi(o); candidates ~ N(mean, std) of the elites before
 The actions a in Eq. 3 are drawn, a third each, uniformly, around pi(o) and around pi(o'); p is each one's density.
-Without bc, 0.001 |pi(o)|^2 belongs to Eq. 4 as well.
+Without bc, 0.001 |pi(o)|^2 / A belongs to Eq. 4 as well.
 
 Commands, and the return you should see (last policy; one CPU core of a small server, torch 2.13):
   python algorithms/td3_bc.py --env polynomial                 two agents on twin peaks, 10 seeds at once, 25 s: ITD3+BC
@@ -52,8 +52,10 @@ Differences from the authors' code (of MOMA-PPO's baselines, and OMAR's), and ch
   2. Where both codes of ICQL and IOMAR subtract the density of a drawn action, Eq. 3 has its logarithm.
   3. MATD3+BC is in no released code: that all actors move in Q(s, pi_1..pi_N), the others' actions from their policies,
      is ours. So is that w depends on the state only and is not negative.
-  4. --clip-target: y is at most the best return of the data (B3C, arXiv 2501.18138).
-  5. Agents have no memory; the authors' look at their last ten views. Networks are smaller, step sizes fall to 0.
+  4. --clip-target: y is at most what the rest of a recorded episode was ever worth, discounted (B3C, arXiv 2501.18138,
+     has the best return of the data: with negative rewards, as on the reacher, most of what is left is worth more).
+  5. Agents have no memory; the authors' look at their last ten views and actions. Networks are smaller, step sizes fall
+     to 0, and a seed's gradient has a limited length.
   6. Views are in units of the data's mean and spread.
   7. The reacher's recorded actions vary by 0.09 only, where those of TD3+BC's tasks fill the box: there the distance
      weighs 10 times as much (--bc 1: `all-observant` 0.42 in place of 1.01). With --cql, minibatches there are smaller.
@@ -108,7 +110,7 @@ class Args:
     mixing: bool = False  # sum the agents' values up, with weights that depend on the state
     cql: float = 0.0  # weight of the conservative term
     omar: float = 0.0  # weight of the action that the search finds; the critic's slope has the rest
-    clip_target: bool = False  # let no target exceed the best return of the data
+    clip_target: bool = False  # let no target exceed what the rest of a recorded episode was ever worth
     noise: float = 0.2  # deviation of the target policy's noise, and of the conservative term's near actions
     noise_clip: float = 0.5  # the target policy's noise ends there
     delay: int = 2  # updates of the critics for one of the policies and of the targets
@@ -137,7 +139,7 @@ class Data(NamedTuple):
     reward: torch.Tensor  # (R,)
     done: torch.Tensor  # (R,) 1 where the game ended by its own rules with this step
     steps: torch.Tensor  # (M,) the rows where a step begins; the next observation is in the next row
-    best: torch.Tensor  # () the best return of an episode, for --clip-target
+    best: torch.Tensor  # () the most that the rest of an episode was worth, for --clip-target
 
 
 class Noise(NamedTuple):
@@ -425,7 +427,7 @@ def arrange(dataset, args):
         return (obs.to(dtype) - mean) / std
 
     rest = (rows[name] for name in ("actions", "reward", "done", "start"))
-    return Data(encode(rows["obs"]), state, *rest, dataset.returns.max().to(dtype)), encode
+    return Data(encode(rows["obs"]), state, *rest, layout.togo(dataset, args.gamma).max()), encode
 
 
 def act(policies, encode, obs, avail, memory):
@@ -448,7 +450,8 @@ def main(args):
     adams, generators = optimizers(team, args), [runs.stream(seed, 1, device) for seed in run.seeds]
     learn, policies = run.compile(update), team.policies
     logs = dict.fromkeys(("policy_loss", "q_loss"), torch.full((args.num_seeds,), math.nan))
-    run.begin(team=team, adams=adams, generators=generators)
+    if run.begin(team=team, adams=adams, generators=generators):  # the policies' loss may be of an earlier update
+        logs = {name: torch.tensor([row[name] for row in run.rows[-args.num_seeds :]]) for name in logs}
     runs.say(f"{len(dataset.returns)} episodes, {len(data.steps)} steps, mean return {dataset.returns.mean():.2f}")
 
     for step in run.steps(args.steps, args.eval_every):

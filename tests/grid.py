@@ -331,7 +331,8 @@ def text(number, digits=2):
 
 
 def table(found, tasks, methods, score=score):
-    """Mean ± standard error [bootstrap interval] of each cell; * where Welch's test finds no difference from the best."""
+    """Mean ± standard error [bootstrap interval] of each cell; * where Welch's test finds no difference from the best,
+    † where the data are not those of the row's other cells: named datasets of bodies differ from machine to machine."""
     known = [(task.name, d) for task in tasks for d in task.datasets]
     found = {key: rows for key, rows in found.items() if key[1:] in known and score(rows) is not None}
     methods = [name for name in methods if any((name, *where) in found for where in known)]
@@ -343,6 +344,9 @@ def table(found, tasks, methods, score=score):
             if not row:
                 continue
             scores = {name: score(rows) for name, rows in row.items()}
+            kind = "dataset_return" if next(iter(row.values()))[0]["win_rate"] is None else "dataset_win_rate"
+            data = {name: text(rows[0][kind], digits) for name, rows in row.items()}
+            most = max(data.values(), key=list(data.values()).count)
             best = max(scores, key=lambda name: np.mean(scores[name]))
             cell = []
             for name in methods:
@@ -351,13 +355,12 @@ def table(found, tasks, methods, score=score):
                     continue
                 values = np.array(scores[name])
                 star = "*" if name == best or welch(values, scores[best]) >= 0.05 else ""
+                star += "†" * (data[name] != most)
                 spread = values.std(ddof=1) / len(values) ** 0.5
                 low, high = interval(values)
                 range_ = f" ± {text(spread, digits)} [{text(low, digits)}, {text(high, digits)}]" if spread else ""
                 cell.append(f"{text(values.mean(), digits)}{star}{range_}")
-            one = next(iter(row.values()))[0]
-            data = one["dataset_win_rate"] if one["win_rate"] is not None else one["dataset_return"]
-            out.append(f"| {task.title} `{dataset}` | {text(data, digits)} | {' | '.join(cell)} |")
+            out.append(f"| {task.title} `{dataset}` | {most} | {' | '.join(cell)} |")
     return "\n".join(out)
 
 

@@ -106,7 +106,8 @@ def test_the_table_and_the_picture(tmp_path, monkeypatch):
     for method, values in scores.items():
         for seed, value in enumerate(values):
             row = dict.fromkeys(grid.COLUMNS, "") | {"method": method, "task": "xor", "dataset": "ab-ba", "seed": seed}
-            rows.append(row | {"return": value, "dataset_return": 1.0, "best_return": 1.0})
+            data = 0.5 if method == "CFCQL" else 1.0  # recorded on another machine
+            rows.append(row | {"return": value, "dataset_return": data, "best_return": 1.0})
     with (tmp_path / "results.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, grid.COLUMNS)
         table.writeheader()
@@ -120,7 +121,7 @@ def test_the_table_and_the_picture(tmp_path, monkeypatch):
         and "old" not in page
     )
     (line,) = [line for line in page.splitlines() if line.startswith("| xor")]
-    assert line == "| xor `ab-ba` | 1.00 | 0.50 ± 0.17 [0.20, 0.80] | 1.00* | 0.00 |"
+    assert line == "| xor `ab-ba` | 1.00 | 0.50 ± 0.17 [0.20, 0.80] | 1.00* | 0.00† |"
     assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
     again = page
     grid.render()

@@ -31,6 +31,8 @@ def made(script, **flags):
         action = torch.multinomial(avail.flatten(0, 1).double(), 1).view(M + 1, N)
         data = script.Data(obs, state, avail, action, reward, done, torch.arange(M))
     team = script.Team(data, args, streams())
+    for target in team.targets.parameters():  # so that they are not what they are copies of
+        target += 0.1 * torch.randn_like(target)
     return data, args, team, script.optimizers(team, args)
 
 
@@ -118,8 +120,10 @@ def test_iqls_losses_against_a_slow_loop(float64, team_):
     data, args, team, _ = made(iql, team=team_)
     batch = iql.gather(data, rows())
     v_loss, q_loss = iql.value_loss(team, batch, 0.7), iql.critic_loss(team, batch, 0.9)
-    local, lower = iql.local_values(team.q, batch), iql.local_values(team.target_q, batch).amin(0)
-    q, low = [iql.joint_value(team, x, batch) for x in local], iql.joint_value(team, lower, batch)
+    networks, *mixer = team.targets
+    local, lower = iql.local_values(team.q, batch), iql.local_values(networks, batch).amin(0)
+    q = [iql.joint_value(team.q_mixer, x, batch) for x in local]
+    low = iql.joint_value(mixer[0], lower, batch) if team_ == "mixed" else lower
     v, later = iql.value(team, batch.obs, batch.state), iql.value(team, batch.next_obs, batch.next_state)
     assert v.shape == (S, 1 if team_ == "mixed" else N, B)
     for s in range(S):
@@ -151,6 +155,33 @@ def test_td3s_target_and_regression(float64):
     best = team.critics[0].many(batch.obs, found[..., None, :])[..., 0]
     own = team.critics[0].many(batch.obs, mine[..., None, :])[..., 0]
     assert (best >= own).all() and (best > own).any()
+
+
+def test_no_recorded_future_is_worth_more_than_the_clip():
+    """Also where rewards are negative, so that a whole episode is worth less than what is left of it."""
+    args = td3.parse(["--env", "reacher", "--task", "independent", "--clip-target", "--episodes", "20"])
+    dataset = load("reacher", "independent", "expert-mix", episodes=20)
+    future, best = layout.togo(dataset, args.gamma), td3.arrange(dataset, args)[0].best
+    assert (future <= best).all() and (future == best).any() and best > dataset.returns.max()
+
+
+def test_a_resumed_run_evaluates_before_its_policies_turn(tmp_path, monkeypatch):
+    """A log that is of an earlier update than the last one is still known after a kill."""
+    flags = ["--env", "polynomial", "--num-seeds", "1", "--steps", "4", "--eval-every", "1", "--eval-episodes", "0"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    td3.main(td3.parse([*flags, "--out-dir", str(whole)]))
+    record = td3.runs.Run.record
+
+    def dies(run, *what, **more):
+        record(run, *what, **more)
+        if run.step == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(td3.runs.Run, "record", dies)
+        td3.main(td3.parse([*flags, "--out-dir", str(killed)]))
+    td3.main(td3.parse(["--resume", "--out-dir", str(killed)]))
+    assert (whole / "metrics.csv").read_text() == (killed / "metrics.csv").read_text()
 
 
 def test_the_conservative_term_has_the_logarithm_of_the_density(float64):
