@@ -21,10 +21,10 @@ window is L successive rows of one episode.
 
 Commands, and the return you should see (mean of three seeds; one CPU core of a small server, torch 2.13):
   python algorithms/maddpg_cql_pjap.py      2-agent HalfCheetah, good data (4,959), PJAP, 6 min:
-      2,055 +- 243. It learns on: 4,182 +- 477 after --steps 20000 --batch-size 8
+      1,875 +- 203. It learns on: 4,182 +- 477 after --steps 20000 --batch-size 8 (other data, 4,999)
   ... --no-pjap                             the baseline, every window equally likely: 4,090 +- 517 after
       as many. At this size PJAP makes no difference; algorithms/README.md says why
-  ... --dataset good-medium                 two kinds of data, of which one should win
+  ... --dataset good-medium                 half the episodes are a worse team's: so 2,572 +- 120, without PJAP 2,619 +- 94
   ... --env polynomial --task sign-agreement --dataset uniform    R = xy, 10 seeds, 3 min: 0.76 +- 0.06, -0.28 without
   ... --steps 500000 --num-seeds 10 --batch-size 64 --ood-actions 10 --eval-every 5000 --no-normalize      the paper's
 

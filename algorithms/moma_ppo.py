@@ -31,7 +31,7 @@ datasets and trials: algorithms/README.md.
   python algorithms/moma_ppo.py                          the coordination game, unfavourable data, 10 seeds at once, 8 s
       of CPU time: 1 in 10 of 10 seeds; cloning (bc.py) has 0
   python algorithms/moma_ppo.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 9 minutes:
-      normalised 1.01 +- 0.02 (cloning 0.89)
+      normalised 1.00 +- 0.01 (cloning 0.89)
   python algorithms/moma_ppo.py --env ant --dataset medium           four agents share an ant, a leg each, 34 minutes:
       2,700 +- 64 (the data 1,719, cloning 2,332)
   ... --world-model runs/moma_ppo/OTHER                              with the model of another run of the same body
