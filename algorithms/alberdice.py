@@ -42,14 +42,14 @@ Commands, and the return you should see (mean of all seeds; one CPU core of a sm
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, alberdice
   S, N, A, M = 2, 2, 3, 500                                        # seeds, agents, actions, steps of one long episode
-  args = alberdice.Args(num_seeds=S, batch_size=64, clone_steps=50)
+  args = alberdice.Args(num_seeds=S, steps=100, batch_size=64, clone_steps=50)
   obs, state, action = torch.rand(M + 1, N, 4), torch.rand(M + 1, 6), torch.randint(A, (M + 1, N))
   reward, done = (action[:, 0] == action[:, 1]).float(), (torch.arange(M + 1) == M - 1).float()
   data = alberdice.Data(obs, state, torch.ones(M + 1, N, A).bool(), action, reward, done, torch.arange(M))
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = alberdice.Team(data, args, generators)
   adams, behaviour = alberdice.optimizers(team, args), alberdice.clone(team, data, generators, args)
-  for step in range(100):
+  for step in range(args.steps):
       noise, weights = alberdice.draw_noise(generators, N, args), torch.tensor(alberdice.weights_at(step, args))
       logs = alberdice.update(team, adams, data, behaviour, noise, weights, args)
 
@@ -495,8 +495,8 @@ def preset(args):
         return dict(env=env, task=task)
     if env != "matrix":  # not ours: weights in units of the spread of the data's returns
         found = datasets.load("", "", args.dataset)
-        unit, seen = found.returns.std().item() or 1.0, found.obs[found.mask.any(1)]
-        cells = bool((seen == seen.round()).all()) and len(seen.unique()) <= 20
+        unit, seen = found.returns.std(correction=0).item() or 1.0, found.obs[found.mask.any(1)]
+        cells = all(bool((x == x.round()).all()) for x in (seen, found.state)) and len(seen.unique()) <= 20
         values = dict(env=env, task=task, dataset="", num_seeds=3, one_hot=cells, clone_steps=50_000, hold_back=0.1)
         values |= dict(alpha=0.3 * unit, alpha_end=0.003 * unit, cql=0.1 * unit, cql_end=0.1 * unit)
         return values | dict(eval_every=500, clone_lr=1e-3)
@@ -509,7 +509,10 @@ def preset(args):
 
 
 def arrange(dataset, args):
-    """The dataset as `Data`, and the function that turns observations (..., N, O) into the policies' inputs."""
+    """The dataset as `Data`, and the function that turns observations (..., N, O) into the policies' inputs. Raises
+    ValueError for a single agent."""
+    if dataset.obs.shape[2] < 2:
+        raise ValueError("AlberDICE is for two agents or more, and here is one")
     dtype, rows = torch.get_default_dtype(), layout.rows(dataset)
     encode = layout.one_hot(rows["obs"].flatten(0, 1)) if args.one_hot else lambda obs: obs.to(dtype)
     state = layout.one_hot(rows["state"])(rows["state"]) if args.one_hot else rows["state"]

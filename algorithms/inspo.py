@@ -16,14 +16,14 @@ the joint value averaged over what its teammates do now, and Q'_i a slowly movin
   Eq. 9   J        = E sum_t gamma^t [ r_t - alpha log(pi/mu) + beta H(pi) ]          mu: who recorded the dataset
   Eq. 12  pi_i(a)  = mu_i(a)^(alpha/T) exp(Q_i(s,a)/T) / Z             the fixed point, a quantal response equilibrium
   Eq. 15  L(Q_i)   = E_resampled [ (Q_i(s,a_i) - y_i)^2 ]
-          y_i      = r + gamma E_{a ~ pi_i(s')} [ Q'_i(s',a) - alpha log(pi_i/mu_i) - beta log pi_i ]
+          y_i      = r + gamma (1 - done) E_{a ~ pi_i(s')} [ Q'_i(s',a) - alpha log(pi_i/mu_i) - beta log pi_i ]
   Eq. 20  L(pi_i)  = -E [ exp( (Q'_i(s,a_i) - V_i(s) - beta log mu_i(a_i|s)) / T ) log pi_i(a_i|s) ]
   Eq. 21  L(mu_i)  = -E log mu_i(a_i|s)                                behavioural cloning
   Eq. 22  L(mu)    = -E log mu(a_-i|s,a_i)                             the teammates, one after the other
   Eq. 23  rho_i    = ( prod_{j != i} pi_j(a_j|s) / mu(a_-i|s,a_i) )^(1/(N-1))
   Eq. 24  L(Q_i)   = Eq. 15 + cql E_resampled [ logsumexp_a Q_i(s,a) - Q_i(s,a_i) ]
   Eq. 25  L(alpha) = -alpha E [ KL(pi_i || mu_i) - target ]
-The public text of the paper has lost its formulas. Eqs. 9 to 23 follow from its words; the forms of V_i (Eq. 20) and of
+The public text of the paper has lost its formulas. Eqs. 9 to 25 follow from its words; the forms of V_i (Eq. 20) and of
 the conservative term (Eq. 24), and that beta is what decays, are our reading.
 
 Commands, and the return you should see (mean of all seeds; one CPU core of a small server, torch 2.13):
@@ -33,25 +33,25 @@ Commands, and the return you should see (mean of all seeds; one CPU core of a sm
   python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10      45 s: 20 in 10 of 10 seeds, cloning 3.6
   ... with --beta 0                                                       5: caught in the data's local optimum
   ... on xor with --no-resampling                                         0: both play the action nobody combined
-  ... on xor with --no-sequential        still 1: turns matter only where an agent moves far in one (--inner 150)
+  ... on xor with --no-sequential        still 1: turns matter where linear policies move far in one, see README
   python algorithms/inspo.py --env smac --num-seeds 5    5m_vs_6m, medium-replay data, 8 min beside other work: 28 % of
       the battles won by sampling, cloning 2 %, the data 9 %; greedily 48 %, as cloning. Without the flag, 3 seeds
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, inspo
   S, N, A, M = 2, 2, 3, 500                                        # seeds, agents, actions, steps of one long episode
-  args = inspo.Args(num_seeds=S, batch_size=64, clone_steps=50)
+  args = inspo.Args(num_seeds=S, steps=100, batch_size=64, clone_steps=50)
   obs, state = torch.rand(M + 2, N, 4), torch.rand(M + 2, 6)       # the last row is padding, the one before it the end
   last, action = torch.arange(M + 2) >= M, torch.randint(A, (M + 2, N))
-  reward = (action[:, 0] == action[:, 1]).float()
-  pairs = torch.stack([torch.arange(M), torch.arange(M) + 1], 1)   # without memory a sequence is a row and the next
+  reward = (action[:, 0] == action[:, 1]) * (~last).float()
   data = inspo.Data(obs, state, torch.ones(M + 2, N, A).bool(), action, reward, 0 * reward, (~last).float(),
-                    torch.arange(M + 2) == 0, pairs)
+                    torch.arange(M + 2) == 0, torch.arange(M)[:, None] + torch.arange(2))  # sequences: a row, the next
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = inspo.Team(N, A, 4, 6, args, generators)
   adams, behaviour = inspo.optimizers(team, args), inspo.clone(team, data, generators, args)
-  for step in range(100):
+  for step in range(args.steps):
       noise, beta = inspo.draw_noise(generators, N, args), inspo.beta_at(step, args)
+      inspo.cool(team, adams, step, args)
       logs = inspo.update(team, adams, data, behaviour, noise, torch.tensor(beta), [0, 1], True, args)
 
 Choices made here (the authors have published no code):
@@ -62,7 +62,7 @@ Choices made here (the authors have published no code):
      In games that nobody tuned, cloning ends where held-back episodes get no likelier (--hold-back).
   5. In games such as M-NE, beta stays at its start until the policies have flattened, and the Q-functions get a head
      start; see `preset` for the weights in units of the payoffs. On Bridge, where a detour of one cell is worth .02,
-     alpha, the conservative weight and the step sizes fall at the end (--cooldown); elsewhere they stay.
+     and in games that nobody tuned, alpha, the conservative weight and the step sizes fall at the end (--cooldown).
   6. Steps are resampled within the minibatch that was drawn, not from the whole dataset. On XOR, where not every joint
      action is recorded, Eq. 20 uses the resampled minibatch too (--actor-data).
   7. Bridge's cells enter the networks as one-hot values. A time limit is not the end: Q looks beyond it (the step that
@@ -70,7 +70,7 @@ Choices made here (the authors have published no code):
   8. Who goes first is drawn once for all seeds, from a stream that no flag changes; "semi-greedy" averages over seeds,
      and waits for the device to tell. An order that differs from seed to seed is not possible here.
   9. In battles there is no entropy bonus (beta = 0), alpha is 0.4 (a battle pays up to 20), and the Q-functions learn
-     alone for the first 1,500 updates, as the weights of Eq. 20 are worth no more than they are.
+     alone for the first 1,500 updates, as Eq. 20's weights are no better than the Q-functions.
 
 Policies with a memory (--recurrent, the default in StarCraft-like battles, --env smac). There pi_i and mu_i are GRUs
 that see agent i's views and last actions; the Q-functions see the state. A minibatch consists of whole episodes, laid
@@ -124,7 +124,7 @@ class Args:
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
     backend: Literal["torch", "sc2"] = "torch"  # smac: evaluate in our simulator, or in the real StarCraft II
-    games: int = 8  # sc2: battles at once, each a process of about 1 GB
+    games: int = 8  # sc2: battles at once, each a process of about 1 GB; at least two a seed
     # --- the method
     alpha: float = 0.02  # weight of the KL divergence to the behaviour
     auto_alpha: bool = False  # tune alpha until the KL divergence meets --kl-target (Eq. 25)
@@ -146,12 +146,12 @@ class Args:
     one_hot: bool = True  # feed integer observations as one-hot values (the cells of a grid)
     recurrent: bool = False  # policies with a memory (GRU) that see their last action too
     sequences: int = 8  # recurrent: sequences of whole episodes per sweep, from which each turn draws its steps
-    batch_size: int = 128  # recorded steps per update
+    batch_size: int = 128  # recorded steps per turn
     policy_lr: float = 1e-3  # Adam's step size for the policies
     critic_lr: float = 3e-3  # Adam's step size for the Q-functions
     alpha_lr: float = 1e-3  # Adam's step size for log alpha
     cooldown: float = 0.6  # the share of the updates, the last ones, in which weights and then step sizes fall
-    tau: float = 0.05  # how far a target network moves in an update
+    tau: float = 0.05  # how far a target network moves in a turn
     weight_cap: float = 100.0  # largest weight in the policy loss
     ratio_cap: float = 100.0  # largest importance ratio
     clone_steps: int = 1000  # updates of the behaviour models before the sweeps, at most
@@ -738,8 +738,8 @@ def preset(args):
         return dict(env=env, task=task)
     if env != "matrix":  # not ours: weights in units of the spread of the data's returns
         found = datasets.load("", "", args.dataset)
-        unit, seen = found.returns.std().item() or 1.0, found.obs[found.mask.any(1)]
-        cells = bool((seen == seen.round()).all()) and len(seen.unique()) <= 20
+        unit, seen = found.returns.std(correction=0).item() or 1.0, found.obs[found.mask.any(1)]
+        cells = all(bool((x == x.round()).all()) for x in (seen, found.state)) and len(seen.unique()) <= 20
         values = dict(env=env, task=task, dataset="", num_seeds=3, one_hot=cells, alpha=0.05 * unit, beta=0.01 * unit)
         values |= dict(beta_end=0.001 * unit, cql=0.02 * unit, warmup=1000, clone_steps=50_000, hold_back=0.1)
         values |= dict(batch_size=256, clone_lr=1e-3, clone_batch=256, critic_lr=1e-3, cooldown=0.4)
@@ -759,7 +759,9 @@ def preset(args):
 
 def arrange(dataset, args):
     """The dataset as `Data`, and the function that turns observations (..., N, O) and everybody's last actions, one-hot
-    (..., N, A), 0 for none, into the policies' inputs."""
+    (..., N, A), 0 for none, into the policies' inputs. Raises ValueError for a single agent."""
+    if dataset.obs.shape[2] < 2:
+        raise ValueError("InSPO is for two agents or more, and here is one")
     dtype, rows = torch.get_default_dtype(), layout.rows(dataset, blank=True)
     A, R = rows["avail_actions"].shape[-1], len(rows["obs"])
     cells = layout.one_hot(rows["obs"][:-1].flatten(0, 1)) if args.one_hot else lambda obs: obs.to(dtype)
@@ -867,6 +869,8 @@ def main(args):
         held = layout.hold_back(args.hold_back, data.sequences[:, 0], dataset.lengths)
         behaviour = clone(team, data, generators, args, run.compile(clone_update), held)
 
+    if args.steps <= args.warmup:
+        runs.say(f"note: only the Q-functions learn, as --steps {args.steps} are not more than --warmup {args.warmup}")
     beta = torch.zeros((), device=device)
     logs = {name: torch.zeros(args.num_seeds, device=device) for name in ("q_loss", "policy_loss", "kl", "sample_size")}
     for step in run.steps(args.steps, args.eval_every):

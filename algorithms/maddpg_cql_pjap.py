@@ -22,16 +22,16 @@ window is L successive rows of one episode.
 Commands, and the return you should see (mean of three seeds; one CPU core of a small server, torch 2.13):
   python algorithms/maddpg_cql_pjap.py      2-agent HalfCheetah, good data (4,959), PJAP, 6 min:
       1,875 +- 203. It learns on: 4,182 +- 477 after --steps 20000 --batch-size 8 (other data, 4,999)
-  ... --no-pjap                             the baseline, every window equally likely: 4,090 +- 517 after
+  ... --no-pjap                             the baseline, every window equally likely: 1,744 +- 479; 4,090 +- 517 after
       as many. At this size PJAP makes no difference; algorithms/README.md says why
-  ... --dataset good-medium                 half the episodes are a worse team's: so 2,572 +- 120, without PJAP 2,619 +- 94
+  ... --dataset good-medium                 half of it by worse teams: 1,562 +- 441, without PJAP 1,602 +- 249
   ... --env polynomial --task sign-agreement --dataset uniform    R = xy, 10 seeds, 3 min: 0.76 +- 0.06, -0.28 without
   ... --steps 500000 --num-seeds 10 --batch-size 64 --ood-actions 10 --eval-every 5000 --no-normalize      the paper's
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, maddpg_cql_pjap as maddpg
   S, N, A, R = 2, 2, 3, 1000                                 # seeds, agents, entries of an action, rows of one episode
-  args = maddpg.Args(num_seeds=S, window=10, batch_size=4)
+  args = maddpg.Args(num_seeds=S, steps=20, window=10, batch_size=4)
   obs = torch.cat([torch.eye(N).expand(R, N, N), torch.randn(R, N, 5)], -1)        # each agent's number and its view
   state, actions, acted = torch.randn(R, 4), 2 * torch.rand(R, N, A) - 1, (torch.arange(R) < R - 1).float()
   reward = -(actions - state[:, None, :A]).abs().mean((1, 2))                     # to follow the state is what pays
@@ -40,12 +40,13 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = maddpg.Team(data, args, generators)
   rmsprops = maddpg.optimizers(team, args)
-  for step in range(20):
+  for step in range(args.steps):
       noise, k = maddpg.draw_noise(generators, data, args), torch.tensor(maddpg.steepness_at(step, args))
       logs = maddpg.update(team, rmsprops, data, windows, noise, k, args)
 
 Choices made here; "code" is the authors' as submitted (June 2024). algorithms/README.md gives reasons, by the numbers.
-  1. d is a mean over an agent's A entries, and taken to the target policy before the update (code); Eq. 8 has a sum.
+  1. d is a mean over an agent's A entries, and taken to the target policy before the update (code; --refresh: after
+     it); Eq. 8 has a sum.
   2. k grows over the first 30 % of the updates (code). The paper has no such ramp.
   3. Refreshed are the priorities of the windows just trained on (code); --refresh N adds N uniformly drawn ones.
   4. Windows never straddle two episodes (code: they may). The last row may be what was seen after a last step.
@@ -57,7 +58,7 @@ Choices made here; "code" is the authors' as submitted (June 2024). algorithms/R
  10. CQL's terms differ in p_i only, so each joint action is evaluated once; p_i is the density before clipping (code).
  11. Both losses look at the networks as they were before the update (code).
  12. Batches are smaller, updates fewer, and inputs in units of the data's mean and spread (code: raw, --no-normalize).
- 13. --steepness is the paper's k on HalfCheetah, whose actions vary by about 0.7; elsewhere k is in proportion to 0.7
+ 13. --steepness is the code's k on HalfCheetah, whose actions vary by about 0.7; elsewhere k is in proportion to 0.7
      over the recorded actions' spread.
  14. Seeds differ in all that is random here, but are evaluated in one environment.
 
@@ -462,7 +463,7 @@ def evaluate(policy, encode, args, step, episodes, device):
 
 @torch.no_grad()
 def measure(policy, windows, data):
-    """The mean distance of evenly spaced windows of the dataset to the policy, (S,)."""
+    """The mean distance of evenly spaced windows of the dataset to a policy, (S,)."""
     (S, W), total = windows.rho.shape, 0
     index = torch.linspace(0, W - 1, min(SAMPLE, W), device=data.obs.device).long()
     for part in index.split(200):
@@ -483,7 +484,7 @@ def main(args):
     run.begin(team=team, windows=windows, rmsprops=rmsprops, generators=generators)
     runs.say(f"{len(dataset.returns)} episodes, {len(start)} windows, mean return {dataset.returns.mean():.1f}")
 
-    # "Close" depends on how much actions vary at all. The paper's k is HalfCheetah's, where they do by about 0.7.
+    # "Close" depends on how much actions vary at all. The code's k is HalfCheetah's, where they do by about 0.7.
     per_spread = 1.0 if args.env == "halfcheetah" else 0.7 / layout.units(data.actions[data.acted > 0])[1].mean().item()
     k, zero = torch.zeros((), device=device), torch.zeros(S, device=device)
     sums = nothing = dict.fromkeys(("q_loss", "cql", "policy_loss", "distance"), zero)  # since the last evaluation
@@ -492,7 +493,8 @@ def main(args):
             since = step - (run.rows[-1]["step"] if run.rows else 0)
             logs = {name: value / since for name, value in sums.items()}  # NaN before the first update
             logs["distance_l1"] = data.actions.shape[-1] * logs["distance"]  # Eq. 8, which sums an agent's entries
-            logs |= {"data_distance": measure(team.policy, windows, data), "effective_share": windows.effective()}
+            far = measure(team.target_policy, windows, data)  # to that policy, as the distance of those drawn
+            logs |= {"data_distance": far, "effective_share": windows.effective()}
             run.check(logs)
             scores = evaluate(team.policy, encode, args, step, args.eval_episodes, device)
             far = f"distance {logs['distance'].mean():.4f} drawn, {logs['data_distance'].mean():.4f} dataset"
@@ -507,7 +509,7 @@ def main(args):
     columns = {"distance": "windows drawn", "data_distance": "whole dataset"}
     last = {name: runs.over_seeds(torch.tensor([[row[name]] for row in run.rows[-S:]])) for name in columns}
     title = f"{method} on {run.subject}"
-    curves = runs.draw_curves(run.rows, columns, {}, title, "updates", "distance to the policy")
+    curves = runs.draw_curves(run.rows, columns, {}, title, "updates", "distance to the target policy")
     views, policy = dataset.obs.shape[2:], team.policy
     run.keep_team(lambda *seen: act(policy, encode, *seen), views, 0, args.policy_hidden, policy)
     return run.finish(method, scores, dataset, run.best, figures={"distance.png": curves}, pjap=args.pjap, **last)

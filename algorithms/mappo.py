@@ -13,6 +13,7 @@ Equations. Agent i acts by pi(.|o_i), o_i its view; s is the state, V the critic
   A_t      = delta_t + gamma lambda A_{t+1}             stops where a game ends, for whatever reason
   R_t      = A_t + V(s_t)                               what the critic learns to predict
   rho_i    = pi(a_i|o_i) / pi_played(a_i|o_i)           pi_played recorded the rollout
+  A        = ( A_t - mean ) / spread                    over the rollout's living agents
   L(pi)    = -E_i [ min( rho_i A, clip(rho_i, 1 - clip, 1 + clip) A ) ] - entropy E_i [ H(pi(.|o_i)) ]
   L(V)     = E [ Huber( (V(s) - mean) / std, (R - mean) / std ) ]
 
@@ -48,7 +49,8 @@ Differences from the authors' code, and choices made here:
   3. The value loss is not clipped: the Huber loss on normalised returns is the authors' other safeguard.
   4. Dead agents, who may only play action 0, count in no mean of the policy's loss or of the advantages.
   5. A time limit is not the end of the game: the return beyond it is taken from the critic, at the last state seen.
-  6. --normalize feeds views and states in units of their running mean and spread, as the authors do; bodies need it.
+  6. No LayerNorm, which the authors have on inputs and hidden layers. --normalize feeds all inputs in units of their
+     running mean and spread; bodies need it.
   7. Continuous actions are normal with mean tanh(.) and a spread that does not depend on the view. A sample outside
      [-1, 1] is clipped when played; rho uses the sample.
   8. Every evaluation restarts the games, so that a resumed run needs no record of the simulator's inside.
@@ -386,7 +388,7 @@ def update(team, adam, rollout, orders, args, estimate=estimate, minibatch=minib
     `estimate` and `minibatch` can be given in compiled form."""
     batch = estimate(team, rollout, args)
     for order in orders:
-        for pick in order.chunk(args.minibatches, 1):
+        for pick in order.tensor_split(args.minibatches, 1):
             logs = minibatch(team, adam, batch, pick, args)
     if args.normalize:  # only now, so that the first rho of an update was 1
         team.actor.scale.watch(batch.x.flatten(1, 2))
@@ -495,8 +497,9 @@ def main(args):
     run = runs.Run("mappo", args)
     S, device = args.num_seeds, run.device
     games = Games(args, args.num_envs, device)
-    least = args.num_envs * games.env.time_limit
-    if args.eval_every < least:  # or no game would ever reach its end
+    size, limit = args.rollout * args.num_envs, games.env.time_limit  # a seed's steps in an iteration
+    if max(1, args.eval_every // size) * args.rollout < limit:  # or no game would ever reach its end
+        least = -(-limit // args.rollout) * size
         raise ValueError(f"--eval-every restarts the games: it must be {least} or more, or --num-envs smaller")
     team = Team(*games.sizes, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
     adam, generators = Adam(team.parameters(), args.lr), [runs.stream(seed, 1, device) for seed in run.seeds]
@@ -505,7 +508,6 @@ def main(args):
         games.env.compile(run.compile)
     run.begin(team=team, adam=adam, generators=generators)
 
-    size = args.rollout * args.num_envs  # environment steps of a seed in one iteration
     iterations = -(-args.steps // size)
     logs = {name: torch.zeros(S, device=device) for name in ("policy_loss", "value_loss", "entropy", "kl")}
     for iteration in run.steps(iterations, args.eval_every, size):

@@ -11,7 +11,7 @@ stops.
 
 Equations, by numbers of our own. s is the state, a the joint action, o_i agent i's view, h_i its last views and
 actions. Members e = 1..n of the ensemble predict s'_e and r_e; x_e = (s'_e, r_e) in one vector.
- 1 ensemble   L_e     = -log N(s'; s'_e, sigma_e) - log N(r; r_e, sigma_e) + BCE(end)
+ 1 ensemble   L_e     = -log N(s'; s'_e, sigma_e) / D - log N(r; r_e, sigma_e) + BCE(end)      D entries of s' that vary
  2            r^      = mean_e r_e,  s^ = s'_e of one member drawn for each step,  end = majority of the members
  3            eps_r   = var_e r_e,   eps_g = | cov_e x_e |_F = | X X^T |_F / (n - 1),   rows of X: x_e - mean_e x_e
  4            r~      = box(r^) - lambda_r min(eps_r, c) - lambda_g min(eps_g, c),  s^ = box(s^)
@@ -22,9 +22,9 @@ actions. Members e = 1..n of the ensemble predict s'_e and r_e; x_e = (s'_e, r_e
  9 agents     V       = sum_i w_i(s) V_i(h_i, o_i) + b(s),   log pi = sum_i log pi_i(a_i|h_i, o_i)
 10            L(pi)   = -E min( rho A, clip(rho) A ) + E sum max(0, |mean action| - 1)^2 - alpha H, rho = pi / pi_played
 11            L(V)    = 1/2 max( E (V - R)^2, E (V_old + clip(V - V_old) - R)^2 )
-The cap c and the limit l are one number in the paper. rho is cut at e^10, and A enters Eq. 10 in units of the mean and
-the spread of all rollouts of an update. The price of entropy alpha begins at 0, and after each minibatch becomes
-max(0, alpha + 0.001 (H_least - H)): there is no bonus as long as the team's joint entropy H is above H_least.
+The cap c and the limit l are one number in the paper. rho is cut at e^10, and A enters Eq. 10 less its mean and over
+its spread in all rollouts of an update. The price of entropy alpha begins at 0, and after each minibatch becomes
+max(0, alpha + 0.001 (H_least - H)): there is no bonus before the team's joint entropy H falls below H_least.
 
 Commands, and the return you should see (last policy, greedy; one CPU core of a small server, torch 2.13). All tasks,
 datasets and trials: algorithms/README.md.
@@ -68,9 +68,10 @@ under the same numbers in algorithms/README.md.
   7. A rollout that ends early makes room for a new one, so that an update always sees rollouts x horizon steps.
   8. The policies' entropy and the penalty on actions are exact means, not weighted by rho.
   9. Networks are smaller than the code's, and step sizes larger; they fall to 0.
- 10. The clip of L(V) is in units of the returns' spread; w(s) may be negative, as in the code, though not in QMIX.
+ 10. L(V) and its clip are in units of the returns' spread; w(s) may be negative, as in the code, though not in QMIX.
  11. Policies begin with the spread of the recorded actions, not with 1: beyond it the model only guesses.
- 12. The reacher's box is wider than the data (--box-margin 0); on the ant V(s') is bounded (--no-bound-values).
+ 12. Bodies' box, but the ant's, is wider than the data (--box-margin 0); the ant's V(s') is bounded
+     (--no-bound-values).
  13. Bodies rehearse for 25 or 50 steps (--horizon 10), some of them from where episodes begin (--first 0), and agents
      have no memory (--memory 10).
  14. The ant's agents first clone the data (--warmup 0), and V learns its returns, which take a time limit for the end.
@@ -468,7 +469,8 @@ def model_update(world, adam, data, rows, args):
 
 @torch.no_grad()
 def validate(world, data, S):
-    """Errors of the members on held-out steps, (S, n) each; 1: no better than always guessing the mean change."""
+    """Errors of the members on held-out steps, (S, n) each: of states (root mean square over entries) and rewards
+    (absolute) in units of their spread, and the share of ends told wrong."""
     count, U = len(data.held), len(world.for_end[0].weight)
     rows = data.held[torch.linspace(0, count - 1, min(SAMPLE, count), device=data.held.device).long()]
     guess = world(*(x[rows].flatten(1).expand(U, -1, -1) for x in (data.state, data.action)))
@@ -637,7 +639,7 @@ def rehearse(agents, play, data, noise, args, rehearsal_step=rehearsal_step, set
 
 # ---------------------------------------------------------------- losses
 def ppo_loss(agents, batch, clip, action_penalty):
-    """All of the agents' losses, for each seed (S,): their sum, and L(pi), L(V), the entropy H, KL(played || pi)."""
+    """All of the agents' losses, for each seed (S,): their sum, and L(pi)'s first term, L(V), H, KL(played || pi)."""
     x = agents.remember(batch.obs, batch.history)
     out, value = agents.act(x), agents.value(x, batch.state)
     log_prob, entropy = agents.log_prob(out, batch.action)
@@ -797,7 +799,7 @@ def arrange(dataset, args):
 
 def world_of(data, args):
     """What a world model is a model of: all tasks of a body are one world, seen through other eyes."""
-    task = args.task if args.env == "matrix" else "all tasks"
+    task = "all tasks" if args.env in ("reacher", "halfcheetah", "ant") else args.task
     return [args.env, task, f"{data.state.shape[1]} entries", f"{data.action[0].numel()} action entries"]
 
 

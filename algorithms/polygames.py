@@ -60,7 +60,7 @@ Differences from the paper, and choices that it leaves open; algorithms/README.m
      (-0.5, 0.5), 100 epochs, and ends, rewards and distances that fit sigma = 0, 0.2, 0.5, 1.0 to two or three digits.
      At sigma = 0 an epoch leaves 0.900 of the distance to the peak and a step 1 - eta (2A + 2B m^2): eta is 0.02.
   2. Not to be seen there either: alpha, epsilon, size of dataset and batch. Ours: alpha = 6 (on the summed distance,
-     Eq. 7) and epsilon = 1e-3, of fifteen pairs the one closest to those plots; 1000 points, batches of 32.
+     Eq. 7) and epsilon = 1e-3, of fifteen pairs one of the closest to those plots; 1000 points, batches of 32.
   3. Every priority is refreshed at every step, which is cheap here; the paper refreshes a subset.
   4. Not printed for Figure 2: start, noise, step, batch and buffer sizes. Ours, chosen to show the effect: start
      (-0.75, 0.8), noise 0.2, eta = 0.02; each step adds 32 joint actions and uses 32, one from each 32nd of the buffer,

@@ -8,11 +8,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, complains
+from conftest import ROOT, command, complains, load_script
 
 import data
 import envs
-from data import Dataset
+from data import Dataset, write
 from data.dataset import TENSORS
 from data.mamujoco import WIDTHS, from_mamujoco
 from envs.mamujoco import BODIES, VIEWS
@@ -480,3 +480,26 @@ def test_mamujocos_data_of_other_sizes_are_refused():
                                     "terminated": False}], layout="mamujoco")  # fmt: skip
     with pytest.raises(ValueError, match=r"mine has \(state, agents, actions\) = \(26, 2, 3\), but .* \(17, 2, 3\)"):
         from_mamujoco(given, game, "mine")
+
+
+def own(path, agents=2, episodes=20, whole=False):
+    """A file of somebody's data: random play in 5 steps; with `whole` views are whole numbers, the state is not."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(episodes):
+        obs, state = rng.random((6, agents, 3), dtype=np.float32), rng.random((6, 4), dtype=np.float32)
+        actions = rng.integers(3, size=(5, agents))
+        found.append({"obs": obs.round() if whole else obs, "state": state, "actions": actions,
+                      "reward": (actions[:, 0] == 1) * 1.0, "terminated": True, "truncated": False})  # fmt: skip
+    write(Dataset.from_episodes(found), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("script", ["inspo", "alberdice"])
+def test_methods_of_turns_need_a_team_and_fit_their_weights_to_any_data(tmp_path, script):
+    flags = ["--eval-episodes", "0", "--steps", "2", "--out-dir", tmp_path / "run"]
+    alone = own(tmp_path / "alone.h5", agents=1)
+    complains(command(f"algorithms/{script}.py", "--dataset", alone, *flags), "is for two agents or more, and here is one")
+    parse = load_script(script).parse
+    args = parse(["--dataset", own(tmp_path / "single.h5", episodes=1), *map(str, flags)])  # returns without a spread
+    assert args.alpha > 0 and math.isfinite(args.alpha)
+    assert not parse(["--dataset", own(tmp_path / "mixed.h5", whole=True), *map(str, flags)]).one_hot

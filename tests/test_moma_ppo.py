@@ -499,6 +499,17 @@ def test_a_short_views_padding_is_no_part_of_the_world(tmp_path):
     assert sizes[0] == sizes[1] and "27 entries" in sizes[0]
 
 
+def test_games_of_other_rewards_are_other_worlds():
+    """A polynomial game's task is its rewards, where a body's is only what its agents see."""
+    worlds = {}
+    for env, task, dataset in (("polynomial", "twin-peaks", "uniform"), ("polynomial", "sign-agreement", "uniform"),
+                               ("reacher", "independent", "expert-mix"), ("reacher", "leader-only", "expert-mix")):
+        args = moma.parse(["--env", env, "--task", task, "--dataset", dataset, "--episodes", "10"])
+        found, _ = moma.arrange(data.load(env, task, dataset, episodes=10), args)
+        worlds[task] = moma.world_of(found, args)
+    assert worlds["twin-peaks"] != worlds["sign-agreement"] and worlds["independent"] == worlds["leader-only"]
+
+
 @pytest.mark.parametrize("env, task", [("reacher", "leader-only"), ("ant", "partial"), ("matrix", "coordination")])
 def test_the_simulator_is_the_true_world(tmp_path, env, task):
     dataset, limit = "neutral", {} if env == "matrix" else {"time_limit": 30}
