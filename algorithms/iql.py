@@ -25,7 +25,7 @@ Commands, and the return you should see (last policy, greedy; one CPU core of a 
   python algorithms/iql.py --team central                      the coordination game, unfavourable data, 10 seeds at
       once, 24 s: IQL, 1 in 10 of 10 seeds; the data 0.37
   python algorithms/iql.py                                     the same for MAIQL, 35 s: 0.1 +- 0.1, sampled 0.52
-  python algorithms/iql.py --finetune 1                        50 s: MAIQL-ft, 0.8 +- 0.13, sampled 0.51
+  python algorithms/iql.py --finetune 1                        50 s: MAIQL-ft, 0.9 +- 0.1, sampled 0.51
   python algorithms/iql.py --env matrix --task xor --dataset aa-ab-ba    43 s: MAIQL, greedy 0.4 +- 0.16, sampled 0.48
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
