@@ -32,6 +32,9 @@ def parse(kind, preset, argv, doc, kinds="", known=()):
         return read(default=replace(saved_args(kind, args.out_dir), resume=True, out_dir=args.out_dir))
     if collect.is_path(getattr(args, "dataset", "")) and not read(default=replace(kind(), env="")).env:
         about = collect.about(args.dataset)  # a file of ours says what it was recorded in
+        if ":" in about.get("env", "") and args.eval_episodes:  # but no file decides which code runs
+            remedy = f"add --env {about['env']} to evaluate there, which runs that module, or --eval-episodes 0"
+            raise ValueError(f"{args.dataset} was recorded in a game that is not ours: {remedy}")
         args.env, args.task = about.get("env", args.env), args.task or about.get("task", "")
         if not args.env and args.eval_episodes:
             remedy = "add --env, or --eval-episodes 0 to train without an environment"

@@ -83,6 +83,11 @@ def keep_behaviours(run):
 
 
 # ---------------------------------------------------------------- reading
+def normal(shape, generator):
+    """Standard normal numbers, float32, the same on every machine: torch draws its own float32 ones with wide vectors."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64).float()
+
+
 def read_behaviour(path, env="smac"):
     """A team as a function that draws its actions, and what is known of it.
 
@@ -98,7 +103,7 @@ def read_behaviour(path, env="smac"):
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["info"]))
-            arrays = {name: torch.tensor(file[name]).float() for name in file.files if name != "info"}
+            arrays = {name: torch.tensor(file[name]).double() for name in file.files if name != "info"}
         spread, recall = arrays["log_std"].exp() if "log_std" in arrays else None, about.get("recall", 1)
         layers = [(arrays[f"weight{k}"], arrays[f"bias{k}"]) for k in range(len(arrays) // 2)]
         widths = [len(layers[0][0]), *(len(b) for _, b in layers)]
@@ -129,20 +134,23 @@ def read_behaviour(path, env="smac"):
     last = None
 
     def network(x):
+        x = x.double()  # in float32 the last digits would be the processor's, and a body goes its own way from there
         for w, b in layers[:-1]:
             x = F.relu(x @ w + b)
         return x @ layers[-1][0] + layers[-1][1]
 
     def play_continuous(t, obs, info, generator):
-        mean = network(torch.cat([obs, torch.eye(N).expand(len(obs), N, N)], -1)).tanh()  # (B, N, A)
-        return mean if generator is None else mean + spread * torch.randn(mean.shape, generator=generator)
+        mean = network(torch.cat([obs, torch.eye(N).expand(len(obs), N, N)], -1)).tanh().float()  # (B, N, A)
+        return mean if generator is None else mean + spread.float() * normal(mean.shape, generator)
 
     def play(t, obs, info, generator):
         nonlocal last
         avail = info["avail_actions"]  # (B, N, A)
         B = len(avail)
         last = torch.zeros(B, N, recall * A) if t == 0 else last  # the newest first
-        logits = network(torch.cat([obs, last, torch.eye(N).expand(B, N, N)], -1)).masked_fill(~avail, -torch.inf)
+        logits = (
+            network(torch.cat([obs, last, torch.eye(N).expand(B, N, N)], -1)).float().masked_fill(~avail, -torch.inf)
+        )
         if generator is not None:
             logits = logits - torch.empty_like(logits).exponential_(generator=generator).log()
         action = logits.argmax(-1)  # with these clocks, a draw from the policy

@@ -18,6 +18,7 @@ import re
 import signal
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,7 @@ if __name__ == "__main__":  # let `python data/collect.py` find the packages bes
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import envs
-from data.behaviours import read_behaviour
+from data.behaviours import normal, read_behaviour
 from data.dataset import TENSORS, Dataset, write
 from data.mamujoco import check_order, from_mamujoco
 from data.readers import read
@@ -141,7 +142,7 @@ def about(path):
     try:
         with h5py.File(path, "r") as file:
             found = {key: json.loads(file.attrs.get(key, '""')) for key in ("format", "env", "task")}
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, RecursionError, KeyError, RuntimeError):  # h5py raises many kinds
         return {}
     ours = found.pop("format") != ""
     return {key: value if isinstance(value, str) else "" for key, value in found.items()} if ours else {}
@@ -188,6 +189,7 @@ def _cached(env, task, name, seed, episodes):
     episodes = episodes or EPISODES.get((env, name), 1000)
     rules = read_payoff(task or "xor").tolist() if env == "matrix" else None
     key = [env, task, rules, name, episodes, seed, COLLECTOR]  # all that the content depends on
+    key += [version("mujoco")] if env in TEAMS else []
     teams = sorted((BEHAVIOUR / (task or envs.TASKS["smac"][0] if env == "smac" else env)).glob("*.npz"))
     key = json.dumps(key + [hashlib.sha1(team.read_bytes()).hexdigest() for team in teams])
     words = [re.sub(r"\W+", "_", word).strip("_")[:40] for word in (env, task, name)]
@@ -388,7 +390,7 @@ def references(env):
 
 
 def block_seed(env, team, seed, start):
-    """The seed with which a team's games from the `start`-th on were played, of both the games and its noise.
+    """The seed with which a team's games from the `start`-th on are played, of both the games and its noise.
 
     It does not depend on the task, so that all views show the same episodes.
     """
@@ -428,7 +430,7 @@ def play_body(env, task, team, count, seed, greedy=False, verify=True, bar=None)
             seen = torch.from_numpy(entries[:, trained.columns]).float()
             if greedy or env in NOISE:
                 action = play(t, seen, info, None)
-                action = action if greedy else action + NOISE[env] * torch.randn(shape, generator=generator)
+                action = action if greedy else action + NOISE[env] * normal(shape, generator)
             else:
                 action = play(t, seen, info, generator)
             return action.clamp(-1, 1)
@@ -548,6 +550,8 @@ def main(args):
 
     runs.check_numbers(args, may_be_zero="noise episodes seed")
     options = runs.game_options(args)
+    if args.dataset and (args.team or ":" in args.env):
+        raise ValueError(f"--dataset {args.dataset} names a behaviour: here --team says who plays")
     if args.team or ":" in args.env:
         team, episodes = args.team or "random", args.episodes or 500
         dataset = record_team(args.env, args.task, team, episodes, args.seed, args.noise, options)

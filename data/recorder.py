@@ -3,7 +3,7 @@
 import torch
 
 import envs
-from data.collect import concatenate, record
+from data.collect import block_seed, concatenate, record
 
 GAMES = 16  # played at once: a game that is not ours is a Python object of its own
 
@@ -30,7 +30,8 @@ def record_team(env, task, team, episodes, seed=0, noise=0.0, options=None):
     for block, start in enumerate(range(0, episodes, GAMES)):
         game = envs.make(env, task, min(GAMES, episodes - start), **options or {})
         try:
-            parts.append(record(game, player(game, kept, block, noise, generator), seed + block))
+            act = player(game, kept, block, noise, generator)
+            parts.append(record(game, act, block_seed(env, task, seed, start)))
         finally:
             game.close()
     dataset = concatenate(parts)
@@ -55,7 +56,7 @@ def player(game, team, block, noise, generator):
         avail = info.get("avail_actions")
         if team is None:
             return at_random(avail)
-        actions, memory = team(*(x for x in (obs, avail) if x is not None), memory)
+        actions, memory = envs.play.ask(team, obs, info, memory)
         actions = actions[block % len(actions)]
         if avail is None:
             return (actions + noise * torch.randn(actions.shape, generator=generator)).clamp(-1, 1)

@@ -109,7 +109,9 @@ class Run:
         rewards = dataset.info.get("team_reward", args.team_reward)
         if ":" in args.env and rewards != args.team_reward:
             raise ValueError(f"{args.dataset} holds the {rewards} of the agents' rewards: add --team-reward {rewards}")
-        self.best = game(args).best_return if made is not None else None
+        if made is not None:
+            with contextlib.closing(game(args)) as one:
+                self.best = one.best_return
         self.learned_from["the dataset"] = dataset.fingerprint()
         return dataset
 

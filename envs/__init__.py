@@ -57,6 +57,12 @@ def _ours(env, task, num_envs, device, **options):
     if env not in TASKS:
         names = ", ".join(TASKS)
         raise ValueError(f"unknown environment {env!r}: choose one of {names}, or package.module:factory")
+    limit = options.get("time_limit")
+    if limit is not None and not (type(limit) is int and limit > 0):
+        raise ValueError(f"time_limit must be a number of steps, at least 1, not {limit!r}")
+    for name, kind in {"noise": bool, "mirror": bool, "limits": dict | None}.items():
+        if name in options and not isinstance(options[name], kind):
+            raise ValueError(f"{name} cannot be {options[name]!r}")
     if env == "matrix":
         return MatrixGame(task or TASKS[env][0], num_envs, device, **options)
     if env == "polynomial":

@@ -26,11 +26,18 @@ def describe_discrete(env, num_envs, device, num_agents, num_actions, obs_dim, s
 
 
 def games_to_reset(env, options):
-    """Which games `reset(options=...)` restarts: all, or those in `options["reset_mask"]`. Returns (B,) bool."""
+    """Which games `reset(options=...)` restarts: all, or those in `options["reset_mask"]`. Returns (B,) bool.
+
+    Raises:
+        ValueError: the mask is not (B,) bool.
+    """
     mask = (options or {}).get("reset_mask")
     if mask is None:
         return torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
-    return torch.as_tensor(mask, dtype=torch.bool, device=env.device)
+    mask = torch.as_tensor(mask, device=env.device)
+    if mask.shape != (env.num_envs,) or mask.dtype != torch.bool:
+        raise ValueError(f"reset_mask must be {env.num_envs} bools, not {mask.dtype} of shape {tuple(mask.shape)}")
+    return mask
 
 
 def check_actions(env, actions, sizes=None, over=None):

@@ -54,11 +54,16 @@ def make_foreign(name, task="", num_envs=1, device="cpu", team_reward="sum", **o
     batch = {"num_envs": num_envs, "device": device} if "num_envs" in takes else {}
     batch = {key: value for key, value in batch.items() if key in takes}
 
+    try:
+        inspect.signature(factory).bind(**options, **batch)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take {list(options) or 'no'} arguments: {short(error)}") from None
+    except ValueError:  # a builtin
+        pass
+
     def build():
         try:
             return factory(**options, **batch)
-        except TypeError as error:
-            raise ValueError(f"{name} does not take {list(options) or 'no'} arguments: {short(error)}") from None
         except Exception as error:  # what a stranger's factory may raise
             raise ValueError(f"{name} fails ({type(error).__name__}: {short(error)})") from error
 
@@ -76,7 +81,7 @@ def make_foreign(name, task="", num_envs=1, device="cpu", team_reward="sum", **o
     if not hasattr(game, "possible_agents") or hasattr(game, "agent_iter"):
         remedy = "take its parallel_env" if hasattr(game, "agent_iter") else "wrap it in one"
         raise ValueError(f"{name} makes a {type(game).__name__}, no PettingZoo ParallelEnv: {remedy}")
-    if limit is not None and not (isinstance(limit, int) and limit > 0):
+    if limit is not None and not (type(limit) is int and limit > 0):
         raise ValueError(f"time_limit must be a number of steps, at least 1, not {limit!r}")
     if team_reward not in ("sum", "mean"):
         raise ValueError(f"team_reward must be sum or mean, not {team_reward!r}")
@@ -202,7 +207,9 @@ class Games(VectorEnv):
         """The first game as its `render` draws it, an array (height, width, 3); ValueError if it does not."""
         drawn = self.games[0].render()
         if not isinstance(drawn, np.ndarray) or drawn.ndim != 3:
-            raise ValueError(f"{self.name} draws no pictures: begin with --env-kwargs '{{\"render_mode\": \"rgb_array\"}}'")
+            raise ValueError(
+                f'{self.name} draws no pictures: begin with --env-kwargs \'{{"render_mode": "rgb_array"}}\''
+            )
         return drawn
 
     # ------------------------------------------------------------ one game
@@ -289,7 +296,8 @@ class Games(VectorEnv):
         if self.discrete:
             return int(action) + self.starts[i]
         low, high = self.bounds[i]
-        return (low + (action[: self.sizes[i]] + 1) / 2 * (high - low)).astype(self.kinds[i])
+        within = np.clip(low + (action[: self.sizes[i]] + 1) / 2 * (high - low), low, high)  # rounding may lead out
+        return within.astype(self.kinds[i])
 
     def observe(self):
         info = {"state": torch.tensor(self.state, device=self.device)}

@@ -132,9 +132,10 @@ def copy_archive(path):
     copy = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as anew:
         for info in archive.infolist():
-            name, part = info.filename.partition("/")[2], archive.read(info)
+            name = info.filename.partition("/")[2]
             if not re.fullmatch(PARTS, name, re.ASCII) or info.compress_type:  # nor are they ever packed
                 raise ValueError(f"it holds {info.filename}")
+            part = archive.read(info)
             if name.endswith(".json"):
                 part = json.dumps(checked(json.loads(part)))
             elif name.endswith(".pt"):  # an example of what it is asked, which torch would unpickle if need be
@@ -209,11 +210,16 @@ class Args:
     seed: int = 0  # of the games
     gif: Path | None = None  # draw a game as an animated picture
     film_seed: int | None = None  # whose game to draw; by default the run's first seed
+    env: str = ""  # the run's environment, if it is not ours: it is needed, as playing there runs that module
 
 
 def main(args):
     """Play again what a run has learned, and print the score."""
     about, env, task, options, first, most = read_config(args.run)
+    if args.env not in ("", env):
+        raise ValueError(f"{args.run} was trained in {env}, not in {args.env}")
+    if ":" in env and not args.env:  # no file decides which code runs
+        raise ValueError(f"{args.run} was trained in a game that is not ours: add --env {env} to run that module")
     if not 1 <= args.games <= 10**6 or not 0 <= args.seed < 2**32:
         raise ValueError("--games must lie in 1 .. 1,000,000, --seed in 0 .. 2^32 - 1")
     team = load_team(args.run)
@@ -230,7 +236,7 @@ def main(args):
     E = min(args.games, max(1, most // S))
     game = make(env, task, S * E, options)
     try:
-        rounds = [play_teams(game, team, args.seed + k) for k in range(-(-args.games // E))]
+        rounds = [play_teams(game, team, (args.seed + 1_000_003 * k) % 2**32) for k in range(-(-args.games // E))]
     finally:
         game.close()
     scores = {"return": [x.returns for x in rounds], "win rate": [x.won for x in rounds]}

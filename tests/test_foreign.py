@@ -105,8 +105,20 @@ def vector(num_envs, device, wrong=False):
     return envs.make("bridge", num_envs=num_envs + wrong, device=device)
 
 
+class Wide(Toy):
+    def __init__(self):
+        super().__init__(moves="box", masks="none")
+
+    def action_space(self, agent):
+        return Box(-0.1, 0.3, (1,), np.float64)
+
+
 def fails(a):
     return Toy()
+
+
+def breaks():
+    return len(None)
 
 
 nothing = 3
@@ -206,7 +218,7 @@ def test_some_games_begin_anew_and_seeds_differ():
     ("Joins", {}, "is not there from the start"), ("Images", {}, "flatten them first"),
     ("Nested", {}, "its observations are a Dict"), ("Unbounded", {}, "its actions have no bounds"),
     ("Mixed", {}, "neither all Discrete nor all"), ("Toy", {"speed": 3}, "does not take ['speed'] arguments"),
-    ("fails", {}, "does not take no arguments"), ("nothing", {}, "has no function 'nothing'"),
+    ("fails", {}, "does not take no arguments"), ("breaks", {}, "fails (TypeError: object of type"), ("nothing", {}, "has no function 'nothing'"),
     ("absent", {}, "has no function 'absent'"), ("Toy", {"team_reward": "most"}, "team_reward must be sum or mean"),
     ("vector", {"wrong": True}, "has 3 games in place of 2"),
 ])  # fmt: skip
@@ -239,6 +251,50 @@ def test_a_toy_is_recorded_cloned_and_played(toys, tmp_path):
     more = ("--team", tmp_path / "run", "--noise", 0.2, "--episodes", 5, "--out", tmp_path / "more.h5")
     done = run(ROOT / "data" / "collect.py", *words, *more)
     assert done.returncode == 0, done.stderr
+
+
+def test_neighbouring_seeds_share_no_games():
+    one, other = (record_team("reacher", "independent", "random", 40, seed=seed) for seed in (0, 1))
+    starts = {tuple(row) for row in one.state[:, 0].tolist()} & {tuple(row) for row in other.state[:, 0].tolist()}
+    assert not starts and len(one.state) == 40
+
+
+def test_a_team_that_does_not_fit_is_one_line(toys, tmp_path):
+    run = ("--env", "matrix", "--steps", 2, "--eval-episodes", 1, "--num-seeds", 1, "--out-dir", tmp_path / "run")
+    assert command("algorithms/bc.py", *run).returncode == 0
+    done = command("data/collect.py", "--env", "bridge", "--team", tmp_path / "run", "--out", tmp_path / "x.h5")
+    complains(done, "the team does not fit this environment")
+    done = command(
+        "data/collect.py", "--env", "bridge", "--team", "random", "--dataset", "optimal", "--out", tmp_path / "x.h5"
+    )
+    complains(done, "--dataset optimal names a behaviour: here --team says who plays")
+    assert not (tmp_path / "x.h5").exists()
+
+
+@pytest.mark.parametrize("env, options", [
+    ("bridge", {"time_limit": 0}), ("bridge", {"time_limit": 2.5}), ("reacher", {"time_limit": "x"}),
+    ("reacher", {"time_limit": True}), ("reacher", {"limits": 5}), ("smac", {"noise": "x"}),
+    ("toy_games:Toy", {"time_limit": True}),
+])  # fmt: skip
+def test_options_of_a_wrong_kind_are_refused(env, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        envs.make(env, **options)
+
+
+@pytest.mark.parametrize("env", ["bridge", "reacher", "toy_games:Toy"])
+def test_a_reset_mask_that_is_none_is_refused(env):
+    game = envs.make(env, num_envs=3)
+    game.reset(seed=0)
+    for mask in (torch.tensor([0, 2]), [True], torch.ones(3)):
+        with pytest.raises(ValueError, match="reset_mask must be 3 bools"):
+            game.reset(options={"reset_mask": mask})
+    game.reset(options={"reset_mask": [True, False, True]})
+
+
+def test_float64_boxes_are_not_left_by_rounding():
+    game = make("Wide")
+    played = game.played(0, np.ones(1))
+    assert played.dtype == np.float64 and played <= 0.3
 
 
 def test_a_missing_module_is_one_line():

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, command, complains, load_script
 from PIL import Image
 
+import data
 import envs
 import envs.play as play_py
 from envs.play import film, load_team, play, play_teams
@@ -80,7 +81,8 @@ def test_many_games_are_played_in_rounds(runs, monkeypatch):
     monkeypatch.setattr(play_py, "say", said.append)
     play_py.main(play_py.Args(runs("smac"), games=25, seed=4))
     game, team = envs.make("smac", "3m", 20), load_team(runs("smac"))
-    returns = torch.cat([play_teams(game, team, seed).returns.view(2, 10) for seed in (4, 5, 6)], 1)[:, :25]
+    rounds = [play_teams(game, team, seed).returns.view(2, 10) for seed in (4, 1_000_007, 2_000_010)]
+    returns = torch.cat(rounds, 1)[:, :25]
     for s in range(2):
         assert rows(said[0])[f"seed {s}"][0] == pytest.approx(returns[s].mean().item(), abs=6e-5)
 
@@ -163,7 +165,7 @@ def lacks(key):
     (args(env_kwargs="[" * 10**5), "something else than a run (RecursionError"),
     (args(env_kwargs='{"colour": 1}'), "smac does not take --env-kwargs {'colour': 1}"),
     (args(env=""), "was trained without an environment"), (args(env="chess"), "unknown environment 'chess'"),
-    (args(env="chess:make"), "No module named 'chess'"), (args(task="8m"), "the team does not fit this environment"),
+    (args(env="chess:make"), "add --env chess:make to run that module"), (args(task="8m"), "the team does not fit this environment"),
     (args(env="matrix", task="xor"), "the team does not fit this environment"),
     (args(env="reacher", task=""), "the team does not fit this environment"),
     (args(backend="sc2", games=8), "StarCraft II 4.10 and its maps in SC2PATH"),  # not our simulator in its place
@@ -174,6 +176,30 @@ def test_what_is_no_run_or_has_changed_ends_in_one_line(runs, tmp_path, monkeypa
     with pytest.raises(ValueError) as error:  # which the command turns into a line
         play_py.main(play_py.Args(tmp_path, games=2))
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_file_decides_which_code_runs(runs, tmp_path):
+    """A run, or a dataset, of a game that is not ours names a module: whoever plays it has to name it, too."""
+    flag = tmp_path / "flag"
+    run = spoiled(runs("smac"), tmp_path, args(env="subprocess:getoutput", env_kwargs=json.dumps({"cmd": f"touch {flag}"})))
+    complains(command("envs/play.py", run), "add --env subprocess:getoutput to run that module")
+    complains(command("envs/play.py", run, "--env", "smac"), "was trained in subprocess:getoutput, not in smac")
+    complains(command("envs/play.py", runs("bridge"), "--env", "x:y"), "was trained in bridge, not in x:y")
+    assert not flag.exists()
+    dataset = data.load("matrix", "xor", "ab", episodes=5)
+    dataset.info |= {"env": "os:abort", "task": ""}
+    data.write(dataset, tmp_path / "evil.h5")
+    words = ("--dataset", tmp_path / "evil.h5", "--steps", 1, "--out-dir", tmp_path / "cloned")
+    complains(command("algorithms/bc.py", *words), "add --env os:abort to evaluate there, which runs that module")
+    assert command("algorithms/bc.py", *words, "--eval-episodes", 0).returncode == 0
+
+
+def test_what_is_packed_is_refused_unpacked(runs, tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "team.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("team/data/weights/weight_0", bytes(10**6))
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *what: pytest.fail("it was unpacked"))
+    with pytest.raises(ValueError, match="it holds team/data/weights/weight_0"):
+        load_team(tmp_path)
 
 
 def test_a_damaged_config_ends_the_command_in_one_line(runs, tmp_path):
@@ -461,18 +487,18 @@ def seen(num_envs, device):
 def test_games_of_others_are_drawn_if_they_draw_themselves(runs, tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
     (tmp_path / "film.gif").write_bytes(b"old")
-    environ, words = os.environ | {"PYTHONPATH": str(tmp_path)}, ("--games", 2, "--gif", tmp_path / "film.gif")
+    environ, words = os.environ | {"PYTHONPATH": str(tmp_path)}, ("--games", 2, "--gif", tmp_path / "film.gif", "--env")
     run = spoiled(runs("bridge"), tmp_path, args(env="mine:blind"))
-    complains(command("envs/play.py", run, *words, env=environ), "Blind cannot be drawn: it has no picture(actions)")
+    complains(command("envs/play.py", run, *words, "mine:blind", env=environ), "Blind cannot be drawn: it has no picture(actions)")
     assert (tmp_path / "film.gif").read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.glob("*.*")) == ["config.json", "film.gif", "mine.py", "team.pt2"]
     run = spoiled(runs("bridge"), tmp_path, args(env="mine:seen"))
-    done = command("envs/play.py", run, *words, env=environ)
+    done = command("envs/play.py", run, *words, "mine:seen", env=environ)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "film.gif") as drawn:
         assert drawn.n_frames > 8 and drawn.size == (30, 36)
     run = spoiled(runs("bridge"), tmp_path, args(env="mine:Turns"))  # it is asked to draw itself
-    done = command("envs/play.py", run, *words, env=environ)
+    done = command("envs/play.py", run, *words, "mine:Turns", env=environ)
     assert done.returncode == 0 and "a game of seed 7, 3 steps, return 6.0000" in done.stdout, done.stderr
     with Image.open(tmp_path / "film.gif") as drawn:
         assert drawn.n_frames == 4
