@@ -25,7 +25,7 @@ Commands, and the return you should see (last policy, greedy; one CPU core of a 
   python algorithms/bc.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 2 min: normalised 0.89
       +- 0.02 (1: the data); --task independent 0.70 +- 0.03, leader-only 0.83 +- 0.01
   python algorithms/bc.py --env ant --dataset medium           four agents share an ant, 3 seeds: 2,441 +- 31 (the data
-      1,709); on full-replay 3,606 +- 38 (2,699). Data of bodies differ a little from machine to machine
+      1,709); on full-replay 3,606 +- 38 (2,699), of data recorded before commit 3489905
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, bc

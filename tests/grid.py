@@ -332,7 +332,7 @@ def text(number, digits=2):
 
 def table(found, tasks, methods, score=score):
     """Mean ± standard error [bootstrap interval] of each cell; * where Welch's test finds no difference from the best,
-    † where the data are not those of the row's other cells: named datasets of bodies differ from machine to machine."""
+    † where the data are not those of the row's other cells: those of bodies once differed from machine to machine."""
     known = [(task.name, d) for task in tasks for d in task.datasets]
     found = {key: rows for key, rows in found.items() if key[1:] in known and score(rows) is not None}
     methods = [name for name in methods if any((name, *where) in found for where in known)]
