@@ -54,10 +54,13 @@ def make_foreign(name, task="", num_envs=1, device="cpu", team_reward="sum", **o
     batch = {"num_envs": num_envs, "device": device} if "num_envs" in takes else {}
     batch = {key: value for key, value in batch.items() if key in takes}
 
+    def refuse(error):
+        raise ValueError(f"{name} does not take {list(options) or 'no'} arguments: {short(error)}") from None
+
     try:
         inspect.signature(factory).bind(**options, **batch)
     except TypeError as error:
-        raise ValueError(f"{name} does not take {list(options) or 'no'} arguments: {short(error)}") from None
+        refuse(error)
     except ValueError:  # a builtin
         pass
 
@@ -65,6 +68,9 @@ def make_foreign(name, task="", num_envs=1, device="cpu", team_reward="sum", **o
         try:
             return factory(**options, **batch)
         except Exception as error:  # what a stranger's factory may raise
+            strange = any(f"unexpected keyword argument '{key}'" in str(error) for key in options)
+            if isinstance(error, TypeError) and strange:
+                refuse(error)  # it hands on whatever it gets
             raise ValueError(f"{name} fails ({type(error).__name__}: {short(error)})") from error
 
     game = build()
