@@ -20,11 +20,11 @@ window is L successive rows of one episode.
           a_m      a third each: uniform; mu(o_t) + noise; mu(o_t+1) + noise. p_i: density of agent i's part of a_m
 
 Commands, and the return you should see (mean of three seeds; one CPU core of a small server, torch 2.13):
-  python algorithms/maddpg_cql_pjap.py      2-agent HalfCheetah, good data (4,959), PJAP, 6 min:
-      1,875 +- 203. It learns on: 4,182 +- 477 after --steps 20000 --batch-size 8 (other data, 4,999)
-  ... --no-pjap                             the baseline, every window equally likely: 1,744 +- 479; 4,090 +- 517 after
+  python algorithms/maddpg_cql_pjap.py      2-agent HalfCheetah, good data (4,975), PJAP, 6 min:
+      2,608 +- 240. It learns on: 4,182 +- 477 after --steps 20000 --batch-size 8 (former data, 4,999)
+  ... --no-pjap                             the baseline, every window equally likely: 2,621 +- 107; 4,090 +- 517 after
       as many. At this size PJAP makes no difference; algorithms/README.md says why
-  ... --dataset good-medium                 half of it by worse teams: 1,562 +- 441, without PJAP 1,602 +- 249
+  ... --dataset good-medium                 half of it by worse teams: 1,879 +- 238, without PJAP 1,903 +- 271
   ... --env polynomial --task sign-agreement --dataset uniform    R = xy, 10 seeds, 3 min: 0.76 +- 0.06, -0.28 without
   ... --steps 500000 --num-seeds 10 --batch-size 64 --ood-actions 10 --eval-every 5000 --no-normalize      the paper's
 
