@@ -60,7 +60,8 @@ def _ours(env, task, num_envs, device, **options):
     limit = options.get("time_limit")
     if limit is not None and not (type(limit) is int and limit > 0):
         raise ValueError(f"time_limit must be a number of steps, at least 1, not {limit!r}")
-    for name, kind in {"noise": bool, "mirror": bool, "limits": dict | None}.items():
+    kinds = {"noise": bool, "mirror": bool} if env == "smac" else {"limits": dict | None} if env in VIEWS else {}
+    for name, kind in kinds.items():
         if name in options and not isinstance(options[name], kind):
             raise ValueError(f"{name} cannot be {options[name]!r}")
     if env == "matrix":
