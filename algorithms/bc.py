@@ -21,11 +21,11 @@ Commands, and the return you should see (last policy, greedy; one CPU core of a 
   python algorithms/bc.py --env bridge                         Bridge, mixed data, 5 seeds, 6 s: sampled -13.8 +- 0.2
       (the data -9.31); greedy anything from -1.2355, the best possible, to -24, by luck: who goes first?
   python algorithms/bc.py --env smac                           5m_vs_6m, medium-replay data, 3 seeds, 32 s: 43 % of the
-      battles won (return 14.0), sampled 0.2 % (5.1); the data 9 % (7.8)
+      battles won (return 14.1), sampled 0.2 % (5.2); the data 9 % (7.8)
+  python algorithms/bc.py --env ant                            four agents share an ant, full-replay data, 3 seeds, 3
+      min: 3,567 +- 38 (the data 2,594)
   python algorithms/bc.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 2 min: normalised 0.89
-      +- 0.02 (1: the data); --task independent 0.70 +- 0.03, leader-only 0.83 +- 0.01
-  python algorithms/bc.py --env ant --dataset medium           four agents share an ant, 3 seeds: 2,441 +- 31 (the data
-      1,709); on full-replay 3,606 +- 38 (2,699), of data recorded before commit 3489905
+      +- 0.02 (1: the data); --task independent 0.70 +- 0.03, leader-only 0.83 +- 0.01, of data before commit 3489905
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, bc

@@ -273,7 +273,7 @@ def local_values(networks, batch):
 
 def advantage(team, batch):
     """Eq. 2, of the shape of V; its gradient is V's."""
-    networks, *mixer = team.targets
+    networks, *mixer = team.targets  # slow copies of Q_i and, where values are mixed, of w and b
     with torch.no_grad():
         q = joint_value(mixer[0] if mixer else None, local_values(networks, batch).amin(0), batch)
     return q - value(team, batch.obs, batch.state)

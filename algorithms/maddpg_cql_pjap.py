@@ -493,8 +493,8 @@ def main(args):
             since = step - (run.rows[-1]["step"] if run.rows else 0)
             logs = {name: value / since for name, value in sums.items()}  # NaN before the first update
             logs["distance_l1"] = data.actions.shape[-1] * logs["distance"]  # Eq. 8, which sums an agent's entries
-            far = measure(team.target_policy, windows, data)  # to that policy, as the distance of those drawn
-            logs |= {"data_distance": far, "effective_share": windows.effective()}
+            whole = measure(team.target_policy, windows, data)  # to that policy, as the distance of those drawn
+            logs |= {"data_distance": whole, "effective_share": windows.effective()}
             run.check(logs)
             scores = evaluate(team.policy, encode, args, step, args.eval_episodes, device)
             far = f"distance {logs['distance'].mean():.4f} drawn, {logs['data_distance'].mean():.4f} dataset"

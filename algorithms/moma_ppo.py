@@ -26,8 +26,8 @@ The cap c and the limit l are one number in the paper. rho is cut at e^10, and A
 its spread in all rollouts of an update. The price of entropy alpha begins at 0, and after each minibatch becomes
 max(0, alpha + 0.001 (H_least - H)): there is no bonus before the team's joint entropy H falls below H_least.
 
-Commands, and the return you should see (last policy, greedy; one CPU core of a small server, torch 2.13). All tasks,
-datasets and trials: algorithms/README.md.
+Commands, and the return you should see (last policy, greedy; one CPU core of a small server, torch 2.13; bodies: of
+data before commit 3489905). All tasks, datasets and trials: algorithms/README.md.
   python algorithms/moma_ppo.py                          the coordination game, unfavourable data, 10 seeds at once, 8 s
       of CPU time: 1 in 10 of 10 seeds; cloning (bc.py) has 0
   python algorithms/moma_ppo.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 9 minutes:

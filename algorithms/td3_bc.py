@@ -22,7 +22,8 @@ the next state; m is 0 where the game ended by its own rules.
 The actions a in Eq. 3 are drawn, a third each, uniformly, around pi(o) and around pi(o'); p is each one's density.
 Without bc, 0.001 |pi(o)|^2 / A belongs to Eq. 4 as well.
 
-Commands, and the return you should see (last policy; one CPU core of a small server, torch 2.13):
+Commands, and the return you should see (last policy; one CPU core of a small server, torch 2.13; the reacher's are of
+data before commit 3489905, which had other last digits):
   python algorithms/td3_bc.py --env polynomial                 two agents on twin peaks, 10 seeds at once, 25 s: ITD3+BC
       0.470 +- 0.010; the data -0.30, the peak 0.5625
   python algorithms/td3_bc.py --env polynomial --mixing        69 s: MATD3+BC 0.480 +- 0.005
