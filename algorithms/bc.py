@@ -19,7 +19,7 @@ Commands, and the return you should see (last policy, greedy; one CPU core of a 
       once, 6 s: 0 in 10 of 10 seeds; --dataset neutral 0.6 +- 0.16, favourable 1
   python algorithms/bc.py --env matrix --task xor --dataset aa-ab-ba   XOR, 5 s: 0, both play A; sampled 0.41
   python algorithms/bc.py --env bridge                         Bridge, mixed data, 5 seeds, 6 s: sampled -13.8 +- 0.2
-      (the data -9.31); greedy anything from -1.2355, the best possible, to -24, by luck: who goes first?
+      (the data -9.31); greedy anything from -1.2355, the best possible, to -19, by luck: who goes first?
   python algorithms/bc.py --env smac                           5m_vs_6m, medium-replay data, 3 seeds, 32 s: 43 % of the
       battles won (return 14.1), sampled 0.2 % (5.2); the data 9 % (7.8)
   python algorithms/bc.py --env ant                            four agents share an ant, full-replay data, 3 seeds, 3
