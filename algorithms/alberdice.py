@@ -531,7 +531,7 @@ def act(policies, encode, obs, avail, memory, clocks=None):
 
 def evaluate(policies, encode, args, step, episodes, device):
     """Scores (S, E) of the teams of all seeds, greedily and by sampling: `runs.score`."""
-    clocks = (len(policies), episodes, policies[0][-1].weight.shape[-1])
+    clocks = (len(policies), -1, policies[0][-1].weight.shape[-1])
     return runs.score(lambda *seen: act(policies, encode, *seen), args, step, episodes, device, clocks=clocks)
 
 

@@ -124,7 +124,7 @@ class Args:
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
     backend: Literal["torch", "sc2"] = "torch"  # smac: evaluate in our simulator, or in the real StarCraft II
-    games: int = 8  # sc2: battles at once, each a process of about 1 GB; at least two a seed
+    games: int = 8  # sc2: battles at once, each a process of about 1 GB; at least one a seed
     # --- the method
     alpha: float = 0.02  # weight of the KL divergence to the behaviour
     auto_alpha: bool = False  # tune alpha until the KL divergence meets --kl-target (Eq. 25)
@@ -292,7 +292,7 @@ class Policy(nn.Module):
 
     def __init__(self, inputs, outputs, args, generators):
         super().__init__()
-        self.hidden = args.hidden if args.recurrent else 0
+        self.hidden, self.outputs = args.hidden * args.recurrent, outputs
         if args.recurrent:  # it remembers what it saw and did: no single observation shows the whole battle
             self.encoder = nn.Sequential(Linear(inputs, args.hidden, generators), nn.ReLU())
             self.gru = GRU(args.hidden, args.hidden, generators)
@@ -719,7 +719,6 @@ if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists()
     from data import layout, runs
     from envs.bridge import draw_strips
     from envs.matrix import draw_joints
-    from envs.play import play
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
 
@@ -783,61 +782,32 @@ def act(policy, hidden, encode, obs, avail, memory, clocks=None):
     """What the teams do in B games of each seed, and their memory: what the GRU knows and the last action, one-hot.
 
     policy is `together`'s; obs (S, B, N, O), avail (S, B, N, A), memory (S, B, N, hidden + A), or (S, B, N, 0) without
-    one -> actions (S, B, N), memory. Greedy without exponential clocks (N, S, B, A).
+    one -> actions (S, B, N), memory. Greedy without exponential clocks (S, B, N, A).
     """
     S, B, N, A = avail.shape
     h, last = memory.split([hidden, memory.shape[-1] - hidden], -1)
     x, mask, h = (each.movedim(2, 0).flatten(0, 1) for each in (encode(obs, last), avail, h))  # (N S, B, ...)
-    first = torch.zeros(N * S, 1, B, dtype=torch.bool, device=obs.device)
-    log_pi, h = log_probs(policy, x[:, None], mask[:, None], first, h)
-    log_pi = log_pi[:, 0].unflatten(0, (N, S))  # (N, S, B, A)
-    actions = (log_pi if clocks is None else log_pi - clocks.log()).argmax(-1)  # which clock rings first is a draw
-    actions = actions.movedim(0, -1)  # (S, B, N)
+    goes_on = torch.zeros(N * S, 1, B, dtype=torch.bool, device=obs.device)
+    log_pi, h = log_probs(policy, x[:, None], mask[:, None], goes_on, h)
+    log_pi = log_pi[:, 0].unflatten(0, (N, S)).movedim(0, 2)  # (S, B, N, A)
+    action = (log_pi if clocks is None else log_pi - clocks.log()).argmax(-1)  # which clock rings first is a draw
     if hidden:
-        memory = torch.cat([h.unflatten(0, (N, S)).movedim(0, 2), F.one_hot(actions, A).to(h.dtype)], -1)
-    return actions, memory
+        memory = torch.cat([h.unflatten(0, (N, S)).movedim(0, 2), F.one_hot(action, A).to(h.dtype)], -1)
+    return action, memory
 
 
-def evaluate(policies, encode, args, step, episodes, device, film=False):
-    """Play the greedy and the sampled team of every seed, all in one batch of games.
-
-    Returns {"return", "sampled_return"} and, where games can be won, {"win_rate", "sampled_win_rate"}, (S, E) each;
-    and, if asked for, the states (T+1, D) of the first seed's first greedy and first sampled game.
-    """
-    if not episodes:
-        return {}, None
-    S, N, policy, hidden = args.num_seeds, len(policies), together(policies), policies[0].hidden
-    E = episodes if args.backend == "torch" else max(1, args.games // (2 * S))  # in one round
-    options = {"backend": args.backend} if args.env == "smac" else {}
-    game = runs.game(args, S * 2 * E, device, **options)
-    generators = [runs.stream(args.seed + s, 10 + step, device) for s in range(S)]
-
-    def answer(obs, info, memory):
-        obs, avail = (x.unflatten(0, (S, 2 * E)) for x in (obs, info["avail_actions"]))
-        clocks = []
-        for _ in range(N):  # the first half of a seed's games is played greedily: all its clocks ring at once
-            draws = [torch.empty(E, avail.shape[-1], device=device).exponential_(generator=g) for g in generators]
-            clocks.append(torch.cat([torch.ones_like(torch.stack(draws)), torch.stack(draws)], 1))  # (S, 2E, A)
-        actions, memory = act(policy, hidden, encode, obs, avail, memory, torch.stack(clocks))
-        return actions.flatten(0, 1), memory
-
-    memory = torch.zeros(S, 2 * E, N, hidden + game.num_actions * (hidden > 0), device=device)
-    rounds = [play(game, answer, memory, step, film) for _ in range(0, episodes, E)]
-    game.close()
-    scores = {"return": [x.returns for x in rounds], "win_rate": [x.won for x in rounds]}
-    scores = {name: torch.cat([x.view(S, 2, E).double() for x in parts], 2)[..., :episodes]
-              for name, parts in scores.items() if parts[0] is not None}  # fmt: skip
-    found = {name: x[:, 0] for name, x in scores.items()} | {f"sampled_{name}": x[:, 1] for name, x in scores.items()}
-    if not film:
-        return found, None
-    states, mask = rounds[0].film["state"], rounds[0].film["mask"]
-    return found, [states[b, : int(mask[b].sum()) + 1].cpu() for b in (0, E)]
+def evaluate(policies, encode, args, step, episodes, device, film=None):
+    """Scores (S, E) of the teams of all seeds, greedily and by sampling, and what happened: `runs.score`."""
+    policy, hidden, A = together(policies), policies[0].hidden, policies[0].outputs
+    shapes = hidden + A * (hidden > 0), (-1, len(policies), A)  # of an agent's memory and a seed's clocks
+    return runs.score(lambda *seen: act(policy, hidden, encode, *seen), args, step, episodes, device, *shapes, film)
 
 
 def draw_pictures(args, team, data, dataset, films, seeds):
     """What the teams came to: on Bridge film strips, in a game of two agents the tables of their joint actions."""
-    if args.env == "bridge" and films["InSPO"]:
-        strips = {"cloned team": films["behavioural cloning"][1], "InSPO": films["InSPO"][0]}
+    if args.env == "bridge" and films["InSPO"]:  # the first seed's first game
+        strips = {"cloned team": films["behavioural cloning"][1], "InSPO": films["InSPO"][0]}  # sampled, greedy
+        strips = {name: film["state"][0, : int(film["mask"][0].sum()) + 1].cpu() for name, film in strips.items()}
         return {"policy.png": draw_strips(strips)}, {}
     if args.env != "matrix" or len(team.policies) != 2:
         return {}, {}
@@ -875,7 +845,7 @@ def main(args):
     logs = {name: torch.zeros(args.num_seeds, device=device) for name in ("q_loss", "policy_loss", "kl", "sample_size")}
     for step in run.steps(args.steps, args.eval_every):
         if run.due():
-            scores, _ = evaluate(team.policies, encode, args, step, args.eval_episodes, device)
+            scores = evaluate(team.policies, encode, args, step, args.eval_episodes, device)
             run.record(logs | {"alpha": team.alpha(args)[:, 0]}, {name: x.mean(1) for name, x in scores.items()})
         if step < args.steps:
             beta.fill_(beta_at(step, args))
@@ -888,10 +858,9 @@ def main(args):
             noise = draw_noise(own, N, args)
             logs |= update(team, adams, data, behaviour, noise, beta, order, step >= args.warmup, args, **steps)
 
-    scores, films, E = {}, {}, 10 * args.eval_episodes
-    for name, policies in (("InSPO", team.policies), ("behavioural cloning", team.mus)):
-        film = args.env == "bridge" and E > 0
-        scores[name], films[name] = evaluate(policies, encode, args, args.steps, E, device, film)
+    scores, films, E = {}, {"InSPO": [], "behavioural cloning": []}, 10 * args.eval_episodes
+    for policies, (name, film) in zip((team.policies, team.mus), films.items()):
+        scores[name] = evaluate(policies, encode, args, args.steps, E, device, film if args.env == "bridge" else None)
     figures, more = draw_pictures(args, team, data, dataset, films, run.seeds)
     others = {"behavioural cloning": ("cloned_", scores["behavioural cloning"])}
     policy, hidden = together(team.policies), team.policies[0].hidden

@@ -746,7 +746,6 @@ if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists()
     import envs
     from data import layout, runs
     from envs.mamujoco import draw_convention
-    from envs.play import play
     from envs.simulator import open_loop, simulator
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
@@ -854,24 +853,10 @@ def act(agents, obs, avail, memory):
     return (action if agents.discrete else played.float()).transpose(1, 2), memory
 
 
-def evaluate(agents, args, step, episodes, device, film=False):
-    """Play the teams of all seeds in one batch of games, greedily.
-
-    Returns {"return": (S, E)} and, if asked for, the environment's own states (S, E, T+1, D').
-    """
-    if not episodes:
-        return {}, None
-    S = args.num_seeds
-
-    def answer(obs, info, memory):
-        action, memory = act(agents, obs.unflatten(0, (S, episodes)), None, memory)
-        return action.flatten(0, 1), memory
-
-    memory = agents.mean.new_zeros(S, episodes, agents.N, agents.H * (agents.O + agents.A))
-    with runs.evaluation(args, S * episodes, device, step) as game:
-        played = play(game, answer, memory, step, film)
-    states = played.film["state"].unflatten(0, (S, episodes)) if film else None
-    return {"return": played.returns.view(S, episodes)}, states
+def evaluate(agents, args, step, episodes, device, film=None):
+    """Returns (S, E) of the greedy teams of all seeds, and what happened: `runs.score`."""
+    memory = agents.H * (agents.O + agents.A)
+    return runs.score(lambda *seen: act(agents, *seen), args, step, episodes, device, memory, film=film)
 
 
 def main(args):
@@ -911,7 +896,7 @@ def main(args):
     for step in run.steps(args.steps, args.eval_every):
         if run.due():
             run.check(logs)
-            scores, _ = evaluate(agents, args, step, args.eval_episodes, device)
+            scores = evaluate(agents, args, step, args.eval_episodes, device)
             line = f"in the model {logs['model_reward'].mean():8.3f} a step" if step else ""
             run.record(logs | {"alpha": agents.alpha}, {name: x.mean(1) for name, x in scores.items()}, line)
         if step == 0 and args.warmup:
@@ -924,9 +909,10 @@ def main(args):
             orders = draw_orders(generators, batch.returns.shape[1], args)
             logs |= update(agents, adam, batch, orders, args, learn)
 
-    E, figures, more, reacher = 10 * args.eval_episodes, {}, {"world_model": about}, args.env == "reacher"
-    scores, states = evaluate(agents, args, args.steps, E, device, reacher)
-    if states is not None:
+    figures, more, film = {}, {"world_model": about}, [] if args.env == "reacher" else None
+    scores = evaluate(agents, args, args.steps, 10 * args.eval_episodes, device, film)
+    if film:
+        states = film[0]["state"].unflatten(0, (S, -1))  # (S, E, T+1, D')
         bend, figures["convention.png"] = draw_convention(states, run.seeds, f"MOMA-PPO on {run.subject}")
         more["counterclockwise"] = runs.over_seeds(bend)
     actions, memory = len(data.avail[0]) if agents.discrete else 0, agents.H * (agents.O + agents.A)

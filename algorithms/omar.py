@@ -423,7 +423,7 @@ def act(policies, encode, obs, avail, memory, clocks=None):
 
 def evaluate(policies, encode, args, step, episodes, device):
     """Scores (S, E) of the teams of all seeds, greedily and by sampling: `runs.score`."""
-    memory, clocks = policies.hidden + policies.A * (policies.hidden > 0), (episodes, policies.N, policies.A)
+    memory, clocks = policies.hidden + policies.A * (policies.hidden > 0), (-1, policies.N, policies.A)
     return runs.score(lambda *seen: act(policies, encode, *seen), args, step, episodes, device, memory, clocks)
 
 

@@ -398,7 +398,7 @@ def act(policies, encode, obs, avail, memory, clocks=None):
 
 def evaluate(policies, encode, args, step, episodes, device):
     """Scores (S, E) of the greedy teams of all seeds and, where actions are discrete, by sampling: `runs.score`."""
-    clocks = (policies.N, episodes, policies.A) if policies.discrete else None
+    clocks = (policies.N, -1, policies.A) if policies.discrete else None
     return runs.score(lambda *seen: act(policies, encode, *seen), args, step, episodes, device, clocks=clocks)
 
 

@@ -386,36 +386,49 @@ def evaluation(args, num_envs, device, step, **options):
 
 
 @torch.no_grad()
-def score(act, args, step, episodes, device, memory=0, clocks=None):
+def score(act, args, step, episodes, device, memory=0, clocks=None, film=None):
     """Play E games with the team of each seed, all in one batch, greedily, and from the same starts by sampling.
+
+    The real StarCraft II (`--backend sc2`) plays `--games` at a time, and starts each as it likes.
 
     Args:
         act: function of obs (S, E, N, O), avail (S, E, N, A), or None where actions are continuous, and the memory
             (S, E, N, W), to the actions (S, E, N) or (S, E, N, A) and the memory; to sample it gets clocks, too.
         step: how many updates were made: each evaluation has games and chance of its own.
         memory: W, how many numbers an agent remembers; they are 0 at first.
-        clocks: the shape of one seed's exponential draws, with which `act` samples; None to play greedily only.
+        clocks: the shape of one seed's exponential draws, with which `act` samples, -1 in the place of its games; None
+            to play greedily only.
+        film: a list for what happened, `Played.film` of the greedy games and then of the sampled ones.
     Returns:
         {"return": (S, E)} and, where they exist, "sampled_return", "win_rate" and "sampled_win_rate"; {} for no games.
     """
     if not episodes:
         return {}
-    S, found = args.num_seeds, {}
+    S, E, found, options = args.num_seeds, episodes, {}, {}
     generators = [stream(args.seed + s, 10 + step, device) for s in range(S)]
+    if getattr(args, "backend", "torch") != "torch":
+        E, options = min(E, max(1, args.games // S)), {"backend": args.backend}
 
     def answer(sampled, obs, info, last):
-        obs, avail = (x if x is None else x.unflatten(0, (S, episodes)) for x in (obs, info.get("avail_actions")))
+        obs, avail = (x if x is None else x.unflatten(0, (S, E)) for x in (obs, info.get("avail_actions")))
         last = torch.zeros(*obs.shape[:3], memory, device=device) if last is None else last
-        draws = [torch.empty(clocks, device=device).exponential_(generator=g) for g in generators] if sampled else []
-        actions, last = act(obs, avail, last, *([torch.stack(draws)] if sampled else []))
+        draws = []
+        if sampled:
+            shape = [E if size < 0 else size for size in clocks]
+            draws = [torch.stack([torch.empty(shape, device=device).exponential_(generator=g) for g in generators])]
+        actions, last = act(obs, avail, last, *draws)
         return actions.flatten(0, 1), last
 
-    with evaluation(args, S * episodes, device, step) as games:
+    with evaluation(args, S * E, device, step, **options) as games:
         for sampled in (False, True)[: 1 + (clocks is not None)]:
-            played = play(games, functools.partial(answer, sampled), seed=step)
-            for name, value in (("return", played.returns), ("win_rate", played.won)):
-                if value is not None:
-                    found["sampled_" * sampled + name] = value.view(S, episodes).double()
+            team, seeds = functools.partial(answer, sampled), [step + 1_000_003 * k for k in range(-(-episodes // E))]
+            played = [play(games, team, None, seed, film is not None) for seed in seeds]
+            for name, parts in (("return", [x.returns for x in played]), ("win_rate", [x.won for x in played])):
+                if parts[0] is not None:
+                    values = torch.cat([x.view(S, E) for x in parts], 1)[:, :episodes]
+                    found["sampled_" * sampled + name] = values.double()
+            if film is not None:
+                film.append(played[0].film)
     return found
 
 

@@ -25,9 +25,9 @@ KEPT = {
     "moma ant": ("moma_ppo", ("--env", "ant", "--task", "partial", "--dataset", "medium", "--episodes", 6, "--memory",
                               3, "--model-steps", 4, "--model-hidden", 16, "--steps", 1, "--warmup", 3, "--rollouts", 4,
                               "--horizon", 2, "--batch-size", 4), 1),
-    "inspo bridge": ("inspo", ("--steps", 20, "--clone-steps", 60), 2),
+    "inspo bridge": ("inspo", ("--steps", 20, "--clone-steps", 60), 1),
     "inspo smac": ("inspo", ("--env", "smac", "--task", "3m", "--episodes", 20, "--steps", 4, "--warmup", 1,
-                             "--clone-steps", 10), 2),
+                             "--clone-steps", 10), 1),
     "maddpg reacher": ("maddpg_cql_pjap", ("--env", "reacher", "--episodes", 10, "--steps", 10), 1),
     "omiga matrix": ("omiga", ("--env", "matrix", "--task", "xor", "--steps", 60), 1),
     "iql central": ("iql", ("--team", "central", "--env", "matrix", "--task", "m-ne", "--steps", 60), 1),
@@ -88,7 +88,7 @@ def test_a_kept_team_plays_alone_as_it_was_evaluated(tmp_path, monkeypatch, case
     monkeypatch.setattr(where, "play", spied)
     script.main(script.parse([str(word) for word in (*flags, *TINY, tmp_path / "run")]))
     twice = kinds == 1 and "avail" in batches[-1][0] and name not in ("moma_ppo", "cfcql")  # the last batch samples
-    back = {"inspo": 2, "alberdice": 4}.get(name, 1 + twice)  # these two play their clones last
+    back = {"inspo": 4, "alberdice": 4}.get(name, 1 + twice)  # these two play their clones last
     steps = batches[-back]
     torch.save(steps, tmp_path / "steps.pt")
     words = (sys.executable, "-c", ALONE, tmp_path / "run" / "team.pt2", tmp_path / "steps.pt")
@@ -101,7 +101,7 @@ def test_a_kept_team_plays_alone_as_it_was_evaluated(tmp_path, monkeypatch, case
 @pytest.mark.parametrize("name", sorted({script for script, _, _ in KEPT.values()}))
 def test_every_flag_is_read(name):
     script, keeper = (ROOT / "algorithms" / f"{name}.py").read_text(), (ROOT / "data" / "runs.py").read_text()
-    kept = runs.MAY_CHANGE | {"seed", "dataset", "env_kwargs", "team_reward"}  # what the keeper of a run reads
+    kept = runs.MAY_CHANGE | {"seed", "dataset", "env_kwargs", "team_reward", "games"}  # what the keeper of a run reads
     if "layout.inputs(" in script:
         script += (ROOT / "data" / "layout.py").read_text()
     unread = [field.name for field in fields(load_script(name).Args)

@@ -628,7 +628,7 @@ def saved(folder):
 ])  # fmt: skip
 def test_seeds_at_once_are_single_runs(tmp_path, float64, monkeypatch, more):
     # The games of an evaluation begin differently for each of all games, so that they depend on how many there are.
-    monkeypatch.setattr(moma, "evaluate", lambda agents, *_: ({"return": torch.zeros(agents.S, 1)}, None))
+    monkeypatch.setattr(moma, "evaluate", lambda agents, *_: {"return": torch.zeros(agents.S, 1)})
     monkeypatch.setattr(moma, "draw_convention", lambda *_: (torch.zeros(1, 1), None))
     monkeypatch.setattr(runs.Run, "finish", lambda *_, **__: None)
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import gymnasium
 import pytest
@@ -17,6 +18,7 @@ import torch
 from conftest import ROOT
 
 import envs
+from data import runs
 from envs.sc2 import StarCraft2
 
 # 3 agents, 2 enemies with 2 health each, at most 6 steps. Actions: 0 nothing, 1 stop, 2 north is never possible,
@@ -354,6 +356,23 @@ def test_without_the_game_one_line_says_what_to_install(tmp_path, monkeypatch, v
     with pytest.raises(ValueError, match=f"{PIP}.*4.10.*SC2PATH$") as caught:
         envs.make("smac", "3m", backend="sc2")
     assert "\n" not in str(caught.value)
+
+
+def test_an_evaluation_plays_as_many_games_at_a_time_as_it_may(place):
+    """Two seeds, three games each, on four processes: two rounds, the second of which has a game too many."""
+    args = SimpleNamespace(env="smac", task="3m", env_kwargs="", seed=0, num_seeds=2, backend="sc2", games=4)
+    seen, film = [], []
+
+    def attack(obs, avail, memory):  # the first seed's teams only; the second seed's stand still
+        seen.append(avail.shape)
+        action = torch.full(avail.shape[:3], STOP)
+        action[0] = avail[0, ..., HIT:].byte().argmax(-1) + HIT  # the first enemy that is still there
+        return torch.where(avail.gather(-1, action[..., None])[..., 0], action, 0), memory  # 0 for the fallen
+
+    found = runs.score(attack, args, 5, 3, torch.device("cpu"), film=film)
+    assert found["return"].tolist() == [[16.0] * 3, [0.0] * 3]  # two volleys and 10
+    assert found["win_rate"].tolist() == [[1.0] * 3, [0.0] * 3]
+    assert set(seen) == {(2, 2, 3, 8)} and film[0]["mask"].shape == (4, 6)  # LIMIT steps of the first round
 
 
 def test_no_games_is_an_error(place):
