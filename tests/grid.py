@@ -365,28 +365,32 @@ def table(found, tasks, methods, score=score):
 
 
 def picture(found):
-    """The heat map method x task."""
+    """The heat map task x method, as the tables have it."""
     tasks = [(t, d) for t in TASKS for d in t.datasets if any((m, t.name, d) in found for m in METHODS)]
     methods = [m for m in METHODS if any((m, t.name, d) in found for t, d in tasks)]
     worst = {t.name: random_play(t) for t, _ in tasks if t.env in ("matrix", "bridge", "polynomial")}
-    values = np.full((len(methods), len(tasks)), np.nan)
-    for i, method in enumerate(methods):
-        for j, (task, dataset) in enumerate(tasks):
+    values = np.full((len(tasks), len(methods)), np.nan)
+    for i, (task, dataset) in enumerate(tasks):
+        for j, method in enumerate(methods):
             if (method, task.name, dataset) in found:
                 values[i, j] = share(found[method, task.name, dataset], worst.get(task.name, 0.0))
-    figure = Figure(figsize=(0.42 * len(tasks) + 2.2, 0.3 * len(methods) + 2.2), layout="constrained")
+    figure = Figure(figsize=(0.47 * len(methods) + 2, 0.19 * len(tasks) + 1.2), layout="constrained")
     axes = figure.subplots()
     colours = colormaps["RdYlGn"].with_extremes(bad="0.85")
     axes.imshow(np.clip(values, 0, 1), cmap=colours, vmin=0, vmax=1, aspect="auto")
     for i, j in zip(*np.nonzero(~np.isnan(values))):
         ink = "black" if 0.15 < values[i, j] < 0.85 else "white"
-        axes.text(j, i, text(max(values[i, j], -9.9)), ha="center", va="center", fontsize=6, color=ink)
-    for j, ((task, _), (following, _)) in enumerate(zip(tasks, tasks[1:])):
+        axes.text(j, i, text(max(values[i, j], -9.9)), ha="center", va="center", fontsize=7.5, color=ink)
+    for i, ((task, _), (following, _)) in enumerate(zip(tasks, tasks[1:])):
         if task.env != following.env:  # a gap between the kinds of games
-            axes.axvline(j + 0.5, color="white", linewidth=3)
-    axes.set_xticks(range(len(tasks)), [f"{t.title} {d}" for t, d in tasks], rotation=60, ha="right", fontsize=7)
-    axes.set_yticks(range(len(methods)), methods, fontsize=8)
-    axes.set_title("greedy teams: 0 plays like chance, 1 is the best possible", fontsize=9)
+            axes.axhline(i + 0.5, color="white", linewidth=4)
+    axes.set_yticks(range(len(tasks)), [f"{t.title} {d}" for t, d in tasks], fontsize=8)
+    axes.set_xticks(range(len(methods)), methods, rotation=45, ha="left", rotation_mode="anchor", fontsize=8.5)
+    axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(
+        "greedy teams: 0 plays like chance, 1 is the best possible; of bodies, as good as our experts", fontsize=8.5
+    )
     return figure
 
 
