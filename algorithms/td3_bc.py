@@ -408,7 +408,7 @@ elif __name__ == "__main__":
 def preset(args):
     """What differs from the reacher's values, above, in the other environments."""
     task = args.task or envs.TASKS.get(args.env, ("",))[0]
-    body = dict(samples=4, batch_size=64) if args.cql else {}  # its actions make a minibatch 12 times as large, not 30
+    body = dict(samples=4, batch_size=64) if args.cql else {}  # 12 drawn actions a view, not 30
     values = {
         "polynomial": dict(dataset="peak-0.5", num_seeds=10, steps=3000, eval_every=1000, hidden=64, batch_size=64,
                            lr=1e-3, normalize=False),
