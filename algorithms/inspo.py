@@ -33,7 +33,7 @@ Commands, and the return you should see (mean of all seeds; one CPU core of a sm
   python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10      45 s: 20 in 10 of 10 seeds, cloning 3.6
   ... with --beta 0                                                       5: caught in the data's local optimum
   ... on xor with --no-resampling                                         0: both play the action nobody combined
-  ... on xor with --no-sequential        still 1: turns matter where linear policies move far in one, see README
+  ... on xor with --no-sequential        still 1: turns matter where linear policies move far in one, see inspo.md
   python algorithms/inspo.py --env smac --num-seeds 5    5m_vs_6m, medium-replay data, 8 min beside other work: 29 % of
       the battles won by sampling, cloning 1 %, the data 9 %; greedily 48 %, as cloning. Without the flag, 3 seeds
 

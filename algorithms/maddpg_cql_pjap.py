@@ -23,7 +23,7 @@ Commands, and the return you should see (mean of three seeds; one CPU core of a 
   python algorithms/maddpg_cql_pjap.py      2-agent HalfCheetah, good data (4,975), PJAP, 6 min:
       2,608 +- 240. It learns on: 4,182 +- 477 after --steps 20000 --batch-size 8 (former data, 4,999)
   ... --no-pjap                             the baseline, every window equally likely: 2,621 +- 107; 4,090 +- 517 after
-      as many. At this size PJAP makes no difference; algorithms/README.md says why
+      as many. At this size PJAP makes no difference; maddpg_cql_pjap.md says why
   ... --dataset good-medium                 half of it by worse teams: 1,879 +- 238, without PJAP 1,903 +- 271
   ... --env polynomial --task sign-agreement --dataset uniform    R = xy, 10 seeds, 3 min: 0.76 +- 0.06, -0.28 without
   ... --steps 500000 --num-seeds 10 --batch-size 64 --ood-actions 10 --eval-every 5000 --no-normalize      the paper's
@@ -44,7 +44,7 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
       noise, k = maddpg.draw_noise(generators, data, args), torch.tensor(maddpg.steepness_at(step, args))
       logs = maddpg.update(team, rmsprops, data, windows, noise, k, args)
 
-Choices made here; "code" is the authors' as submitted (June 2024). algorithms/README.md gives reasons, by the numbers.
+Choices made here; "code" is the authors' as submitted (June 2024). Reasons, by the numbers: maddpg_cql_pjap.md.
   1. d is a mean over an agent's A entries, and taken to the target policy before the update (code; --refresh: after
      it); Eq. 8 has a sum.
   2. k grows over the first 30 % of the updates (code). The paper has no such ramp.

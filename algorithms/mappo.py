@@ -24,7 +24,7 @@ Commands, and the return you should see (last policy; one CPU core of a small se
       seed: 94 % won greedily (19.4), 92 % by sampling (19.3), where no script wins a battle
   python algorithms/mappo.py --env bridge --steps 500000 --num-seeds 3    71 s of CPU time: greedy -1.2433 (2 of 3
       seeds reach the best possible, -1.2355), sampled -1.2500
-algorithms/README.md has those of harder battles, the ant and matrix games, and the reasons for the choices below.
+algorithms/mappo.md has those of harder battles, the ant and matrix games, and the reasons for the choices below.
 
 In your own loop (this file alone will do; `Rollout` says what the tensors are):
   import torch, mappo

@@ -27,7 +27,7 @@ its spread in all rollouts of an update. The price of entropy alpha begins at 0,
 max(0, alpha + 0.001 (H_least - H)): there is no bonus before the team's joint entropy H falls below H_least.
 
 Commands, and the return you should see (last policy, greedy; one CPU core of a small server, torch 2.13; bodies: of
-data before commit 3489905). All tasks, datasets and trials: algorithms/README.md.
+data before commit 3489905). All tasks, datasets and trials: algorithms/moma_ppo.md.
   python algorithms/moma_ppo.py                          the coordination game, unfavourable data, 10 seeds at once, 8 s
       of CPU time: 1 in 10 of 10 seeds; cloning (bc.py) has 0
   python algorithms/moma_ppo.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 9 minutes:
@@ -61,7 +61,7 @@ Where the paper and its authors' code disagree, this is the paper's:
      capped first, so that no rollout ever stops for it (--no-adaptive). No preset of ours makes use of it either.
   3. In the ant each agent drives the leg it sees (see envs/mamujoco.py).
 Choices made here, and in brackets the flags for what the paper or its code has. Why, and what each is worth, is told
-under the same numbers in algorithms/README.md.
+under the same numbers in algorithms/moma_ppo.md.
   4. The model predicts the global state once. In eps_g an entry counts as often as the agents see it.
   5. All that networks see and predict is in units of the data's spread, and they predict changes (--no-normalize).
   6. Whole episodes are held out, and members ranked by how their means err there.

@@ -55,7 +55,7 @@ In your own loop (this file alone will do; a game is any function of two tensors
       theta, distance = polygames.update(reward, theta, data, 0.05, uniforms, *pjap)
   print(reward(*theta.T).mean(), distance.mean())                  # -0.0002 and 0.16; with False -0.25 and 0.50
 
-Differences from the paper, and choices that it leaves open; algorithms/README.md has the measurements:
+Differences from the paper, and choices that it leaves open; algorithms/polygames.md has the measurements:
   1. Figure 5's settings are not printed but A, B, C. The project page's plots, measured by pixel, show the start
      (-0.5, 0.5), 100 epochs, and ends, rewards and distances that fit sigma = 0, 0.2, 0.5, 1.0 to two or three digits.
      At sigma = 0 an epoch leaves 0.900 of the distance to the peak and a step 1 - eta (2A + 2B m^2): eta is 0.02.
