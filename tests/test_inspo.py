@@ -1403,7 +1403,7 @@ def test_xor_fails_without_looking_at_the_teammates(tmp_path):
 @pytest.mark.long
 def test_xor_simultaneous_updates_conflict(tmp_path):
     """The paper's Figure 5b, in a setting where the conflict is complete: linear policies, well-fitted clones, many
-    steps per turn. It is no general failure: the README lists settings in which simultaneous updates succeed."""
+    steps per turn. It is no general failure: inspo.md lists settings in which simultaneous updates succeed."""
     words = "--env matrix --dataset aa-ab-ba --num-seeds 10 --layers 0 --inner 150 --steps 9 --eval-every 9".split()
     words += "--policy-lr 0.05 --critic-lr 0.05 --clone-lr 0.05 --actor-data uniform".split()
     sequential, _ = train(tmp_path / "now", *words)

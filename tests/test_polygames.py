@@ -360,7 +360,7 @@ def endless(sigma, setting, epsilon):
 
 @pytest.mark.parametrize("sigma, without, floor", [(0.2, 0.5601, 0.5601), (0.5, 0.5543, 0.5540), (1.0, 0.5511, 0.5425)])
 def test_the_kernel_and_the_floor_explain_the_rewards_of_pjap(figure_5_rows, sigma, without, floor):
-    """Why .544 to .560 and not .5625: the README's numbers, and they are those of Figure 5."""
+    """Why .544 to .560 and not .5625: polygames.md's numbers, and they are those of Figure 5."""
     assert endless(sigma, args(), 0.0) == pytest.approx(without, abs=6e-5)
     assert endless(sigma, args(), args().epsilon) == pytest.approx(floor, abs=6e-5)
     assert mean(figure_5_rows, sigma=sigma, method="PJAP") == pytest.approx(floor, abs=0.003)
