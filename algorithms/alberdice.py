@@ -566,8 +566,7 @@ def main(args):
     weights, names = torch.zeros(2, device=device), ("nu_loss", "e_loss", "policy_loss", "kl", "sample_size")
     logs = {name: torch.full((args.num_seeds,), math.nan) for name in names}
     for step in run.steps(args.steps, args.eval_every):
-        if run.due():
-            run.check(logs)
+        if run.due(logs):
             scores = evaluate(team.policies, encode, args, step, args.eval_episodes, device)
             run.record(logs, {name: x.mean(1) for name, x in scores.items()})
         if step < args.steps:

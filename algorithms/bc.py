@@ -290,11 +290,9 @@ def main(args):
     adam, generators = Adam(policies.parameters(), args.lr), [runs.stream(seed, 1, device) for seed in run.seeds]
     learn, logs = run.compile(update), {"policy_loss": torch.full((args.num_seeds,), math.nan)}
     run.begin(policies=policies, adam=adam, generators=generators)
-    runs.say(f"{len(dataset.returns)} episodes, {len(data.obs)} steps, mean return {dataset.returns.mean():.2f}")
 
     for step in run.steps(args.steps, args.eval_every):
-        if run.due():
-            run.check(logs)
+        if run.due(logs):
             scores = evaluate(policies, encode, args, step, args.eval_episodes, device)
             run.record(logs, {name: x.mean(1) for name, x in scores.items()})
         if step < args.steps:

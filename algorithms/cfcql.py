@@ -548,7 +548,6 @@ def main(args):
     adam, generators = optimizer(team, args), [runs.stream(seed, 2, device) for seed in run.seeds]
     learn, agents = run.compile(update), team.agents
     logs = dict.fromkeys(("q_loss", "gap"), torch.full((args.num_seeds,), math.nan))
-    runs.say(f"{len(dataset.returns)} episodes, {dataset.mask.sum()} steps, mean return {dataset.returns.mean():.2f}")
     if run.begin(team=team, adam=adam, generators=generators):
         behaviour = tabulate(team, data, args)
     else:
@@ -556,8 +555,7 @@ def main(args):
         behaviour = clone(team, data, streams, args, run.compile(clone_update))
 
     for step in run.steps(args.steps, args.eval_every):
-        if run.due():
-            run.check(logs)
+        if run.due(logs):
             scores = evaluate(agents, encode, args, step, args.eval_episodes, device)
             run.record(logs, {name: x.mean(1) for name, x in scores.items()})
         if step < args.steps:

@@ -811,7 +811,7 @@ def main(args):
     beta = torch.zeros((), device=device)
     logs = {name: torch.zeros(args.num_seeds, device=device) for name in ("q_loss", "policy_loss", "kl", "sample_size")}
     for step in run.steps(args.steps, args.eval_every):
-        if run.due():
+        if run.due(logs):
             scores = evaluate(team.policies, encode, args, step, args.eval_episodes, device)
             run.record(logs | {"alpha": team.alpha(args)[:, 0]}, {name: x.mean(1) for name, x in scores.items()})
         if step < args.steps:

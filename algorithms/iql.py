@@ -537,11 +537,9 @@ def main(args):
         known = game, policies, encode, see_state(rows["state"], args), rows["state"], reward_scale(dataset, args)
     logs = dict.fromkeys(("policy_loss", "q_loss", "v_loss"), torch.full((args.num_seeds,), math.nan))
     run.begin(team=team, adams=adams, generators=generators, **({"practice": practice} if practice else {}))
-    runs.say(f"{len(dataset.returns)} episodes, {len(data.steps)} steps, mean return {dataset.returns.mean():.2f}")
 
     for step in run.steps(args.steps + more, args.eval_every):
-        if run.due():
-            run.check(logs)
+        if run.due(logs):
             scores = evaluate(policies, encode, args, step, args.eval_episodes, device)
             run.record(logs, {name: x.mean(1) for name, x in scores.items()})
         if step < args.steps:

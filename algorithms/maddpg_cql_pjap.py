@@ -482,7 +482,6 @@ def main(args):
     windows, rmsprops = Windows(start, args.window, S), optimizers(team, args)
     generators, learn = [runs.stream(seed, 1, device) for seed in run.seeds], run.compile(update)
     run.begin(team=team, windows=windows, rmsprops=rmsprops, generators=generators)
-    runs.say(f"{len(dataset.returns)} episodes, {len(start)} windows, mean return {dataset.returns.mean():.1f}")
 
     # "Close" depends on how much actions vary at all. The code's k is HalfCheetah's, where they do by about 0.7.
     per_spread = 1.0 if args.env == "halfcheetah" else 0.7 / layout.units(data.actions[data.acted > 0])[1].mean().item()

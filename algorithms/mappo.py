@@ -511,8 +511,7 @@ def main(args):
     iterations = -(-args.steps // size)
     logs = {name: torch.zeros(S, device=device) for name in ("policy_loss", "value_loss", "entropy", "kl")}
     for iteration in run.steps(iterations, args.eval_every, size):
-        if run.due():
-            run.check(logs)
+        if run.due(logs):
             scores = evaluate(team, args, iteration * size, args.eval_episodes, device)
             scores = {name: value.mean(1) for name, value in scores.items()}
             if args.save_snapshots:

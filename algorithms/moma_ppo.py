@@ -10,12 +10,12 @@ convention. An ensemble says where the model is guessing: there the reward is lo
 stops.
 
 Equations, by numbers of our own. s is the state, a the joint action, o_i agent i's view, h_i its last views and
-actions. Members e = 1..n of the ensemble predict s'_e and r_e; x_e = (s'_e, r_e) in one vector.
- 1 ensemble   L_e     = -log N(s'; s'_e, sigma_e) / D - log N(r; r_e, sigma_e) + BCE(end)      D entries of s' that vary
+actions. Members e = 1..n of the ensemble, from Eq. 2 on the best ones only, predict s'_e and r_e; x_e = (s'_e, r_e).
+ 1 ensemble   L_e     = -log N(s'; s'_e, sigma_e) / D' - log N(r; r_e, sigma_e) + BCE(end)    D' entries of s' that vary
  2            r^      = mean_e r_e,  s^ = s'_e of one member drawn for each step,  end = majority of the members
  3            eps_r   = var_e r_e,   eps_g = | cov_e x_e |_F = | X X^T |_F / (n - 1),   rows of X: x_e - mean_e x_e
  4            r~      = box(r^) - lambda_r min(eps_r, c) - lambda_g min(eps_g, c),  s^ = box(s^)
- 5 masks      m       = 0 where the game ended;   zeta = 0 at a rollout's k-th step, or where eps_g >= l
+ 5 masks      m       = 0 where the game ended;   zeta = 0 at the k-th step, or where eps_g >= l
  6 GAE        delta_t = r~_t + gamma m_t V(s_{t+1}) - V(s_t)
  7            A_t     = delta_t + gamma lambda m_t zeta_t A_{t+1}
  8            R_t     = r~_t + gamma m_t [ zeta_t R_{t+1} + (1 - zeta_t) V(s_{t+1}) ]
@@ -23,13 +23,14 @@ actions. Members e = 1..n of the ensemble predict s'_e and r_e; x_e = (s'_e, r_e
 10            L(pi)   = -E min( rho A, clip(rho) A ) + E sum max(0, |mean action| - 1)^2 - alpha H, rho = pi / pi_played
 11            L(V)    = 1/2 max( E (V - R)^2, E (V_old + clip(V - V_old) - R)^2 )
 The cap c and the limit l are one number in the paper. rho is cut at e^10, and A enters Eq. 10 less its mean and over
-its spread in all rollouts of an update. The price of entropy alpha begins at 0, and after each minibatch becomes
-max(0, alpha + 0.001 (H_least - H)): there is no bonus before the team's joint entropy H falls below H_least.
+its spread in all rollouts of an update. Each minibatch is a step of Adam down L(pi) + L(V), with a gradient of limited
+length. The price of entropy alpha begins at 0, and after each minibatch becomes max(0, alpha + 0.001 (H_least - H)):
+there is no bonus before the team's joint entropy H falls below H_least.
 
 Commands, and the return you should see (last policy, greedy; one CPU core of a small server, torch 2.13; bodies: of
 data before commit 3489905). All tasks, datasets and trials: algorithms/moma_ppo.md.
   python algorithms/moma_ppo.py                          the coordination game, unfavourable data, 10 seeds at once, 8 s
-      of CPU time: 1 in 10 of 10 seeds; cloning (bc.py) has 0
+      of CPU time: 1, the best return, in 10 of 10 seeds; cloning (bc.py) has 0
   python algorithms/moma_ppo.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 9 minutes:
       normalised 1.00 +- 0.01 (cloning 0.89)
   python algorithms/moma_ppo.py --env ant --dataset medium           four agents share an ant, a leg each, 34 minutes:
@@ -55,10 +56,9 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
       logs |= moma.update(agents, adam, batch, moma.draw_orders(streams, batch.returns.shape[1], args), args)
 
 Where the paper and its authors' code disagree, this is the paper's:
-  1. The reward is the ensemble's mean, not one member's; a game ends by the vote of the members, not by the agents'
-     heads of the one drawn.
+  1. The reward is all members' mean, not one's; a game ends by their vote, not by the agents' heads of the one drawn.
   2. eps_g is compared with its limit before it is capped, and before s^ and r^ are put into the box. In the code it is
-     capped first, so that no rollout ever stops for it (--no-adaptive). No preset of ours makes use of it either.
+     capped first, so that no rollout ever stops for it (--no-adaptive). Here, too, none did (off in the ant's preset).
   3. In the ant each agent drives the leg it sees (see envs/mamujoco.py).
 Choices made here, and in brackets the flags for what the paper or its code has. Why, and what each is worth, is told
 under the same numbers in algorithms/moma_ppo.md.
@@ -70,10 +70,8 @@ under the same numbers in algorithms/moma_ppo.md.
   9. Networks are smaller than the code's, and step sizes larger; they fall to 0.
  10. L(V) and its clip are in units of the returns' spread; w(s) may be negative, as in the code, though not in QMIX.
  11. Policies begin with the spread of the recorded actions, not with 1: beyond it the model only guesses.
- 12. Bodies' box, but the ant's, is wider than the data (--box-margin 0); the ant's V(s') is bounded
-     (--no-bound-values).
- 13. Bodies rehearse for 25 or 50 steps (--horizon 10), some of them from where episodes begin (--first 0), and agents
-     have no memory (--memory 10).
+ 12. Bodies' box is wider than the data (--box-margin 0), but the ant's, whose V(s') is bounded (--no-bound-values).
+ 13. Bodies rehearse 25 or 50 steps (--horizon 10), some from an episode's start (--first 0); no memory (--memory 10).
  14. The ant's agents first clone the data (--warmup 0), and V learns its returns, which take a time limit for the end.
  15. Bodies' models learn with --beta-nll 0.5 (0), the ant's draws its next states (--no-sample-states) and tells a fall
      by s'_e, neither drawn nor in the box (--end-from step).
@@ -103,7 +101,6 @@ from torch.optim.adam import adam as adam_step
 
 ILLEGAL = -1e10  # the logit of an action that is not available
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-SAMPLE = 2000  # held-out steps, evenly spaced, that stand for all of them
 
 
 # ---------------------------------------------------------------- arguments
@@ -168,7 +165,7 @@ class Args:
     least_entropy: float = -2.0  # H_least, of the joint action: below it, a bonus grows
     epochs: int = 5  # passes over the rollouts
     batch_size: int = 64  # steps in a minibatch
-    lr: float = 1e-3  # Adam's step size, which falls linearly to 0
+    lr: float = 1e-3  # Adam's step size, which falls linearly to 0 after the warm-up
     max_grad_norm: float = 1.0  # longest gradient of one seed's agents, or of one member of the model
     hidden: int = 64  # units of the two hidden layers of policies, values and mixer
     memory: int = 0  # how many steps an agent remembers; 0 for none
@@ -197,12 +194,10 @@ class Data(NamedTuple):
 
 
 def units(x, on, least=0.0, mean=None):
-    """The mean, if it is not given, and the spread of each entry of x (M, ...); 0 and 1 with --no-normalize, not `on`.
-
-    A spread is at least `least`.
-    """
+    """The mean, if it is not given, and the spread of each entry of x (M, ...), at least `least`; where it is not `on`,
+    with --no-normalize, 0 and 1."""
     mean, low, std = x.mean(0) if mean is None else mean, x.amin(0), x.std(0, correction=0)
-    same = low == x.amax(0)  # a constant varies by not even a rounding error
+    same = low == x.amax(0)  # a constant gets its value and 0, without rounding errors
     mean, std = torch.where(same, low, mean), torch.where(same, 0, std).clamp(min=least)
     return (mean, std) if on else (torch.zeros_like(mean), torch.ones_like(std))
 
@@ -213,8 +208,8 @@ class Noise(NamedTuple):
     That of one step has the same shapes without k.
     """
 
-    rows: torch.Tensor  # (S, k, B) where in the data a rollout begins, if one does
-    member: torch.Tensor  # (S, k, B) whose next state is taken
+    rows: torch.Tensor  # (S, k, B) where in the data a rollout begins: at step 0, and where one was over just before
+    member: torch.Tensor  # (S, k, B) the member whose next state is taken
     action: torch.Tensor  # (S, k, N, B, A) for `Agents.sample`
     state: torch.Tensor | None  # (S, k, B, D) with --sample-states
 
@@ -233,10 +228,7 @@ def draw_noise(generators, data, args):
         opening = data.openings[(where * len(data.openings)).long()]
         rows = torch.where(draw(generators, "uniform_", k, B) < args.first, opening, rows)
     member = (draw(generators, "uniform_", k, B) * args.elites).long()
-    if data.avail is None:
-        action = draw(generators, "normal_", k, N, B, A)
-    else:
-        action = draw(generators, "exponential_", k, N, B, A).clamp(min=1e-30)  # above 0, for their logarithms
+    action = draw(generators, "normal_" if data.avail is None else "exponential_", k, N, B, A)
     state = draw(generators, "normal_", k, B, data.state.shape[1]) if args.sample_states else None
     return Noise(rows, member, action, state)
 
@@ -260,22 +252,22 @@ class Linear(nn.Module):
         super().__init__()
         bound = inputs**-0.5  # as in nn.Linear; nn.init would misread the fan-in of a 3-d weight
         start = [torch.empty(inputs + 1, outputs).uniform_(-bound, bound, generator=g) for g in generators]
-        self.weight = nn.Parameter(scale * torch.stack(start)[:, :-1])  # (S, U or Q, in, out)
-        self.bias = nn.Parameter(torch.stack(start)[:, -1:] * (scale == 1))  # (.., 1, out); small heads begin at 0
+        self.weight = nn.Parameter(scale * torch.stack(start)[:, :-1])  # (G, in, out), G generators
+        self.bias = nn.Parameter(torch.stack(start)[:, -1:] * (scale == 1))  # (G, 1, out); small heads begin at 0
 
     def forward(self, x):
-        return torch.baddbmm(self.bias, x, self.weight)  # (.., B, out)
+        return torch.baddbmm(self.bias, x, self.weight)  # (G, B, out)
 
 
 def mlp(inputs, outputs, hidden, layers, generators, scale=1.0):
-    """A ReLU network for each generator: (.., B, inputs) -> (.., B, outputs)."""
+    """A ReLU network for each generator: (G, B, inputs) -> (G, B, outputs)."""
     sizes = [inputs] + [hidden] * layers
     body = [layer for i, o in zip(sizes, sizes[1:]) for layer in (Linear(i, o, generators), nn.ReLU())]
     return nn.Sequential(*body, Linear(sizes[-1], outputs, generators, scale))
 
 
 class Guess(NamedTuple):
-    """What U models predict of a step."""
+    """What U models predict of a step, in the units of the data."""
 
     state: torch.Tensor  # (U, B, D) the mean of the next state
     state_std: torch.Tensor  # (U, B, D)
@@ -293,8 +285,7 @@ class World(nn.Module):
         self.for_state = mlp(D + X, 2 * D, args.model_hidden, args.model_layers, each)
         self.for_reward = mlp(D + X, 2, args.reward_hidden, args.model_layers, each)
         self.end_from_state = args.end_from == "state"
-        inputs = D if self.end_from_state else D + X
-        self.for_end = mlp(inputs, 1, args.reward_hidden, min(2, args.model_layers), each)
+        self.for_end = mlp(D + X * (not self.end_from_state), 1, args.reward_hidden, min(2, args.model_layers), each)
         self.register_buffer("keep", torch.full_like(data.state[0], args.normalize))  # 1: it predicts changes
         steps, on = data.steps, args.normalize
         action = data.action[steps].flatten(1)
@@ -308,7 +299,8 @@ class World(nn.Module):
             self.register_buffer(name + "std", std)
 
     def forward(self, state, action, next_state=None):
-        """(U, B, D), (U, B, X) -> `Guess`; given the true next states (U, B, D), these tell whether the game ends."""
+        """(U, B, D), (U, B, X) -> `Guess`. With --end-from state the end is told by next_state (U, B, D), or without it
+        by what is predicted."""
         x = torch.cat([(state - self.mean) / self.std, (action - self.action_mean) / self.action_std], -1)
         move, log_std = self.for_state(x).chunk(2, -1)  # (U, B, D) each
         earned, reward_log_std = self.for_reward(x).unbind(-1)  # (U, B) each
@@ -365,7 +357,7 @@ class Memory(nn.Module):
 class Agents(nn.Module):
     """All that S teams learn by rehearsal: N memories, policies and values each, nothing shared, and a mixer.
 
-    In all methods (S, N, B, ...) is laid out as Q = S N networks.
+    For the networks (S, N, B, ...) is laid out as (Q, B, ...), Q = S N.
     """
 
     def __init__(self, data, args, generators):
@@ -379,8 +371,7 @@ class Agents(nn.Module):
         self.values = mlp(inputs, 1, args.hidden, 2, each)
         self.mixer = mlp(data.state.shape[-1], self.N + 1, args.hidden, 2, generators)
         self.register_buffer("alpha", torch.zeros(self.S))  # the price of entropy
-        # What the data say, anew in each run. Actions begin about as far apart as the recorded ones: beyond those the
-        # model only guesses.
+        # What the data say, anew in each run and in no checkpoint; log_spread is that of choice 11.
         togo, (mean, std) = data.togo[data.steps], units(data.state, args.normalize, 1e-3)
         return_mean, return_std = units(togo, args.normalize)
         spread = data.action[data.steps].std(0, correction=0)[:, None].clamp(min=math.exp(-6), max=1)  # (N, 1, A)
@@ -393,13 +384,13 @@ class Agents(nn.Module):
         ).items():  # fmt: skip
             self.register_buffer(name, value, persistent=False)
 
-    def normal(self, state):
+    def scaled(self, state):
         """States (S, B, ..., D) in units of the data's."""
         return (state - self.mean) / self.std
 
     def see(self, state):
         """What the agents see of states (S, B, ..., D), in the same units: (S, N, B, ..., O)."""
-        return F.pad(self.normal(state), (0, 1))[..., self.columns].movedim(-2, 1)
+        return F.pad(self.scaled(state), (0, 1))[..., self.columns].movedim(-2, 1)
 
     def remember(self, obs, history):
         """An agent's input: its memory of the last H steps, then its view; (Q, B, inputs)."""
@@ -415,9 +406,9 @@ class Agents(nn.Module):
         return torch.cat([mean, (self.log_spread + log_std).clamp(-6, 0)], -1)
 
     def value(self, x, state):
-        """Eq. 9: V of normal states (S, B, D), in units of the reward, (S, B)."""
+        """Eq. 9: V of states (S, B, D), in units of the reward, (S, B)."""
         own = self.values(x)[..., 0].unflatten(0, (self.S, self.N))  # (S, N, B)
-        weight, bias = self.mixer(state).transpose(1, 2).split([self.N, 1], 1)
+        weight, bias = self.mixer(self.scaled(state)).transpose(1, 2).split([self.N, 1], 1)
         return self.return_mean + self.return_std * ((weight * own).sum(1) + bias[:, 0])
 
     def log_prob(self, out, action):
@@ -430,8 +421,8 @@ class Agents(nn.Module):
 
     def sample(self, out, noise=None):
         """Draw actions (S, N, B) or (S, N, B, A) by the noise (S, N, B, A); without it the most likely ones."""
-        if self.discrete:  # which exponential clock rings first is a draw from pi
-            return (out if noise is None else out - noise.log()).argmax(-1)
+        if self.discrete:  # which exponential clock rings first, none of them at 0, is a draw from pi
+            return (out if noise is None else out - noise.clamp(min=1e-30).log()).argmax(-1)
         mean, log_std = out.chunk(2, -1)
         return mean if noise is None else mean + log_std.exp() * noise
 
@@ -441,38 +432,36 @@ class Agents(nn.Module):
 
 
 # ---------------------------------------------------------------- act 1: the world model
-def model_loss(world, state, action, next_state, reward, end, beta):
-    """Eq. 1: L_e of U models, (U,): (U, B, ...) each."""
-    guess = world(state, action, next_state)
+def model_loss(world, data, rows, beta):
+    """Eq. 1: L_e of U models, (U,), on the steps that begin in the rows (U, B)."""
+    state, next_state = data.state[rows], data.state[rows + 1]
+    guess = world(state, data.action[rows].flatten(2), next_state)
 
     def nll(error, std, unit):  # in units of what is to be predicted
         std, unit = std.clamp(min=1e-8), unit.clamp(min=1e-8)
-        loss = (std / unit).log() + 0.5 * (error / std) ** 2
-        return loss * (std / unit).detach() ** (2 * beta) if beta else loss
+        return ((std / unit).log() + 0.5 * (error / std) ** 2) * (std / unit).detach() ** (2 * beta)
 
     vary = (world.move_std > 0).to(state.dtype)  # constant entries teach nothing
     count = vary.sum().clamp(min=1)
     for_state = (nll(next_state - guess.state, guess.state_std, world.move_std) * vary).sum(-1) / count
-    for_reward = nll(reward - guess.reward, guess.reward_std, world.reward_std) * (world.reward_std > 0)
-    for_end = F.binary_cross_entropy_with_logits(guess.end, end, reduction="none")
+    for_reward = nll(data.reward[rows] - guess.reward, guess.reward_std, world.reward_std) * (world.reward_std > 0)
+    for_end = F.binary_cross_entropy_with_logits(guess.end, data.done[rows], reduction="none")
     return (for_state + for_reward + for_end).mean(1)
 
 
 def model_update(world, adam, data, rows, args):
     """One update of all members of all seeds, from minibatches `rows` (S, n, B); returns their losses (S, n)."""
-    S, rows = len(rows), rows.flatten(0, 1)  # (U, B)
-    target = data.state[rows + 1], data.reward[rows], data.done[rows]
-    losses = model_loss(world, data.state[rows], data.action[rows].flatten(2), *target, args.beta_nll)
+    losses = model_loss(world, data, rows.flatten(0, 1), args.beta_nll)  # (U,)
     descend(adam, losses, args)
-    return losses.detach().view(S, -1)
+    return losses.detach().view(rows.shape[:2])
 
 
 @torch.no_grad()
-def validate(world, data, S):
-    """Errors of the members on held-out steps, (S, n) each: of states (root mean square over entries) and rewards
-    (absolute) in units of their spread, and the share of ends told wrong."""
+def validate(world, data, S, most=2000):
+    """Errors of the members on held-out steps, at most so many, evenly spaced, (S, n) each: of states (root mean square
+    over entries, in units of the spread of changes) and rewards (absolute, in units of theirs); ends told wrong."""
     count, U = len(data.held), len(world.for_end[0].weight)
-    rows = data.held[torch.linspace(0, count - 1, min(SAMPLE, count), device=data.held.device).long()]
+    rows = data.held[torch.linspace(0, count - 1, min(most, count), device=data.held.device).long()]
     guess = world(*(x[rows].flatten(1).expand(U, -1, -1) for x in (data.state, data.action)))
     _, move_std = units(data.state[data.steps + 1] - data.state[data.steps], True)
     _, reward_std = units(data.reward[data.steps], True)
@@ -503,8 +492,7 @@ def begin(agents, data, rows):
 
 def push(history, obs, played):
     """Histories (S, N, B, H, O + A) one step later; (S, N, B, O) and (S, N, B, A) become their newest."""
-    newest = torch.cat([obs, played], -1)[..., None, :]
-    return torch.cat([history, newest], -2)[..., 1:, :] if history.shape[-2] else history
+    return torch.cat([history, torch.cat([obs, played], -1)[..., None, :]], -2)[..., 1:, :]
 
 
 def dream(world, data, args):
@@ -514,14 +502,14 @@ def dream(world, data, args):
     It returns the next states, the penalised rewards, where the game ends, and where the model is sure (S, B).
     """
     (low, high), (worst, top) = data.state.aminmax(dim=0), data.reward[data.steps].aminmax()  # the box
-    weight = data.columns.flatten().bincount(minlength=len(low) + 1)  # how often each entry is seen; the last, the 0s
-    weight[:-1][(low == 0) & (high == 0)] = 0
-    weight[-1] = len(data.columns)  # the reward counts once for each agent
+    weight = data.columns.flatten().bincount(minlength=len(low) + 1)  # how often agents see each entry
+    weight[:-1][(low == 0) & (high == 0)] = 0  # what never is anything but 0 does not count
+    weight[-1] = len(data.columns)  # the last place, of the padding, is now the reward's: it counts once for each agent
     root, room = weight.sqrt(), args.box_margin * (high - low)
     low, high, worst = low - room, high + room, worst - args.box_margin * (top - worst)
 
     def step(state, action, member, noise=None):
-        S, n = len(state), args.elites
+        S, n, c = len(state), args.elites, args.penalty_cap
         guess = world(*(x[:, None].expand(-1, n, -1, -1).flatten(0, 1) for x in (state, action)))
         each = Guess(*(x.unflatten(0, (S, n)) for x in guess))  # (S, n, B, ...)
         drawn = member[:, None, :, None].expand(-1, -1, -1, state.shape[-1])  # (S, 1, B, D)
@@ -535,8 +523,7 @@ def dream(world, data, args):
         if args.box:
             next_state, reward = next_state.clamp(low, high), reward.clamp(worst, top)
         if args.penalty == "epistemic":  # Eq. 4
-            reward = reward - args.reward_penalty * eps_r.clamp(max=args.penalty_cap)
-            reward = reward - args.state_penalty * eps_g.clamp(max=args.penalty_cap)
+            reward = reward - args.reward_penalty * eps_r.clamp(max=c) - args.state_penalty * eps_g.clamp(max=c)
         else:
             spread = ((each.state_std**2).sum(-1) + each.reward_std**2).sqrt().amax(1)
             reward = reward - args.aleatoric * spread
@@ -558,7 +545,7 @@ class Batch(NamedTuple):
     obs: torch.Tensor  # (S, N, B, O)
     history: torch.Tensor  # (S, N, B, H, O + A)
     action: torch.Tensor  # (S, N, B) or (S, N, B, A)
-    state: torch.Tensor  # (S, B, D) normal
+    state: torch.Tensor  # (S, B, D)
     log_prob: torch.Tensor  # (S, B) of the joint action when it was played
     value: torch.Tensor  # (S, B) of then
     advantage: torch.Tensor  # (S, B)
@@ -572,19 +559,18 @@ def rehearsal_step(agents, play, data, state, history, noise, args):
     It returns what `settle` needs of it, and the states and histories from which to go on: a place whose rollout is
     over begins another one, in the row that the step's `Noise` tells.
     """
-    obs, normal = agents.see(state), agents.normal(state)
+    obs = agents.see(state)
     x = agents.remember(obs, history)
-    out, value = agents.act(x), agents.value(x, normal)
+    out, value = agents.act(x), agents.value(x, state)
     action = agents.sample(out, noise.action)
     log_prob, _ = agents.log_prob(out, action)
     played = agents.carry_out(action)
     next_state, reward, end, sure = play(state, played.transpose(1, 2).flatten(2), noise.member, noise.state)
     next_history = push(history, obs, played)
-    x = agents.remember(agents.see(next_state), next_history)
-    next_value = agents.value(x, agents.normal(next_state))
+    next_value = agents.value(agents.remember(agents.see(next_state), next_history), next_state)
     if args.bound_values and not args.simulator:
         next_value = next_value.clamp(max=agents.highest)  # from below, bad teams would look good
-    step = obs, history, action, normal, log_prob, value, reward, next_value
+    step = obs, history, action, state, log_prob, value, reward, next_value
     step += 1 - end.to(reward.dtype), sure.to(reward.dtype)  # Eq. 5: m, and zeta as far as the model tells
     over, (fresh_state, fresh_history) = end | ~sure, begin(agents, data, noise.rows)
     next_state = torch.where(over[..., None], fresh_state, next_state)
@@ -608,11 +594,11 @@ def gae(reward, value, next_value, m, zeta, gamma, lam):
 @torch.no_grad()
 def settle(agents, steps, args):
     """What the k steps of a rehearsal teach: a `Batch` of B k steps, and what to log, (S,) each."""
-    each = list(zip(*steps))
-    mine = [torch.stack(x, 3).flatten(2, 3) for x in each[:3]]  # (S, N, B k, ...)
-    state = torch.stack(each[3], 2).flatten(1, 2)  # (S, B k, D)
-    log_prob, value, reward, next_value, m, zeta = (torch.stack(x, 2) for x in each[4:])  # (S, B, k)
-    zeta = F.pad(zeta[..., :-1], (0, 1))  # Eq. 5: a rollout's k-th step is its last
+    obs, history, action, state, *rest = zip(*steps)
+    mine = [torch.stack(x, 3).flatten(2, 3) for x in (obs, history, action)]  # (S, N, B k, ...)
+    state = torch.stack(state, 2).flatten(1, 2)  # (S, B k, D)
+    log_prob, value, reward, next_value, m, zeta = (torch.stack(x, 2) for x in rest)  # (S, B, k)
+    zeta = F.pad(zeta[..., :-1], (0, 1))  # Eq. 5: the k-th step is the last, also of a rollout that began on the way
     advantage, returns = gae(reward, value, next_value, m, zeta, args.gamma, args.gae_lambda)
     # How often the model was not sure where the game went on, of the steps before the k-th
     stopped = ((1 - zeta[..., :-1]) * m[..., :-1]).sum((1, 2)) / max(1, zeta[0, :, 1:].numel())
@@ -647,8 +633,8 @@ def ppo_loss(agents, batch, clip, action_penalty):
     ratio, advantage = log_ratio.exp(), batch.advantage
     # Eq. 10
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    # Eq. 11, in units of the returns' spread
     value, before, returns = (v / agents.return_std for v in (value, batch.value, batch.returns))
-    # Eq. 11
     near = before + (value - before).clamp(-clip, clip)
     value_loss = 0.5 * torch.maximum(((value - returns) ** 2).mean(1), ((near - returns) ** 2).mean(1))
     policy_loss, entropy = -gain.mean(1), entropy.mean(1)
@@ -667,7 +653,7 @@ def clone_loss(agents, data, rows):
     state, history = begin(agents, data, rows)
     x, action = agents.remember(agents.see(state), history), data.action[rows].transpose(1, 2)  # (S, N, B, A)
     log_prob, _ = agents.log_prob(agents.act(x), action.argmax(-1) if agents.discrete else action)
-    error = (agents.value(x, agents.normal(state)) - data.togo[rows]) / agents.return_std
+    error = (agents.value(x, state) - data.togo[rows]) / agents.return_std
     return -log_prob.mean(1), 0.5 * (error**2).mean(1)
 
 
@@ -754,65 +740,50 @@ elif __name__ == "__main__":
 def preset(args):
     """What differs from the coordination game's values, above: sizes that a laptop trains in minutes."""
     env, task = args.env, args.task or ("coordination" if args.env == "matrix" else envs.TASKS.get(args.env, ("",))[0])
-    if env in ("matrix", "polynomial"):
-        return dict(env=env, task=task) | (dict(dataset="peak-0.5") if env == "polynomial" else {})
     body = dict(
-        env=env, task=task, num_seeds=3,
-        dataset={"reacher": "expert-mix", "ant": "full-replay", "halfcheetah": "good"}.get(env, ""),
-        model_steps=3000, model_eval_every=500, model_batch=256, model_hidden=200, reward_hidden=200, model_layers=3,
-        model_lr=5e-3, beta_nll=0.5, reward_penalty=0.05, state_penalty=0.1, box_margin=0.5, horizon=25, first=0.5,
-        rollouts=80, steps=300, eval_every=50, lr=3e-4, batch_size=500, hidden=128, width=32,
+        num_seeds=3, model_steps=3000, model_eval_every=500, model_batch=256, model_hidden=200, reward_hidden=200,
+        model_layers=3, model_lr=5e-3, beta_nll=0.5, reward_penalty=0.05, state_penalty=0.1, box_margin=0.5, horizon=25,
+        first=0.5, rollouts=80, steps=300, eval_every=50, lr=3e-4, batch_size=500, hidden=128, width=32,
     )  # fmt: skip
-    if env == "ant":
-        body |= dict(
-            model_steps=6000, model_hidden=400, end_from="state", box_margin=0.0, bound_values=True, horizon=50,
-            first=0.1, limit=60.0, penalty_cap=60.0, state_penalty=1.5, adaptive=False, sample_states=True,
-            least_entropy=-8.0, warmup=3000, steps=100, eval_every=25,
-        )  # fmt: skip
-        if task == "partial":  # there agents learn more slowly
-            body |= dict(steps=150, eval_every=50)
-    return body
+    ant = body | dict(
+        dataset="full-replay", model_steps=6000, model_hidden=400, end_from="state", box_margin=0.0, bound_values=True,
+        horizon=50, first=0.1, limit=60.0, penalty_cap=60.0, state_penalty=1.5, adaptive=False, sample_states=True,
+        least_entropy=-8.0, warmup=3000, steps=100, eval_every=25,
+    )  # fmt: skip
+    if task == "partial":  # there agents learn more slowly
+        ant |= dict(steps=150, eval_every=50)
+    values = {"matrix": {}, "polynomial": dict(dataset="peak-0.5"), "reacher": body | dict(dataset="expert-mix"),
+              "halfcheetah": body | dict(dataset="good"), "ant": ant}  # fmt: skip
+    return values.get(env, body | dict(dataset="")) | dict(env=env, task=task)
 
 
 def arrange(dataset, args):
     """The dataset as `Data`, and where in its states the environment's own (D',) are found."""
-    dtype, rows, E = torch.get_default_dtype(), layout.rows(dataset), len(dataset.lengths)
+    dtype, rows = torch.get_default_dtype(), layout.rows(dataset)
     state, columns, whole = layout.distinct_columns(rows["state"], rows["obs"])
     action, avail, steps = rows["actions"], rows["avail_actions"], rows["start"]
     if avail is not None:
         if (avail != avail[0]).any():
             raise ValueError(f"in {args.dataset} the available actions change, which the model does not learn")
         avail, action = avail[0], F.one_hot(action, avail.shape[-1]).to(dtype) * rows["acted"][:, None, None]
-    if args.holdout and E < 2 and not (args.simulator or args.world_model):
+    if args.holdout and len(dataset.lengths) < 2 and not (args.simulator or args.world_model):
         had = f"{args.dataset} has one episode, so none can be held out to judge the model by"
         raise ValueError(f"{had}: take more episodes, or --holdout 0")
-    count = min(E - 1, max(1, round(args.holdout * E))) if args.holdout else 0
-    chosen = torch.randperm(E, generator=runs.stream(0, 4))[:count].to(steps.device)
-    out = torch.isin(rows["first"].cumsum(0)[steps] - 1, chosen)  # (M,) whether a step's episode is held out
+    out = layout.hold_out(args.holdout, steps, dataset.lengths, runs.stream(0, 4))  # (M,)
     togo = torch.zeros_like(rows["reward"]).index_copy_(0, steps, layout.togo(dataset, args.gamma))
     return Data(
         state, action, rows["reward"], rows["done"], togo, layout.age(dataset.lengths)[0], steps,
-        rows["first"].nonzero()[:, 0], steps[~out], steps[out] if count else steps, columns, avail,
+        rows["first"].nonzero()[:, 0], steps[~out], steps[out] if out.any() else steps, columns, avail,
     ), whole  # fmt: skip
-
-
-def world_of(data, args):
-    """What a world model is a model of: all tasks of a body are one world, seen through other eyes."""
-    task = "all tasks" if args.env in ("reacher", "halfcheetah", "ant") else args.task
-    return [args.env, task, f"{data.state.shape[1]} entries", f"{data.action[0].numel()} action entries"]
 
 
 def read_world(run, path, data, args):
     """The elites of another run's world model, for this run's seeds, and numbers about them."""
-    about, state = runs.read_model(path, world_of(data, args), run.seeds, args.elites, run.device)
-    known, n = about["seeds"], args.elites
-    try:
-        sizes = replace(args, members=n, **about["sizes"])
-        world = World(data, sizes, [runs.stream(0, 0)] * len(known)).to(run.device)
-        world.load_state_dict(state)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"{path} is damaged: its weights do not fit its sizes") from None
-    return world.choose([known.index(seed) * n + e for seed in run.seeds for e in range(n)]), about
+
+    def make(count, sizes):
+        return World(data, replace(args, members=args.elites, **sizes), [runs.stream(0, 0)] * count)
+
+    return runs.read_model(path, runs.world_of(data, args), run.seeds, args.elites, run.device, make)
 
 
 def learn_world(run, dataset, data, args):
@@ -824,8 +795,7 @@ def learn_world(run, dataset, data, args):
     run.begin("model step", "world_model.csv", world=world, adam=adam, generators=generators)
     for step in run.steps(args.model_steps, args.model_eval_every):
         if run.due():
-            errors = validate(world, data, S)
-            run.record({"loss": loss}, {f"{name}_error": value for name, value in errors.items()}, "held out")
+            run.record({"loss": loss}, {f"{name}_error": x for name, x in validate(world, data, S).items()}, "held out")
         if step < args.model_steps:
             adam.lr.fill_(args.model_lr * (1 - step / args.model_steps))
             loss = learn(world, adam, data, draw_rows(generators, data.train, args.members, args.model_batch), args)
@@ -836,7 +806,7 @@ def learn_world(run, dataset, data, args):
     curve, still = open_loop(chosen, (S, n), data.state, data.action.flatten(1), data.held, left, args.horizon)
     runs.save_figure(run.folder / "world_model.png", runs.draw_open_loop(curve, still, seeds, run.subject))
     sizes = {name: getattr(args, name) for name in ("model_hidden", "reward_hidden", "model_layers", "end_from")}
-    about = {"world": world_of(data, args), "dataset": args.dataset, "elites": n, "sizes": sizes}
+    about = {"world": runs.world_of(data, args), "dataset": args.dataset, "elites": n, "sizes": sizes}
     about |= {f"{name}_error": value.flatten()[which].mean().item() for name, value in errors.items()}
     about |= {"open_loop": curve.mean(0).tolist(), "open_loop_still": still.tolist(), "steps": args.model_steps}
     return chosen, about | {"seeds": seeds, "updates_per_second": run.speed}
@@ -867,35 +837,28 @@ def main(args):
     data, whole = arrange(dataset, args)
     agents = Agents(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
     adam, generators = Adam(agents.parameters(), args.lr), [runs.stream(seed, 1, device) for seed in run.seeds]
-    runs.say(f"{len(dataset.returns)} episodes, {len(data.steps)} steps, mean return {dataset.returns.mean():.2f}")
-    least, most = data.reward[data.steps].aminmax()
-    if least == most:
-        runs.say(f"note: every step of {args.dataset} earns {least:g}; only the game's end matters")
 
     # Act 1: a world to play in
     if args.simulator:
         game = runs.game(args, S * args.rollouts, device)
-        world, about, steps = simulator(game, (S, args.rollouts), whole, data.columns), None, (rehearsal_step, settle)
+        world, about, steps = simulator(game, (S, args.rollouts), whole, data.columns), None, ()
     else:
         path = args.out_dir if run.reached() else args.world_model
         model, about = read_world(run, path, data, args) if path else learn_world(run, dataset, data, args)
         world, steps = dream(model, data, args), (run.compile(rehearsal_step), run.compile(settle))
         errors = " ".join(f"{x:.3f}" for x in about["open_loop"])
+        run.learned_from["the world model"] = runs.fingerprint(model.state_dict())
         runs.say(f"world model: {args.elites} elites, open-loop error after 1, 2, ... steps: {errors}")
 
     # Act 2: rehearsals in it
     learn, clone = run.compile(minibatch), run.compile(clone_update)
-    if about:
-        run.learned_from["the world model"] = runs.fingerprint(model.state_dict())
     run.begin(agents=agents, adam=adam, generators=generators)
     if about:
-        content = {"world": model.state_dict(), "about": about | {"seeds": run.seeds}}
-        runs.save_tensors(run.folder / "world_model.pt", content)
+        runs.save_model(run.folder, model, about | {"seeds": run.seeds})
     names = ("model_reward", "stopped", "ended", "policy_loss", "value_loss", "entropy", "kl")
     logs = dict.fromkeys(names, torch.full((S,), math.nan, device=device))
     for step in run.steps(args.steps, args.eval_every):
-        if run.due():
-            run.check(logs)
+        if run.due(logs):
             scores = evaluate(agents, args, step, args.eval_episodes, device)
             line = f"in the model {logs['model_reward'].mean():8.3f} a step" if step else ""
             run.record(logs | {"alpha": agents.alpha}, {name: x.mean(1) for name, x in scores.items()}, line)
@@ -912,10 +875,9 @@ def main(args):
     figures, more, film = {}, {"world_model": about}, [] if args.env == "reacher" else None
     scores = evaluate(agents, args, args.steps, 10 * args.eval_episodes, device, film)
     if film:
-        states = film[0]["state"].unflatten(0, (S, -1))  # (S, E, T+1, D')
-        bend, figures["convention.png"] = draw_convention(states, run.seeds, f"MOMA-PPO on {run.subject}")
+        bend, figures["convention.png"] = draw_convention(film[0]["state"], run.seeds, f"MOMA-PPO on {run.subject}")
         more["counterclockwise"] = runs.over_seeds(bend)
-    actions, memory = len(data.avail[0]) if agents.discrete else 0, agents.H * (agents.O + agents.A)
+    actions, memory = agents.A * agents.discrete, agents.H * (agents.O + agents.A)
     run.keep_team(lambda *seen: act(agents, *seen), dataset.obs.shape[2:], actions, memory, agents)
     return run.finish("MOMA-PPO", scores, dataset, run.best, None, figures, **more)
 
@@ -925,10 +887,9 @@ def parse(argv=None):
     kinds = "MOMA-PPO is for bodies, and games whose available actions never change"
     known = [env for env in envs.TASKS if env not in ("bridge", "smac")]
     args = runs.parse(Args, preset, argv, __doc__, kinds, known)
-    zero = "seed eval_episodes episodes holdout least_entropy first warmup reward_penalty state_penalty aleatoric "
+    zero = "seed eval_episodes episodes holdout first warmup reward_penalty state_penalty aleatoric "
     zero += "gamma gae_lambda action_penalty memory beta_nll box_margin"
-    positive = replace(args, least_entropy=abs(args.least_entropy))
-    runs.check_numbers(positive, may_be_zero=zero, at_most_one="gamma gae_lambda first beta_nll")
+    runs.check_numbers(args, zero, "gamma gae_lambda first beta_nll", any_sign="least_entropy")
     if not 2 <= args.elites <= args.members:
         raise ValueError(f"--elites must be at least 2, or nothing tells how sure they are, and at most {args.members}")
     if args.holdout >= 1:

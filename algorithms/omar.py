@@ -438,11 +438,9 @@ def main(args):
     learn, policies = run.compile(update), team.policies
     logs = dict.fromkeys(("policy_loss", "q_loss"), torch.full((args.num_seeds,), math.nan))
     run.begin(team=team, adams=adams, generators=generators)
-    runs.say(f"{len(dataset.returns)} episodes, {dataset.mask.sum()} steps, mean return {dataset.returns.mean():.2f}")
 
     for step in run.steps(args.steps, args.eval_every):
-        if run.due():
-            run.check(logs)
+        if run.due(logs):
             scores = evaluate(policies, encode, args, step, args.eval_episodes, device)
             run.record(logs, {name: x.mean(1) for name, x in scores.items()})
         if step < args.steps:

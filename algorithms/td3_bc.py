@@ -455,11 +455,9 @@ def main(args):
     logs = dict.fromkeys(("policy_loss", "q_loss"), torch.full((args.num_seeds,), math.nan))
     if run.begin(team=team, adams=adams, generators=generators):  # the policies' loss may be of an earlier update
         logs = {name: torch.tensor([row[name] for row in run.rows[-args.num_seeds :]]) for name in logs}
-    runs.say(f"{len(dataset.returns)} episodes, {len(data.steps)} steps, mean return {dataset.returns.mean():.2f}")
 
     for step in run.steps(args.steps, args.eval_every):
-        if run.due():
-            run.check(logs)
+        if run.due(logs):
             scores = evaluate(policies, encode, args, step, args.eval_episodes, device)
             run.record(logs, {name: x.mean(1) for name, x in scores.items()})
         if step < args.steps:

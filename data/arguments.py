@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import sys
 import typing
 from dataclasses import asdict, fields, replace
@@ -46,15 +47,20 @@ def parse(kind, preset, argv, doc, kinds="", known=()):
     return read(default=kind(**dict(env=args.env, task=args.task) | preset(args)))
 
 
-def check_numbers(args, may_be_zero="", at_most_one=""):
+def check_numbers(args, may_be_zero="", at_most_one="", any_sign=""):
     """Raise ValueError unless every number among the arguments is finite, above 0, and fits into 64 bits.
 
-    `may_be_zero` and `at_most_one` name the fields, separated by spaces, that may be 0 or must not exceed 1.
+    `may_be_zero`, `at_most_one` and `any_sign` name the fields, separated by spaces, that may be 0, must not exceed 1,
+    or may be 0 or less.
     """
     for name, value in asdict(args).items():
         zero, one = name in may_be_zero.split(), name in at_most_one.split()
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) not in (int, float):
+                continue
+            if name in any_sign.split():
+                if not math.isfinite(number):
+                    raise ValueError(f"--{name.replace('_', '-')} must be finite, not {number}")
                 continue
             whole = MOST_SEEDS if name == "num_seeds" else sys.maxsize
             most = 1 if one else whole if type(number) is int else sys.float_info.max

@@ -44,14 +44,27 @@ def read_checkpoint(folder, script, device):
     return saved
 
 
-def read_model(path, world, seeds, elites, device):
-    """The world model in a file, or in the folder of a run, which `save_tensors` wrote: {"about": ..., "world": state}.
+def world_of(data, args):
+    """What a world model is a model of, in words: all tasks of a body are one world, seen through other eyes."""
+    task = "all tasks" if args.env in ("reacher", "halfcheetah", "ant") else args.task
+    return [args.env, task, f"{data.state.shape[1]} entries", f"{data.action[0].numel()} action entries"]
+
+
+def save_model(folder, model, about):
+    save_tensors(Path(folder) / "world_model.pt", {"world": model.state_dict(), "about": about})
+
+
+def read_model(path, world, seeds, elites, device, make):
+    """The world model in a file, or in the folder of a run, which `save_model` wrote.
 
     Args:
         world: what it must be a model of, in words; they stand in about["world"].
         seeds, elites: for which seeds it must have models, and how many for each.
+        make: (how many seeds, about["sizes"]) -> a module of that many times `elites` models to load it into, whose
+            `choose` copies some of them.
     Returns:
-        What is known about it, a dictionary with "world", "seeds", "elites", "sizes" and "open_loop", and its state.
+        The models of these seeds, and what is known about all of them, a dictionary with "world", "seeds", "elites",
+        "sizes" and "open_loop".
     Raises:
         ValueError: there is none, or it is damaged, or of another world, or of other seeds.
     """
@@ -73,7 +86,12 @@ def read_model(path, world, seeds, elites, device):
     if not set(seeds) <= set(known) or count != elites:
         had = f"{path} has {count} elites of the seeds {known}"
         raise ValueError(f"{had}: choose --seed, --num-seeds and --elites among them")
-    return about, state
+    try:
+        model = make(len(known), about["sizes"]).to(device)
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{path} is damaged: its weights do not fit its sizes") from None
+    return model.choose([known.index(seed) * elites + e for seed in seeds for e in range(elites)]), about
 
 
 def of_another_run(folder):

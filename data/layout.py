@@ -83,6 +83,18 @@ def hold_back(share, begin, lengths, most=5000):
     return torch.isin(episode, found[:: max(2, round(1 / min(share, most / len(begin))))])
 
 
+def hold_out(share, start, lengths, generator):
+    """Choose whole episodes at random: (M,) bool, the steps, by their rows start (M,), of a share of the episodes.
+
+    At least one episode and never all, so none where there is one; none if the share is 0.
+    """
+    E = len(lengths)
+    count = min(E - 1, max(1, round(share * E))) if share else 0
+    chosen = torch.randperm(E, generator=generator)[:count].to(start.device)
+    episode = torch.arange(E, device=start.device).repeat_interleave(lengths + 1)[start]  # (M,)
+    return torch.isin(episode, chosen)
+
+
 def age(lengths):
     """The steps since each row's episode began, and those still to come: lengths (E,), in steps -> (R,), (R,)."""
     begin = (lengths + 1).cumsum(0) - lengths - 1  # (E,) each episode's first row

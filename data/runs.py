@@ -7,7 +7,7 @@ A script's `main` holds the loop and learns; a `Run` keeps what must not get los
     ...                                                    # make the networks
     resumed = run.begin(team=team, generators=generators)  # takes the folder, or goes on from its checkpoint
     for step in run.steps(args.steps, args.eval_every):    # the updates made so far: 0, or where the checkpoint stood
-        if run.due():
+        if run.due(logs):
             run.record(logs, evaluate(...))                # a row of metrics.csv a seed, the checkpoint, a line
         if step < args.steps:
             logs = update(...)
@@ -39,7 +39,7 @@ import envs
 from data import collect
 from data.arguments import MISFITS, check_numbers, choose_device, parse, saved_args  # noqa: F401  scripts find it here
 from data.checkpoints import (  # noqa: F401
-    fingerprint, of_another_run, read_checkpoint, read_model, restore, save_checkpoint, snapshot,
+    fingerprint, of_another_run, read_checkpoint, read_model, restore, save_checkpoint, save_model, snapshot, world_of,
 )  # fmt: skip
 from data.folder import device_name, provenance, refuse_taken, slug, take_folder  # noqa: F401
 from data.results import (  # noqa: F401
@@ -113,6 +113,10 @@ class Run:
             with contextlib.closing(game(args)) as one:
                 self.best = one.best_return
         self.learned_from["the dataset"] = dataset.fingerprint()
+        earned = dataset.reward[dataset.mask]  # (M,)
+        say(f"{len(dataset.returns)} episodes, {len(earned)} steps, mean return {dataset.returns.mean():.2f}")
+        if (earned == earned[0]).all():
+            say(f"note: every step of {args.dataset} earns {earned[0]:g}")
         return dataset
 
     def compile(self, function):
@@ -190,11 +194,13 @@ class Run:
         now, before = self.step * self.stride, (self.step - 1) * self.stride
         return self.step in (0, self.last) or now // self.every > before // self.every
 
-    def due(self):
-        """Whether to evaluate now; if so, what passes until `record` does not count in updates per second."""
+    def due(self, logs=()):
+        """Whether to evaluate now; if so, `logs` are checked first, before games could fail of what is not finite, and
+        what passes until `record` does not count in updates per second."""
         if not self.scheduled() or self.rows and self.rows[-1]["step"] >= self.step * self.stride:
             return False  # a resumed run has this evaluation already
         self._clock(counts=True)
+        self.check(dict(logs))
         return True
 
     def check(self, logs):

@@ -119,12 +119,13 @@ def draw_convention(states, seeds, title):
     """How the arm bends in games of the reacher, over the place of the target: its entry 3, sin θ2, as a mean.
 
     Args:
-        states: (S, E, T+1, 11) of E games of each seed.
+        states: (S E, T+1, 11) of E games of each seed.
     Returns:
         Whether it bends counter-clockwise, (S, E), and a picture with a field for each seed.
     """
     from matplotlib.figure import Figure
 
+    states = states.unflatten(0, (len(seeds), -1))
     x, y, bend = (states[..., :-1, entry].mean(-1).cpu() for entry in (4, 5, 3))  # the target's place; mean sin θ2
     figure = Figure(figsize=(2.6 * len(bend), 2.9), layout="constrained")
     for s, axes in enumerate(figure.subplots(1, len(bend), squeeze=False)[0]):

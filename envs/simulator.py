@@ -24,7 +24,7 @@ def simulator(game, shape, whole, columns):
     """
     set_state = getattr(game, "set_state", None)
     if set_state is None and game.time_limit > 1 or getattr(game, "hidden", 0):
-        raise ValueError("this game cannot be put into a state")
+        raise ValueError("this game cannot be put into a state: --simulator is for matrix, polynomial, reacher and ant")
     continuous, place = isinstance(game.single_action_space, Box), torch.cat([whole, columns.flatten()])
     sure = torch.ones(shape, dtype=torch.bool, device=whole.device)
 

@@ -264,7 +264,7 @@ def test_a_mixers_weight_may_be_negative(tmp_path, float64):
     unit = togo.std(correction=0)
     x, state = torch.randn(S * N, 5, agents.policy[0].weight.shape[1]), torch.randn(S, 5, found.state.shape[1])
     agents.mixer[-1].bias[:, 0, 0] = -3
-    weights, own = agents.mixer(state), agents.values(x)[..., 0].unflatten(0, (S, N))
+    weights, own = agents.mixer(agents.scaled(state)), agents.values(x)[..., 0].unflatten(0, (S, N))
     value = agents.value(x, state)
     assert (weights[..., 0] < 0).all() and (weights[..., 1] > -2).all()
     for s in range(S):
@@ -385,6 +385,13 @@ def test_rollouts_in_a_known_linear_world_give_the_known_returns(tmp_path, float
                 assert returns[s, b, t] == pytest.approx(want.item(), abs=1e-12)
 
 
+def value(agents, x, scaled):
+    """Eq. 9 of states (S, B, D) that are in units of the data already: (S, B)."""
+    weights, own = agents.mixer(scaled), agents.values(x)[..., 0].unflatten(0, (agents.S, agents.N)).transpose(1, 2)
+    mixed = (weights[..., :-1] * own).sum(-1) + weights[..., -1]
+    return agents.return_mean + agents.return_std * mixed
+
+
 @torch.no_grad()
 def test_values_are_of_states_in_units_of_the_data(tmp_path, float64):
     """The value of a state when it was played, and of the one that a rollout of one step leads to."""
@@ -395,10 +402,10 @@ def test_values_are_of_states_in_units_of_the_data(tmp_path, float64):
     after, reward, *_ = known_world(state, played.transpose(1, 2).flatten(2), None, None)
     mean, std = found.state.mean(0), found.state.std(0, correction=0).clamp(min=1e-3)
     x = agents.remember(batch.obs, batch.history)
-    assert torch.allclose(batch.state, (state - mean) / std)
-    assert torch.allclose(batch.value, agents.value(x, (state - mean) / std))
+    assert torch.equal(batch.state, state)
+    assert torch.allclose(batch.value, value(agents, x, (state - mean) / std))
     x = agents.remember(agents.see(after), moma.push(batch.history, batch.obs, played))
-    assert torch.allclose(batch.returns, reward + args.gamma * agents.value(x, (after - mean) / std))
+    assert torch.allclose(batch.returns, reward + args.gamma * value(agents, x, (after - mean) / std))
 
 
 @pytest.mark.parametrize("why", ["end", "unsure"])
@@ -495,7 +502,7 @@ def test_a_short_views_padding_is_no_part_of_the_world(tmp_path):
         std, mean = torch.std_mean(layout.rows(dataset)["obs"], 0, correction=0)
         seen, given = played_views(envs.make("ant", task, 3, time_limit=5), args, agents)
         assert torch.allclose(seen, (given - mean) / std.clamp(min=1e-3), atol=1e-4)
-        sizes.append(moma.world_of(found, args))
+        sizes.append(runs.world_of(found, args))
     assert sizes[0] == sizes[1] and "27 entries" in sizes[0]
 
 
@@ -506,7 +513,7 @@ def test_games_of_other_rewards_are_other_worlds():
                                ("reacher", "independent", "expert-mix"), ("reacher", "leader-only", "expert-mix")):
         args = moma.parse(["--env", env, "--task", task, "--dataset", dataset, "--episodes", "10"])
         found, _ = moma.arrange(data.load(env, task, dataset, episodes=10), args)
-        worlds[task] = moma.world_of(found, args)
+        worlds[task] = runs.world_of(found, args)
     assert worlds["twin-peaks"] != worlds["sign-agreement"] and worlds["independent"] == worlds["leader-only"]
 
 
@@ -819,7 +826,7 @@ def test_beta_weighs_each_error_by_its_sigma(beta, tmp_path, float64):
         world.for_state[-1].bias += torch.randn_like(world.for_state[-1].bias)  # sigmas that differ
     rows = found.steps[torch.randint(len(found.steps), (3, 7))]
     state, action, after = found.state[rows], found.action[rows].flatten(2), found.state[rows + 1]
-    moma.model_loss(world, state, action, after, found.reward[rows], found.done[rows], beta).sum().backward()
+    moma.model_loss(world, found, rows, beta).sum().backward()
 
     guess, vary = world(state, action), world.move_std > 0
     unit = world.move_std.clamp(min=1e-8)
@@ -909,7 +916,7 @@ def test_policies_begin_as_far_apart_as_the_data(tmp_path, float64):
     (("--gamma", "2"), "--gamma must be at least 0 and at most 1"),
     (("--limit", "nan"), "--limit must be above 0"),
     (("--first", "1.5"), "--first must be at least 0 and at most 1"),
-    (("--least-entropy", "inf"), "--least-entropy must be at least 0"),
+    (("--least-entropy", "inf"), "--least-entropy must be finite, not inf"),
     (("--episodes", "1"), "has one episode, so none can be held out"),
     (("--world-model", "nowhere"), "no world model nowhere"),
     (("--world-model", "README.md"), "README.md is no world model, or damaged"),
