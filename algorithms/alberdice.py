@@ -434,31 +434,21 @@ def clone_update(team, adam, data, row_noise, args):
     descend(adam, clone_loss(team, data, draw(row_noise, data)))
 
 
-def clone(team, data, generators, args, clone_update=clone_update, held=None):
+def clone(team, data, generators, args, clone_update=clone_update, judge=None):
     """Fit the behaviour before anything else, start the policies from it, and return it as a `Behaviour`.
 
-    held (M,) bool are steps to judge by: each seed keeps the models, of every 250 updates, that find them
-    likeliest, and stops once 1,000 updates bring no better ones.
+    judge: a `data.layout.Judge`, which holds episodes back and ends it when these get no likelier.
     """
     adam, S = Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr), args.num_seeds
-    learned = data if held is None else data._replace(steps=data.steps[~held])
-    kept = [p.detach().clone() for p in adam.moved]
-    best, since = kept[0].new_full((S,), math.inf), kept[0].new_zeros(S)
+    learned = data._replace(steps=judge.rest) if judge else data
+
+    def held_loss():
+        return clone_loss(team, data, judge.held.expand(S, -1))
+
     for step in range(1, args.clone_steps + 1):
         clone_update(team, adam, learned, uniform(generators, args.clone_batch), args)
-        if held is None or (step % 250 and step < args.clone_steps):
-            continue
-        with torch.no_grad():
-            loss = clone_loss(team, data, data.steps[held].expand(S, -1))
-            better = (loss < best) & (since < 4)  # (S,) a seed that got no better in 1,000 updates is done
-            best, since = torch.where(better, loss, best), torch.where(better, 0, since + 1)
-            for old, new in zip(kept, adam.moved):
-                old[better] = new[better]
-        if (since >= 4).all():
+        if judge and judge.over(step, adam.moved, held_loss):
             break
-    if held is not None:
-        with torch.no_grad():
-            torch._foreach_copy_(adam.moved, kept)
     team.policies.load_state_dict(team.mus.state_dict())  # a cloned team is a good place to start from
     return tabulate(team, data, args)
 
@@ -483,7 +473,7 @@ if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists()
     import data as datasets
     import envs
     from data import layout, runs
-    from envs.matrix import draw_joints
+    from envs.matrix import draw_policies
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
 
@@ -494,9 +484,7 @@ def preset(args):
     if env == "bridge":
         return dict(env=env, task=task)
     if env != "matrix":  # not ours: weights in units of the spread of the data's returns
-        found = datasets.load("", "", args.dataset)
-        unit, seen = found.returns.std(correction=0).item() or 1.0, found.obs[found.mask.any(1)]
-        cells = all(bool((x == x.round()).all()) for x in (seen, found.state)) and len(seen.unique()) <= 20
+        unit, cells = layout.scales(datasets.load("", "", args.dataset))
         values = dict(env=env, task=task, dataset="", num_seeds=3, one_hot=cells, clone_steps=50_000, hold_back=0.1)
         values |= dict(alpha=0.3 * unit, alpha_end=0.003 * unit, cql=0.1 * unit, cql_end=0.1 * unit)
         return values | dict(eval_every=500, clone_lr=1e-3)
@@ -541,10 +529,8 @@ def draw_pictures(args, team, data, dataset, seeds):
     if args.env != "matrix" or len(team.policies) != 2:
         return {}, {}
     one = torch.zeros(len(seeds), 1, dtype=torch.int64, device=data.obs.device)
-    pi = unroll(team.policies, range(2), one, data).exp()  # (2, S, 1, A)
-    joint = (pi[0].mT * pi[1]).cpu()  # (S, A, A)
-    tables = {"dataset": dataset.joint_actions()} | {f"seed {s}": p for s, p in zip(seeds, joint[:5])}
-    return {"policy.png": draw_joints(tables)}, {"joint_policy": joint.tolist()}
+    figure, joint = draw_policies(unroll(team.policies, range(2), one, data)[:, :, 0].exp(), dataset, seeds)
+    return {"policy.png": figure}, {"joint_policy": joint.tolist()}
 
 
 def main(args):
@@ -560,8 +546,8 @@ def main(args):
         behaviour = tabulate(team, data, args)
     else:
         generators = [runs.stream(seed, 1, device) for seed in run.seeds]
-        held = layout.hold_back(args.hold_back, data.steps, dataset.lengths)
-        behaviour = clone(team, data, generators, args, run.compile(clone_update), held)
+        judge = layout.judge(args, data.steps, dataset.lengths)
+        behaviour = clone(team, data, generators, args, run.compile(clone_update), judge)
 
     weights, names = torch.zeros(2, device=device), ("nu_loss", "e_loss", "policy_loss", "kl", "sample_size")
     logs = {name: torch.full((args.num_seeds,), math.nan) for name in names}

@@ -500,42 +500,29 @@ def preset(args):
 
 
 def arrange(dataset, args):
-    """The dataset as `Data`, and the function that turns observations (..., N, O) and everybody's last actions, one-hot
-    (..., N, A), 0 for none, into the networks' inputs. Raises ValueError for continuous actions."""
+    """The dataset as `Data`, and the function that makes the networks' inputs of what a game shows: `layout.teams`.
+    Raises ValueError for continuous actions."""
     if dataset.avail_actions is None:
         raise ValueError("CFCQL is for discrete actions, and these are continuous")
-    dtype, rows = torch.get_default_dtype(), layout.rows(dataset, blank=True)
-    A, R = rows["avail_actions"].shape[-1], len(rows["obs"])
-    see, see_state = (layout.inputs(rows[name][:-1], args) for name in ("obs", "state"))
-
-    def encode(obs, last):
-        return torch.cat([see(obs), last], -1) if args.recurrent else see(obs)
-
-    last = F.one_hot(layout.last_actions(rows["actions"], rows["first"]) + 1, A + 1)[..., 1:].to(dtype)
-    inputs = encode(rows["obs"], last), see_state(rows["state"])
-    rest = (rows[name] for name in ("avail_actions", "actions", "reward", "done", "acted", "first"))
-    return Data(*inputs, *rest, layout.pack(dataset.lengths + 1, R - 1)), encode
+    tensors, encode = layout.teams(dataset, args)
+    return Data(*tensors), encode
 
 
-def act(agents, encode, obs, avail, memory):
-    """What the teams do in B games of each seed, and their memory: what a GRU knows and the last action, one-hot.
+def player(agents, encode):
+    """The teams of all seeds as they play: a `data.team.Player`."""
 
-    obs (S, B, N, O), avail (S, B, N, A), memory (S, B, N, H + A), or (S, B, N, 0) without one -> (S, B, N), memory.
-    """
-    S, B, N, A = avail.shape
-    h, last = memory.split([agents.hidden, memory.shape[-1] - agents.hidden], -1)
-    goes_on = torch.zeros(S, 1, B, dtype=torch.bool, device=obs.device)
-    q, h = agents(encode(obs, last)[:, None], goes_on, h.transpose(1, 2))  # (S, 1, B, N, A), (S, N, B, H)
-    action = q[:, 0].masked_fill(~avail, ILLEGAL).argmax(-1)
-    if agents.hidden:
-        memory = torch.cat([h.transpose(1, 2), F.one_hot(action, A).to(h.dtype)], -1)
-    return action, memory
+    def think(x, avail, h):
+        goes_on = torch.zeros(agents.S, 1, x.shape[1], dtype=torch.bool, device=x.device)
+        q, h = agents(x[:, None], goes_on, h.transpose(1, 2))  # (S, 1, B, N, A), (S, N, B, H)
+        return q[:, 0].masked_fill(~avail, ILLEGAL), h.transpose(1, 2)
+
+    return runs.Player(think, encode, agents.N, agents.A, agents.hidden)
 
 
 def evaluate(agents, encode, args, step, episodes, device):
     """Scores (S, E) of the teams of all seeds: `runs.score`."""
-    memory = agents.hidden + agents.A * (agents.hidden > 0)
-    return runs.score(lambda *seen: act(agents, encode, *seen), args, step, episodes, device, memory)
+    teams = player(agents, encode)
+    return runs.score(teams, args, step, episodes, device, teams.memory)
 
 
 def main(args):
@@ -564,8 +551,8 @@ def main(args):
             logs = learn(team, adam, data, behaviour, rows, joint, args)
 
     scores = evaluate(agents, encode, args, args.steps, 10 * args.eval_episodes, device)
-    views, memory = dataset.obs.shape[2:], agents.hidden + agents.A * (agents.hidden > 0)
-    run.keep_team(lambda *seen: act(agents, encode, *seen), views, agents.A, memory, agents)
+    teams = player(agents, encode)
+    run.keep_team(teams, dataset.obs.shape[2:], agents.A, teams.memory, agents)
     return run.finish(method, scores, dataset, run.best)
 
 

@@ -12,15 +12,17 @@ decays over training first flattens the behaviour's preferences, so that a rare 
 exact values every such turn raises J, and the team ends at a quantal response equilibrium (the paper's theorems).
 
 Equations (numbers of the paper). Agent i acts by pi_i; mu_i is its recorded behaviour. Q_i(s, a_i) is its local value,
-the joint value averaged over what its teammates do now, and Q'_i a slowly moving copy of Q_i. T = alpha + beta.
+the joint value averaged over what its teammates do now, and Q'_i a slowly moving copy of Q_i. T = alpha + beta. E is
+the mean over recorded steps, E_resampled the same with each weighted by rho_i.
   Eq. 9   J        = E sum_t gamma^t [ r_t - alpha log(pi/mu) + beta H(pi) ]          mu: who recorded the dataset
   Eq. 12  pi_i(a)  = mu_i(a)^(alpha/T) exp(Q_i(s,a)/T) / Z             the fixed point, a quantal response equilibrium
   Eq. 15  L(Q_i)   = E_resampled [ (Q_i(s,a_i) - y_i)^2 ]
           y_i      = r + gamma (1 - done) E_{a ~ pi_i(s')} [ Q'_i(s',a) - alpha log(pi_i/mu_i) - beta log pi_i ]
   Eq. 20  L(pi_i)  = -E [ exp( (Q'_i(s,a_i) - V_i(s) - beta log mu_i(a_i|s)) / T ) log pi_i(a_i|s) ]
+          V_i(s)   = T log sum_a mu_i(a|s)^(alpha/T) exp(Q'_i(s,a)/T)      T log Z: it only rescales how a state counts
   Eq. 21  L(mu_i)  = -E log mu_i(a_i|s)                                behavioural cloning
   Eq. 22  L(mu)    = -E log mu(a_-i|s,a_i)                             the teammates, one after the other
-  Eq. 23  rho_i    = ( prod_{j != i} pi_j(a_j|s) / mu(a_-i|s,a_i) )^(1/(N-1))
+  Eq. 23  rho_i    = ( prod_{j != i} pi_j(a_j|s) / mu(a_-i|s,a_i) )^(1/(N-1))        at most --ratio-cap
   Eq. 24  L(Q_i)   = Eq. 15 + cql E_resampled [ logsumexp_a Q_i(s,a) - Q_i(s,a_i) ]
   Eq. 25  L(alpha) = -alpha E [ KL(pi_i || mu_i) - target ]
 The public text of the paper has lost its formulas. Eqs. 9 to 25 follow from its words; the forms of V_i (Eq. 20) and of
@@ -29,13 +31,13 @@ the conservative term (Eq. 24), and that beta is what decays, are our reading.
 Commands, and the return you should see (mean of all seeds; one CPU core of a small server, torch 2.13):
   python algorithms/inspo.py                                              Bridge, mixed data, 5 seeds at once, 50 s:
       greedy -1.2355 (the best possible) in 5 of 5 seeds, sampled -1.24 to -1.25; the data -9.31, cloning -13.6
-  python algorithms/inspo.py --env matrix --task xor --num-seeds 10       18 s: 1 in 10 of 10 seeds, cloning 0.45
-  python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10      45 s: 20 in 10 of 10 seeds, cloning 3.6
+  python algorithms/inspo.py --env matrix --task xor --num-seeds 10       aa-ab-ba, 18 s: 1 in 10 of 10, cloning 0.45
+  python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10      imbalanced, 45 s: 20 in 10 of 10, cloning 3.6
   ... with --beta 0                                                       5: caught in the data's local optimum
   ... on xor with --no-resampling                                         0: both play the action nobody combined
-  ... on xor with --no-sequential        still 1: turns matter where linear policies move far in one, see inspo.md
-  python algorithms/inspo.py --env smac --num-seeds 5    5m_vs_6m, medium-replay data, 8 min beside other work: 28 % of
-      the battles won by sampling, cloning 2 %, the data 9 %; greedily 48 %, as cloning. Without the flag, 3 seeds
+  ... on xor with --no-sequential        still 1: it fails where policies move all the way within a turn, see inspo.md
+  python algorithms/inspo.py --env smac --num-seeds 5    5m_vs_6m, medium-replay data, 8 min beside other work: by
+      sampling it wins 28 % of the battles, its clones 2 %, the data 9 %; greedily both win 48 %. By default 3 seeds
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, inspo
@@ -47,37 +49,32 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   data = inspo.Data(obs, state, torch.ones(M + 2, N, A).bool(), action, reward, 0 * reward, (~last).float(),
                     torch.arange(M + 2) == 0, torch.arange(M)[:, None] + torch.arange(2))  # sequences: a row, the next
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
-  team = inspo.Team(N, A, 4, 6, args, generators)
+  team = inspo.Team(data, args, generators)
   adams, behaviour = inspo.optimizers(team, args), inspo.clone(team, data, generators, args)
   for step in range(args.steps):
-      noise, beta = inspo.draw_noise(generators, N, args), inspo.beta_at(step, args)
-      inspo.cool(team, adams, step, args)
-      logs = inspo.update(team, adams, data, behaviour, noise, torch.tensor(beta), [0, 1], True, args)
+      inspo.schedule(team, adams, step, args)
+      logs = inspo.update(team, adams, data, behaviour, inspo.draw_noise(generators, N, args), [0, 1], True, args)
 
 Choices made here (the authors have published no code):
-  1. V_i in Eq. 20 is the exact normaliser of Eq. 12 over mu; it only rescales how much a state counts.
-  2. alpha, beta, cql, step sizes and lengths are ours. One alpha serves all agents of a seed.
-  3. One network models all teammates: mu(a_j | s, what is known of the joint action), see `teammate_log_prob`.
-  4. Policies start as copies of the cloned mu_i. Two layers of 64 units do what the paper's three of 256 do, faster.
-     In games that nobody tuned, cloning ends where held-back episodes get no likelier (--hold-back).
-  5. In games such as M-NE, beta stays at its start until the policies have flattened, and the Q-functions get a head
+  1. alpha, beta, cql, step sizes and lengths are ours. One alpha serves all agents of a seed, one network models all
+     teammates.
+  2. Policies start as copies of the cloned mu_i. Two layers of 64 units do what the paper's three of 256 do, faster.
+  3. In games such as M-NE, beta stays at its start until the policies have flattened, and the Q-functions get a head
      start; see `preset` for the weights in units of the payoffs. On Bridge, where a detour of one cell is worth .02,
      and in games that nobody tuned, alpha, the conservative weight and the step sizes fall at the end (--cooldown).
-  6. Steps are resampled within the minibatch that was drawn, not from the whole dataset. On XOR, where not every joint
-     action is recorded, Eq. 20 uses the resampled minibatch too (--actor-data).
-  7. Bridge's cells enter the networks as one-hot values. A time limit is not the end: Q looks beyond it (the step that
+  4. Steps are resampled within the minibatch that was drawn, not from the whole dataset. On XOR and in the
+     coordination game Eq. 20 uses the resampled minibatch too (--actor-data).
+  5. Bridge's cells enter the networks as one-hot values. A time limit is not the end: Q looks beyond it (the step that
      meets the limit pays 0 by Bridge's rules, in these data as in AlberDICE's, and is used as it stands).
-  8. Who goes first is drawn once for all seeds, from a stream that no flag changes; "semi-greedy" averages over seeds,
-     and waits for the device to tell. An order that differs from seed to seed is not possible here.
-  9. In battles there is no entropy bonus (beta = 0), alpha is 0.4 (a battle pays up to 20), and the Q-functions learn
+  6. Who goes first is drawn once for all seeds, from a stream that no flag changes.
+  7. In battles there is no entropy bonus (beta = 0), alpha is 0.4 (a battle pays up to 20), and the Q-functions learn
      alone for the first 1,500 updates, as Eq. 20's weights are no better than the Q-functions.
 
 Policies with a memory (--recurrent, the default in StarCraft-like battles, --env smac). There pi_i and mu_i are GRUs
 that see agent i's views and last actions; the Q-functions see the state. A minibatch consists of whole episodes, laid
-end to end in sequences of one length. Eq. 23 is a ratio of single steps, so single steps are resampled from it; padding
-has ratio 0. One minibatch serves a whole sweep: after agent i's turn only log pi_i has to be unrolled again. The
-teammate model adds what the joint action tells to log mu_j, which has seen the episode. Without a memory the same code
-runs on "sequences" of two rows, an observation and the next.
+end to end in sequences of one length. Eq. 23 is a ratio of single steps, so single steps are resampled from it. One
+minibatch serves a whole sweep: after agent i's turn only log pi_i has to be unrolled again. Without a memory the same
+code runs on "sequences" of two rows, an observation and the next.
 
 Shapes: S seeds, B steps or B' sequences of a minibatch, L rows of a sequence, K = (L - 1) B' its steps, N agents,
 A actions, O observation, I inputs, D state, R rows (observations).
@@ -119,7 +116,7 @@ class Args:
     eval_episodes: int = 32  # games per seed and evaluation, each played greedily and by sampling; 0 for none
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # CPU threads; networks this small gain little from more, and lose much on a busy machine
-    compile: bool = torch.cuda.is_available()  # compile each turn, as one graph, with torch.compile
+    compile: bool = torch.cuda.is_available()  # compile each turn of an agent, as one graph, with torch.compile
     out_dir: str = ""  # the run's folder; by default a new one in runs/inspo
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
@@ -134,7 +131,7 @@ class Args:
     beta_hold: int = 0  # updates before beta begins to decay
     warmup: int = 0  # updates in which only the Q-functions learn
     cql: float = 0.1  # weight of the conservative term in Eq. 24
-    order: Literal["random", "fixed", "semi-greedy"] = "random"  # who goes first in a sweep
+    order: Literal["random", "fixed", "semi-greedy"] = "random"  # in which order agents take their turns
     inner: int = 1  # gradient steps per agent and turn
     sequential: bool = True  # see the teammates' policies as they are now, not as they were when the sweep began
     resampling: bool = True  # see the teammates' policies at all: with --no-resampling every ratio is 1
@@ -145,26 +142,26 @@ class Args:
     layers: int = 2  # hidden layers
     one_hot: bool = True  # feed integer observations as one-hot values (the cells of a grid)
     recurrent: bool = False  # policies with a memory (GRU) that see their last action too
-    sequences: int = 8  # recurrent: sequences of whole episodes per sweep, from which each turn draws its steps
-    batch_size: int = 128  # recorded steps per turn
+    sequences: int = 8  # recurrent: sequences of whole episodes per sweep, from which the Q-functions' steps are drawn
+    batch_size: int = 128  # recorded steps per turn; recurrent: of the Q-functions, policies learn from all
     policy_lr: float = 1e-3  # Adam's step size for the policies
     critic_lr: float = 3e-3  # Adam's step size for the Q-functions
     alpha_lr: float = 1e-3  # Adam's step size for log alpha
     cooldown: float = 0.6  # the share of the updates, the last ones, in which weights and then step sizes fall
-    tau: float = 0.05  # how far a target network moves in a turn
+    tau: float = 0.05  # how far a target network moves in a gradient step
     weight_cap: float = 100.0  # largest weight in the policy loss
     ratio_cap: float = 100.0  # largest importance ratio
     clone_steps: int = 1000  # updates of the behaviour models before the sweeps, at most
     hold_back: float = 0.0  # share of the episodes by which they are judged: each seed stops where they get no better
     clone_lr: float = 2e-3  # their step size
-    clone_batch: int = 128  # their minibatch
+    clone_batch: int = 128  # their minibatch; recurrent: of the teammate model, mu_i learn from --sequences
 
 
 # ---------------------------------------------------------------- data
 class Data(NamedTuple):
     """The dataset as R rows, one for each observation: episodes end to end, and at last one row of padding.
 
-    In an episode's last row, and in the padding, no step begins: there `acted` is 0, and what belongs to a step too.
+    In an episode's last row, and in the padding, no step begins: there acted, actions, reward and done are 0.
     """
 
     obs: torch.Tensor  # (R, N, I) what the policies see; with a memory their last action belongs to it
@@ -200,7 +197,7 @@ def uniform(generators, *shape):
 def draw_noise(generators, num_agents, args):
     """The `Noise` of one sweep."""
     rows, steps = [], []
-    for turns in range(num_agents * args.inner):
+    for _ in range(num_agents * args.inner):
         if not (args.recurrent and rows):
             rows.append(uniform(generators, args.sequences if args.recurrent else args.batch_size))
         steps.append(uniform(generators, args.batch_size))
@@ -255,7 +252,7 @@ class GRU(nn.Module):
 
 
 class Policy(nn.Module):
-    """Logits of all actions along sequences of one agent's inputs, (S, L, B, I) -> (S, L, B, A)."""
+    """Log-probabilities of all actions along sequences of one agent's inputs."""
 
     def __init__(self, inputs, outputs, args, generators):
         super().__init__()
@@ -267,21 +264,24 @@ class Policy(nn.Module):
         else:
             self.body = mlp(inputs, outputs, args, generators)
 
-    def forward(self, x, first, h):
-        S, L, B, _ = x.shape
-        if not self.hidden:
-            return self.body(x.flatten(1, 2)).view(S, L, B, -1), h
-        states = self.gru(self.encoder(x.flatten(1, 2)).view(S, L, B, -1), first, h)
-        return self.head(states.flatten(1, 2)).view(S, L, B, -1), states[:, -1]
+    def forward(self, x, avail, first, h):
+        """x (S, L, B, I), avail (S, L, B, A), first (S, L, B), True where an episode begins, and memory h (S, B, H), or
+        (S, B, 0) without one -> (S, L, B, A), the last memory. An action that is not available has no mass."""
+        if self.hidden:
+            states = self.gru(self.encoder(x.flatten(1, 2)).unflatten(1, x.shape[1:3]), first, h)
+            logits, h = self.head(states.flatten(1, 2)), states[:, -1]
+        else:
+            logits = self.body(x.flatten(1, 2))
+        return F.log_softmax(logits.view_as(avail).masked_fill(~avail, ILLEGAL), -1), h
 
 
 class Team(nn.Module):
     """Everything that S teams learn. Each agent has networks of its own, or its turn would change the others."""
 
-    def __init__(self, num_agents, num_actions, obs_dim, state_dim, args, generators):
+    def __init__(self, data, args, generators):
         super().__init__()
-        N, A, O, D = num_agents, num_actions, obs_dim, state_dim
-        self.mus = nn.ModuleList(Policy(O, A, args, generators) for _ in range(N))  # behaviour, Eq. 21
+        (_, N, A), I, D = data.avail.shape, data.obs.shape[-1], data.state.shape[-1]
+        self.mus = nn.ModuleList(Policy(I, A, args, generators) for _ in range(N))  # behaviour, Eq. 21
         self.teammates = mlp(D + N + N * A, A, args, generators)  # joint behaviour, Eq. 22
         self.critics = nn.ModuleList(mlp(D, A, args, generators) for _ in range(N))  # Q_i(s, .), one output an action
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
@@ -289,20 +289,12 @@ class Team(nn.Module):
         if not args.sequential:  # what the teammates see: the policies as they were when the sweep began
             self.before = copy.deepcopy(self.mus).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.full((len(generators), 1), math.log(args.alpha)))  # (S, 1)
-        self.register_buffer("cool", torch.ones(()), persistent=False)  # what is left of alpha and cql, see `cool`
+        self.register_buffer("beta", torch.zeros(()), persistent=False)  # weight of the entropy now, see `schedule`
+        self.register_buffer("left", torch.ones(()), persistent=False)  # what is left of alpha and cql
 
     def alpha(self, args):
         """The weight of the KL divergence now, (S, 1)."""
-        return self.log_alpha.detach().exp() * (1 if args.auto_alpha else self.cool)
-
-
-def log_probs(policy, obs, avail, first, h):
-    """Log-probabilities of all actions along sequences (S, L, B, I) -> (S, L, B, A), and the last memory.
-
-    An action that is not available has no mass. first (S, L, B) is True where an episode begins.
-    """
-    logits, h = policy(obs, first, h)
-    return F.log_softmax(logits.masked_fill(~avail, ILLEGAL), -1), h
+        return self.log_alpha.detach().exp() * (1 if args.auto_alpha else self.left)
 
 
 def together(policies):
@@ -339,9 +331,9 @@ def teammate_log_prob(network, state, avail, actions, i, prior=None):
 
 
 # ---------------------------------------------------------------- looking at the data
-def draw(uniform, data):
-    """Sequences for each seed as row numbers (S, L, B'), chosen by uniform numbers (S, B')."""
-    return data.sequences[uniform.mul(len(data.sequences)).long()].mT
+def draw(noise, data):
+    """Sequences for each seed as row numbers (S, L, B'), chosen by uniform numbers, noise (S, B')."""
+    return data.sequences[noise.mul(len(data.sequences)).long()].mT
 
 
 def unroll(policies, agents, rows, data):
@@ -351,55 +343,24 @@ def unroll(policies, agents, rows, data):
     h = obs.new_zeros(n * S, B, policies[0].hidden)
     first = data.first[rows].repeat(n, 1, 1)
     policy = together(policies) if n > 1 else policies[0]
-    return log_probs(policy, obs.flatten(0, 1), avail.flatten(0, 1), first, h)[0].unflatten(0, (n, S))
+    return policy(obs.flatten(0, 1), avail.flatten(0, 1), first, h)[0].unflatten(0, (n, S))
 
 
-def recall(log_mu, rows):
-    """What `unroll` returns for a policy that is still the cloned mu_i, from its table log_mu (S, R, A)."""
-    seed = torch.arange(len(rows), device=rows.device)[:, None, None]
-    return log_mu[seed, rows]
+def recall(table, rows):
+    """Each seed's entries of its own table: (S, R, A), rows (S, ...) -> (S, ..., A). Of log mu_i it is what `unroll`
+    returns for a policy that is still the cloned mu_i."""
+    return table[torch.arange(len(rows), device=rows.device).view(-1, *[1] * (rows.dim() - 1)), rows]
 
 
-def look(agents, policies, data, behaviour, uniform, improve):
+def look(agents, policies, data, behaviour, noise, improve):
     """Draw a minibatch and see how these agents play in it now: row numbers (S, L, B'), and {j: log_pi_j}, each
     (S, L - 1, B', A). As long as no policy learns (improve is False), all still are their clones."""
-    rows = draw(uniform, data)
+    rows = draw(noise, data)
     now = rows[:, :-1]
     with torch.no_grad():
         if not improve:
             return rows, {j: recall(behaviour.log_mu[j], now) for j in agents}
         return rows, dict(zip(agents, unroll([policies[j] for j in agents], agents, now, data)))
-
-
-class Batch(NamedTuple):
-    """What agent i needs of B recorded steps, for each seed; log_pi and next_log_pi are its own policy's."""
-
-    state: torch.Tensor  # (S, B, D)
-    avail: torch.Tensor  # (S, B, A) bool
-    log_mu: torch.Tensor  # (S, B, A) log mu_i(.|s)
-    next_state: torch.Tensor
-    next_log_mu: torch.Tensor
-    action: torch.Tensor  # (S, B) int64
-    reward: torch.Tensor  # (S, B)
-    done: torch.Tensor  # (S, B) 1 where the game ended by its own rules
-    valid: torch.Tensor  # (S, B) 1 where there is a step, 0 where a sequence is padded
-    log_pi: torch.Tensor  # (S, B, A)
-    next_log_pi: torch.Tensor
-
-
-def gather(i, pick, rows, log_pi, data, log_mu):
-    """The steps at the places `pick` (S, B) of the minibatch as a `Batch` for agent i.
-
-    The minibatch is `rows` (S, L, B'), sequences of row numbers, with agent i's log_pi (S, L, B', A); its places are
-    the entries that have a successor, L - 1 times B' of them.
-    """
-    seed = torch.arange(len(rows), device=rows.device)[:, None]
-    now, after = (r.flatten(1).gather(1, pick) for r in (rows[:, :-1], rows[:, 1:]))
-    pi, next_pi = (p.flatten(1, 2)[seed, pick] for p in (log_pi[:, :-1], log_pi[:, 1:]))
-    return Batch(
-        data.state[now], data.avail[now, i], log_mu[seed, now], data.state[after], log_mu[seed, after],
-        data.actions[now, i], data.reward[now], data.done[now], data.acted[now], pi, next_pi,
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- losses
@@ -408,47 +369,47 @@ def importance_ratio(log_pi_others, log_mu_others, num_agents, cap):
     return ((log_pi_others - log_mu_others) / (num_agents - 1)).exp().clamp(1e-10, cap)
 
 
-def resample(ratio, uniform):
+def resample(ratio, noise):
     """Draw places in the minibatch with replacement, with probability ratio / sum(ratio).
 
-    ratio (S, K), uniform (S, B) in [0, 1): the places (S, B); one whose ratio is 0 is never drawn.
+    ratio (S, K), noise (S, B) in [0, 1): the places (S, B); one whose ratio is 0 is never drawn.
     """
     cumulative = ratio.cumsum(1)
-    places = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # the first sum above it
+    places = torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True)  # the first sum above it
     return places.clamp(max=ratio.shape[1] - 1)  # if rounding led past the end
 
 
-def critic_loss(critic, target, batch, alpha, beta, gamma, cql):
-    """Eq. 24, for each seed (S,); alpha (S, 1), beta (). As in the paper, y leaves out the others' KL and entropy."""
-    with torch.no_grad():
-        log_pi = batch.next_log_pi  # (S, B, A)
-        soft = target(batch.next_state) - alpha[..., None] * (log_pi - batch.next_log_mu) - beta * log_pi
-        y = batch.reward + gamma * (1 - batch.done) * (log_pi.exp() * soft).sum(-1)  # Eq. 15: (S, B)
-    q = critic(batch.state)  # (S, B, A)
-    q_taken = chosen(q, batch.action)
+@torch.no_grad()
+def soft_target(q, log_pi, log_mu, reward, done, alpha, beta, gamma):
+    """Eq. 15: y_i (S, B) from Q'_i, log pi_i and log mu_i of the next state (S, B, A); alpha (S, 1), beta (). As in the
+    paper, it leaves out the others' KL and entropy."""
+    soft = q - alpha[..., None] * (log_pi - log_mu) - beta * log_pi
+    return reward + gamma * (1 - done) * (log_pi.exp() * soft).sum(-1)
+
+
+def critic_loss(q, y, action, avail, valid, cql):
+    """Eq. 24, for each seed (S,), from Q_i (S, B, A); valid (S, B) is 1 where there is a step."""
+    q_taken = chosen(q, action)
     # Between conventions that pay the same, the squared error has no preference. This term has one: it lifts the
     # resampled actions, those that go with what the teammates do now, and so breaks the tie.
-    gap = q.masked_fill(~batch.avail, ILLEGAL).logsumexp(-1) - q_taken
-    share = batch.valid / batch.valid.sum(1, keepdim=True)
-    return (share * ((q_taken - y) ** 2 + cql * gap)).sum(1)
+    gap = q.masked_fill(~avail, ILLEGAL).logsumexp(-1) - q_taken
+    return (valid / valid.sum(1, keepdim=True) * ((q_taken - y) ** 2 + cql * gap)).sum(1)
 
 
-def policy_loss(target, batch, alpha, beta, cap):
-    """Eq. 20, for each seed: the loss (S,) and KL(pi_i || mu_i) (S,); alpha (S, 1), beta ().
+@torch.no_grad()
+def policy_weight(q, log_mu, action, avail, alpha, beta, cap):
+    """The weight of a recorded action in Eq. 20, (S, B): how much likelier Eq. 12 makes it than mu_i does. With this
+    V_i they average to 1 under mu_i, and no exp(Q/T) can overflow. q is Q'_i, as log_mu (S, B, A); alpha (S, 1)."""
+    T = alpha + beta  # (S, 1)
+    scaled = (q + alpha[..., None] * log_mu) / T[..., None]
+    v_over_T = scaled.masked_fill(~avail, ILLEGAL).logsumexp(-1)  # (S, B)
+    return ((chosen(q, action) - beta * chosen(log_mu, action)) / T - v_over_T).exp().clamp(max=cap)
 
-    The weight of a recorded action is how much likelier Eq. 12 makes it than mu_i does. V_i is the normaliser
-    T log sum_a mu_i^(alpha/T) exp(Q'_i/T): the weights average to 1 under mu_i, and no exp(Q/T) can overflow.
-    """
-    with torch.no_grad():
-        T = alpha + beta  # (S, 1)
-        q = target(batch.state)  # (S, B, A)
-        scaled = (q + alpha[..., None] * batch.log_mu) / T[..., None]
-        v_over_T = scaled.masked_fill(~batch.avail, ILLEGAL).logsumexp(-1)  # (S, B)
-        log_weight = (chosen(q, batch.action) - beta * chosen(batch.log_mu, batch.action)) / T - v_over_T
-        weight = log_weight.exp().clamp(max=cap)
-    share = batch.valid / batch.valid.sum(1, keepdim=True)
-    kl = (batch.log_pi.exp() * (batch.log_pi - batch.log_mu)).sum(-1)
-    return -(share * weight * chosen(batch.log_pi, batch.action)).sum(1), (share * kl).sum(1).detach()
+
+def policy_loss(log_pi, log_mu, action, weight, valid):
+    """Eq. 20, for each seed: the loss (S,) and KL(pi_i || mu_i) (S,); valid (S, B) is 1 where there is a step."""
+    share, kl = valid / valid.sum(1, keepdim=True), (log_pi.exp() * (log_pi - log_mu)).sum(-1)
+    return -(share * weight * chosen(log_pi, action)).sum(1), (share * kl).sum(1).detach()
 
 
 # ---------------------------------------------------------------- update
@@ -490,16 +451,13 @@ def descend(adam, loss):
     adam.step(torch.autograd.grad(loss.sum(), adam.moved))
 
 
-def turn(i, team, seen, adams, data, behaviour, view, row_noise, step_noise, beta, improve, show, args):
-    """One update of agent i: its Q-function, and its policy if policies `improve` by now.
+def turn(i, team, seen, adams, data, behaviour, view, row_noise, step_noise, improve, args):
+    """One update of agent i, its Q-function and, if policies `improve` by now, its policy: diagnostics, (S,) tensors.
 
     Args:
-        seen: the teammates' policies; they are `team.policies`, or these as they were when the sweep began.
+        seen: the policies by which teammates are judged, `team.policies` or their copy from when the sweep began.
         view: the sweep's minibatch as `look` returns it, or None to draw one of its own by row_noise (S, B').
         step_noise: (S, B) in [0, 1), which resamples its steps.
-        show: whether the others still have to see what agent i does from now on.
-    Returns:
-        Diagnostics, a dictionary of (S,) tensors, and agent i's new log_pi (S, L - 1, B', A), or None.
     """
     N = len(team.policies)
     others = [j for j in range(N) if j != i]
@@ -516,36 +474,41 @@ def turn(i, team, seen, adams, data, behaviour, view, row_noise, step_noise, bet
     again = resample(ratio, step_noise) if args.resampling or args.recurrent else every
     log_mu = behaviour.log_mu[i]
     own = unroll([team.policies[i]], [i], rows, data)[0] if improve else recall(log_mu, rows)  # (S, L, B', A)
-    alpha, cql = team.alpha(args), args.cql * team.cool
+    alpha, beta, cql = team.alpha(args), team.beta, args.cql * team.left
 
     # Policy evaluation
-    batch = gather(i, again, rows, own.detach(), data, log_mu)
-    q_loss = critic_loss(team.critics[i], team.targets[i], batch, alpha, beta, args.gamma, cql)
+    row, after = now.gather(1, again), rows[:, 1:].flatten(1).gather(1, again)  # (S, B): where a step begins and ends
+    next_pi, next_mu = recall(own.detach()[:, 1:].flatten(1, 2), again), recall(log_mu, after)  # (S, B, A), logs
+    paid, next_q = (data.reward[row], data.done[row]), team.targets[i](data.state[after])
+    y = soft_target(next_q, next_pi, next_mu, *paid, alpha, beta, args.gamma)
+    taken = data.actions[row, i], data.avail[row, i]
+    q_loss = critic_loss(team.critics[i](data.state[row]), y, *taken, data.acted[row], cql)
     descend(adams["critics"][i], q_loss)
     with torch.no_grad():
         torch._foreach_lerp_(list(team.targets[i].parameters()), list(team.critics[i].parameters()), args.tau)
-    logs = {"q_loss": q_loss.detach(), "sample_size": ratio.sum(1) ** 2 / (ratio**2).sum(1)}
+    effective = ratio.sum(1) ** 2 / (ratio**2).sum(1)  # as many equally weighted steps would tell as much
+    logs = {"q_loss": q_loss.detach(), "sample_size": effective}
 
     # Policy improvement
     if improve:
-        batch = gather(i, again if args.actor_data == "resampled" else every, rows, own, data, log_mu)
-        pi_loss, kl = policy_loss(team.targets[i], batch, alpha, beta, args.weight_cap)
+        at = again if args.actor_data == "resampled" else every
+        row, own = now.gather(1, at), recall(own[:, :-1].flatten(1, 2), at)
+        action, mu, q = data.actions[row, i], recall(log_mu, row), team.targets[i](data.state[row])
+        weight = policy_weight(q, mu, action, data.avail[row, i], alpha, beta, args.weight_cap)
+        pi_loss, kl = policy_loss(own, mu, action, weight, data.acted[row])
         descend(adams["policies"][i], pi_loss)
         logs |= {"policy_loss": pi_loss.detach(), "kl": kl}
         if args.auto_alpha:
             descend(adams["alpha"], team.log_alpha.exp()[:, 0] * (args.kl_target - kl))  # Eq. 25
             with torch.no_grad():
                 team.log_alpha.clamp_(-12, 4)  # a target out of reach must not drive alpha to 0 or infinity
-    if not show:
-        return logs, None
-    with torch.no_grad():
-        return logs, unroll([team.policies[i]], [i], rows[:, :-1], data)[0]
+    return logs
 
 
-def update(team, adams, data, behaviour, noise, beta, order, improve, args, turn=turn, look=look):
+def update(team, adams, data, behaviour, noise, order, improve, args, turn=turn, look=look):
     """One sweep: every agent's turn, in this order, for all seeds; returns the diagnostics of the last turn.
 
-    beta is a () tensor. `turn` and `look` can be given in compiled form.
+    `turn` and `look` can be given in compiled form.
     """
     seen, view = team.policies, None
     if not args.sequential:  # "simultaneous": all see the policies as they are now
@@ -553,29 +516,24 @@ def update(team, adams, data, behaviour, noise, beta, order, improve, args, turn
         torch._foreach_copy_(list(seen.parameters()), [p.detach() for p in team.policies.parameters()])
     if args.recurrent:  # one minibatch serves the sweep
         view = look(range(len(order)), seen, data, behaviour, noise.rows[0], improve)
-    turns = [(i, k == args.inner - 1) for i in order for k in range(args.inner)]
-    for t, (i, last) in enumerate(turns):
-        show = args.recurrent and args.sequential and improve and last and i != order[-1]
+    turns = [i for i in order for _ in range(args.inner)]
+    for t, i in enumerate(turns):
         mine = None if args.recurrent else noise.rows[t]
-        logs, log_pi = turn(
-            i, team, seen, adams, data, behaviour, view, mine, noise.steps[t], beta, improve, show, args
-        )
-        if show:
-            view[1][i] = log_pi  # only agent i has moved
+        logs = turn(i, team, seen, adams, data, behaviour, view, mine, noise.steps[t], improve, args)
+        if args.recurrent and args.sequential and improve and turns[t + 1 :] and turns[t + 1] != i:
+            view[1].update(look([i], seen, data, behaviour, noise.rows[0], True)[1])  # only agent i has moved
     return logs
 
 
-def beta_at(step, args):
-    """The weight of the entropy in update `step`: held at first, then falling exponentially to its end in the last."""
+def schedule(team, adams, step, args):
+    """Set what changes from update to update. The weight of the entropy is held at first, then it falls exponentially,
+    to its end in the last one. What would make the last team a matter of luck falls at the end (--cooldown): first, to
+    a tenth, alpha (not with --auto-alpha) and the conservative weight together, as their ratio breaks ties; then, to 0,
+    the step sizes."""
     decay = max(0, step - args.beta_hold) / max(1, args.steps - 1 - args.beta_hold)
-    return args.beta * (args.beta_end / args.beta) ** decay if args.beta else 0.0
-
-
-def cool(team, adams, step, args):
-    """Let what would make the last team a matter of luck fall at the end: first, to a tenth, alpha and the conservative
-    weight together, as their ratio breaks ties; then, to 0, the step sizes. With --auto-alpha alpha stays."""
+    team.beta.fill_(args.beta * (args.beta_end / args.beta) ** decay if args.beta else 0.0)
     half = max(1.0, args.cooldown * args.steps / 2)
-    team.cool.fill_(0.1 ** min(1.0, max(0.0, (step - args.steps) / half + 2)) if args.cooldown else 1.0)
+    team.left.fill_(0.1 ** min(1.0, max(0.0, (step - args.steps) / half + 2)) if args.cooldown else 1.0)
     left = min(1.0, (args.steps - step) / half)
     for name, lr in (("critics", args.critic_lr), ("policies", args.policy_lr)):
         for each in adams[name]:
@@ -583,18 +541,18 @@ def cool(team, adams, step, args):
 
 
 @torch.no_grad()
-def semi_greedy(order, team, data, behaviour, uniform):
+def semi_greedy(order, team, data, noise):
     """A2PO's order of the agents (Wang et al., 2023), the same for all seeds.
 
     Every other place goes to the remaining agent with the largest mean |Q'_i(s,a_i) - E_pi Q'_i(s,.)| over a minibatch
     and all seeds, those between to the agents as they come in `order`. It waits for the device, once.
     """
-    rows, size = draw(uniform, data), []
-    every = torch.arange(rows[0, 1:].numel(), device=rows.device).expand(len(rows), -1)
+    rows, size = draw(noise, data), []
+    now = rows[:, :-1].flatten(1)  # (S, K)
     for i, log_pi in enumerate(unroll(team.policies, range(len(order)), rows, data)):
-        batch = gather(i, every, rows, log_pi, data, behaviour.log_mu[i])
-        q = team.targets[i](batch.state)
-        size.append(((chosen(q, batch.action) - (batch.log_pi.exp() * q).sum(-1)).abs() * batch.valid).sum())
+        q = team.targets[i](data.state[now])  # (S, K, A)
+        mean = (log_pi[:, :-1].flatten(1, 2).exp() * q).sum(-1)
+        size.append(((chosen(q, data.actions[now, i]) - mean).abs() * data.acted[now]).sum())
     left, order, size = list(order), [], torch.stack(size).tolist()
     while left:
         order.append(left[0] if len(order) % 2 else max(left, key=size.__getitem__))
@@ -603,7 +561,7 @@ def semi_greedy(order, team, data, behaviour, uniform):
 
 
 # ---------------------------------------------------------------- behaviour
-def clone_loss(team, data, rows, step_noise, args):
+def clone_loss(team, data, rows, args, step_noise=None):
     """For each seed, (S,): the loss of mu_i of each agent (Eq. 21) and of the teammate model (Eq. 22) on the sequences
     rows (S, L, B'); with a memory step_noise (S, B) draws the steps that the teammate model learns from."""
     agents, rows = range(len(team.mus)), rows[:, :-1]  # (S, L - 1, B')
@@ -614,48 +572,36 @@ def clone_loss(team, data, rows, step_noise, args):
     loss = -(own * valid).sum(1) / valid.sum(1)
     prior = None
     if args.recurrent:  # some of the steps are enough for the teammate model
-        seed, at = torch.arange(len(rows), device=rows.device)[:, None], resample(valid, step_noise)
-        rows, prior = rows.gather(1, at), log_mu.detach().movedim(0, 2)[seed, at]  # (S, B), (S, B, N, A)
+        at = resample(valid, step_noise)
+        rows, prior = rows.gather(1, at), recall(log_mu.detach().movedim(0, 2), at)  # (S, B), (S, B, N, A)
     known = data.state[rows], data.avail[rows], data.actions[rows]
     for i in agents:
         loss = loss - teammate_log_prob(team.teammates, *known, i, prior).mean(1)
     return loss
 
 
-def clone_update(team, adam, data, row_noise, step_noise, args):
+def clone_update(team, adam, data, args, row_noise, step_noise=None):
     """One update of the behaviour on sequences that row_noise (S, B') draws."""
-    descend(adam, clone_loss(team, data, draw(row_noise, data), step_noise, args))
+    descend(adam, clone_loss(team, data, draw(row_noise, data), args, step_noise))
 
 
-def clone(team, data, generators, args, clone_update=clone_update, held=None):
+def clone(team, data, generators, args, clone_update=clone_update, judge=None):
     """Fit the behaviour before anything else, start the policies from it, and return it as a `Behaviour`.
 
-    held (Q,) bool are sequences to judge by: each seed keeps the models, of every 250 updates, that find them
-    likeliest, and stops once 1,000 updates bring no better ones.
+    judge: a `data.layout.Judge`, which holds episodes back and ends it when these get no likelier.
     """
     adam, S = Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr), args.num_seeds
-    learned = data if held is None else data._replace(sequences=data.sequences[~held])
-    kept = [p.detach().clone() for p in adam.moved]
-    best, since = kept[0].new_full((S,), math.inf), kept[0].new_zeros(S)
+    learned = data._replace(sequences=judge.rest) if judge else data
+    sizes = [args.sequences, args.clone_batch] if args.recurrent else [args.clone_batch]
+    even = torch.linspace(0, 0.999, args.clone_batch, device=data.obs.device).expand(S, -1)
+
+    def held_loss():
+        return clone_loss(team, data, judge.held.mT.expand(S, -1, -1), args, even)
+
     for step in range(1, args.clone_steps + 1):
-        row_noise, step_noise = uniform(generators, args.sequences if args.recurrent else args.clone_batch), None
-        if args.recurrent:
-            step_noise = uniform(generators, args.clone_batch)
-        clone_update(team, adam, learned, row_noise, step_noise, args)
-        if held is None or (step % 250 and step < args.clone_steps):
-            continue
-        with torch.no_grad():
-            even = torch.linspace(0, 0.999, args.clone_batch, device=row_noise.device).expand(S, -1)
-            loss = clone_loss(team, data, data.sequences[held].mT.expand(S, -1, -1), even, args)
-            better = (loss < best) & (since < 4)  # (S,) a seed that got no better in 1,000 updates is done
-            best, since = torch.where(better, loss, best), torch.where(better, 0, since + 1)
-            for old, new in zip(kept, adam.moved):
-                old[better] = new[better]
-        if (since >= 4).all():
+        clone_update(team, adam, learned, args, *(uniform(generators, size) for size in sizes))
+        if judge and judge.over(step, adam.moved, held_loss):
             break
-    if held is not None:
-        with torch.no_grad():
-            torch._foreach_copy_(adam.moved, kept)
     team.policies.load_state_dict(team.mus.state_dict())  # a cloned team is a good place to start from
     return tabulate(team, data, args)
 
@@ -685,153 +631,119 @@ if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists()
     import envs
     from data import layout, runs
     from envs.bridge import draw_strips
-    from envs.matrix import draw_joints
+    from envs.matrix import draw_policies
 elif __name__ == "__main__":
     sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
 
 
 def preset(args):
     """What differs from Bridge's values, above, in the other environments; each value can be set by its flag."""
-    env, task = args.env, args.task
+    env, task, values = args.env, args.task or {"smac": "5m_vs_6m", "matrix": "xor"}.get(args.env, ""), {}
     if env == "smac":
-        task = task or "5m_vs_6m"
+        count = max(2, 560 // envs.make(env, task).time_limit)  # so that they hold some 500 steps
         values = dict(dataset="medium-replay", num_seeds=3, steps=2500, warmup=1500, eval_every=500, recurrent=True)
-        values |= dict(one_hot=False, alpha=0.4, beta=0.0, batch_size=512, critic_lr=2e-3, tau=0.05)
+        values |= dict(one_hot=False, alpha=0.4, beta=0.0, batch_size=512, critic_lr=2e-3, sequences=count)
         values |= dict(clone_steps=2000, clone_lr=1e-3, cooldown=0.0)
-        values |= dict(sequences=max(2, 560 // envs.make("smac", task).time_limit))  # so that they hold some 500 steps
-        return values | dict(env=env, task=task)
-    if env == "bridge":
-        return dict(env=env, task=task)
-    if env != "matrix":  # not ours: weights in units of the spread of the data's returns
-        found = datasets.load("", "", args.dataset)
-        unit, seen = found.returns.std(correction=0).item() or 1.0, found.obs[found.mask.any(1)]
-        cells = all(bool((x == x.round()).all()) for x in (seen, found.state)) and len(seen.unique()) <= 20
-        values = dict(env=env, task=task, dataset="", num_seeds=3, one_hot=cells, alpha=0.05 * unit, beta=0.01 * unit)
+    elif env == "matrix":
+        payoff, name = envs.make(env, task).payoff, "aa-ab-ba" if task == "xor" else datasets.names(env, task)[-1]
+        values = dict(dataset=name, steps=1500, one_hot=False, clone_lr=1e-3, cooldown=0.0)
+        if task in ("xor", "coordination"):  # conventions that pay the same; a tie breaks where alpha + beta < cql / 2
+            values |= dict(beta=0.1, cql=0.5, actor_data="resampled", batch_size=64, policy_lr=5e-4, critic_lr=1e-3)
+            values |= dict(clone_steps=300)
+        else:  # unequal ones: beta starts at the largest difference between payoffs, the other weights in proportion
+            unit = (payoff.max() - payoff.min()).item() / 200 or 1.0
+            values |= dict(alpha=unit, beta=200 * unit, beta_end=0.1 * unit, cql=5 * unit, beta_hold=500, warmup=200)
+            values |= dict(batch_size=256, weight_cap=1000.0, ratio_cap=1000.0, clone_batch=256)
+    elif env != "bridge":  # not ours: weights in units of the spread of the data's returns
+        unit, cells = layout.scales(datasets.load("", "", args.dataset))
+        values = dict(dataset="", num_seeds=3, one_hot=cells, alpha=0.05 * unit, beta=0.01 * unit)
         values |= dict(beta_end=0.001 * unit, cql=0.02 * unit, warmup=1000, clone_steps=50_000, hold_back=0.1)
         values |= dict(batch_size=256, clone_lr=1e-3, clone_batch=256, critic_lr=1e-3, cooldown=0.4)
-        return values | dict(eval_every=1000, eval_episodes=10)
-    task = task or "xor"
-    payoff = envs.make("matrix", task).payoff
-    values = dict(dataset=datasets.names("matrix", task)[-1], steps=1500, one_hot=False, clone_lr=1e-3)
-    values |= dict(critic_lr=1e-3, cooldown=0.0)
-    if task in ("xor", "coordination"):  # conventions that pay the same; a tie breaks where alpha + beta < cql / 2
-        values |= dict(beta=0.1, cql=0.5, actor_data="resampled", batch_size=64, policy_lr=5e-4, clone_steps=300)
-    else:  # unequal ones: beta starts at the largest difference between payoffs, the other weights in proportion
-        unit = (payoff.max() - payoff.min()).item() / 200 or 1.0
-        values |= dict(alpha=unit, beta=200 * unit, beta_end=0.1 * unit, cql=5 * unit, beta_hold=500, warmup=200)
-        values |= dict(batch_size=256, critic_lr=3e-3, weight_cap=1000.0, ratio_cap=1000.0, clone_batch=256)
-    return values | (dict(dataset="aa-ab-ba") if task == "xor" else {}) | dict(env=env, task=task)
+        values |= dict(eval_every=1000, eval_episodes=10)
+    return values | dict(env=env, task=task)
 
 
 def arrange(dataset, args):
-    """The dataset as `Data`, and the function that turns observations (..., N, O) and everybody's last actions, one-hot
-    (..., N, A), 0 for none, into the policies' inputs. Raises ValueError for a single agent."""
+    """The dataset as `Data`, and the function that makes the policies' inputs of what a game shows: `layout.teams`.
+    Raises ValueError for a single agent."""
     if dataset.obs.shape[2] < 2:
         raise ValueError("InSPO is for two agents or more, and here is one")
-    dtype, rows = torch.get_default_dtype(), layout.rows(dataset, blank=True)
-    A, R = rows["avail_actions"].shape[-1], len(rows["obs"])
-    cells = layout.one_hot(rows["obs"][:-1].flatten(0, 1)) if args.one_hot else lambda obs: obs.to(dtype)
-    state = layout.one_hot(rows["state"][:-1])(rows["state"]) if args.one_hot else rows["state"]
-
-    def encode(obs, last):
-        seen = cells(obs)
-        return torch.cat([seen, last], -1) if args.recurrent else seen
-
-    last = F.one_hot(layout.last_actions(rows["actions"], rows["first"]) + 1, A + 1)[..., 1:].to(dtype)
-    obs = encode(rows["obs"], last)
-    whole = args.recurrent
-    sequences = layout.pack(dataset.lengths + 1, R - 1) if whole else layout.pairs(rows["start"])
-    rest = (rows[name] for name in ("avail_actions", "actions", "reward", "done", "acted", "first"))
-    return Data(obs, state, *rest, sequences), encode
+    tensors, encode = layout.teams(dataset, args, whole=args.recurrent)
+    return Data(*tensors), encode
 
 
-def act(policy, hidden, encode, obs, avail, memory, clocks=None):
-    """What the teams do in B games of each seed, and their memory: what the GRU knows and the last action, one-hot.
+def player(policies, encode):
+    """The teams of all seeds as they play: a `data.team.Player`."""
+    policy, N = together(policies), len(policies)
 
-    policy is `together`'s; obs (S, B, N, O), avail (S, B, N, A), memory (S, B, N, hidden + A), or (S, B, N, 0) without
-    one -> actions (S, B, N), memory. Greedy without exponential clocks (S, B, N, A).
-    """
-    S, B, N, A = avail.shape
-    h, last = memory.split([hidden, memory.shape[-1] - hidden], -1)
-    x, mask, h = (each.movedim(2, 0).flatten(0, 1) for each in (encode(obs, last), avail, h))  # (N S, B, ...)
-    goes_on = torch.zeros(N * S, 1, B, dtype=torch.bool, device=obs.device)
-    log_pi, h = log_probs(policy, x[:, None], mask[:, None], goes_on, h)
-    log_pi = log_pi[:, 0].unflatten(0, (N, S)).movedim(0, 2)  # (S, B, N, A)
-    action = (log_pi if clocks is None else log_pi - clocks.log()).argmax(-1)  # which clock rings first is a draw
-    if hidden:
-        memory = torch.cat([h.unflatten(0, (N, S)).movedim(0, 2), F.one_hot(action, A).to(h.dtype)], -1)
-    return action, memory
+    def think(*seen):  # x, avail, h
+        x, avail, h = (each.movedim(2, 0).flatten(0, 1) for each in seen)  # (N S, B, ...)
+        goes_on = torch.zeros(len(x), 1, x.shape[1], dtype=torch.bool, device=x.device)
+        log_pi, h = policy(x[:, None], avail[:, None], goes_on, h)
+        return (each.unflatten(0, (N, -1)).movedim(0, 2) for each in (log_pi[:, 0], h))  # (S, B, N, ...)
+
+    return runs.Player(think, encode, N, policies[0].outputs, policies[0].hidden)
 
 
 def evaluate(policies, encode, args, step, episodes, device, film=None):
     """Scores (S, E) of the teams of all seeds, greedily and by sampling, and what happened: `runs.score`."""
-    policy, hidden, A = together(policies), policies[0].hidden, policies[0].outputs
-    shapes = hidden + A * (hidden > 0), (-1, len(policies), A)  # of an agent's memory and a seed's clocks
-    return runs.score(lambda *seen: act(policy, hidden, encode, *seen), args, step, episodes, device, *shapes, film)
+    teams = player(policies, encode)
+    return runs.score(teams, args, step, episodes, device, teams.memory, teams.clocks, film)
 
 
+@torch.no_grad()
 def draw_pictures(args, team, data, dataset, films, seeds):
     """What the teams came to: on Bridge film strips, in a game of two agents the tables of their joint actions."""
-    if args.env == "bridge" and films["InSPO"]:  # the first seed's first game
+    if args.env == "bridge" and films["InSPO"]:
         strips = {"cloned team": films["behavioural cloning"][1], "InSPO": films["InSPO"][0]}  # sampled, greedy
-        strips = {name: film["state"][0, : int(film["mask"][0].sum()) + 1].cpu() for name, film in strips.items()}
         return {"policy.png": draw_strips(strips)}, {}
     if args.env != "matrix" or len(team.policies) != 2:
         return {}, {}
-    with torch.no_grad():
-        one = torch.zeros(len(seeds), 1, 1, dtype=torch.int64, device=data.obs.device)
-        pi = unroll(team.policies, range(2), one, data)[:, :, 0].exp()  # (2, S, 1, A)
-    joint = (pi[0].mT * pi[1]).cpu()  # (S, A, A)
-    tables = {"dataset": dataset.joint_actions()} | {f"seed {s}": p for s, p in zip(seeds, joint[:5])}
-    return {"policy.png": draw_joints(tables)}, {"joint_policy": joint.tolist()}
+    one = torch.zeros(len(seeds), 1, 1, dtype=torch.int64, device=data.obs.device)  # a row: there is one state
+    figure, joint = draw_policies(unroll(team.policies, range(2), one, data)[:, :, 0, 0].exp(), dataset, seeds)
+    return {"policy.png": figure}, {"joint_policy": joint.tolist()}
 
 
 def main(args):
     """Train, evaluate and fill the run folder; returns what summary.json holds."""
     run = runs.Run("inspo", args)
     device = run.device
-    if args.backend == "sc2":
-        envs.make(args.env, args.task, device=device, backend="sc2").close()  # complain now if there is no such game
     dataset = run.load(True, episodes=args.episodes)
     data, encode = arrange(dataset, args)
-    (_, N, A), I, D = data.avail.shape, data.obs.shape[-1], data.state.shape[-1]
-    team = Team(N, A, I, D, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
-    adams = optimizers(team, args)
+    team = Team(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
+    adams, N = optimizers(team, args), data.avail.shape[1]
     shared, own = torch.Generator().manual_seed(0), [runs.stream(seed, 2, device) for seed in run.seeds]
     steps = {"turn": run.compile(turn), "look": run.compile(look)}
     if run.begin(team=team, adams=list(adams.values()), generators=[shared, *own]):
         behaviour = tabulate(team, data, args)
     else:
         generators = [runs.stream(seed, 1, device) for seed in run.seeds]
-        held = layout.hold_back(args.hold_back, data.sequences[:, 0], dataset.lengths)
-        behaviour = clone(team, data, generators, args, run.compile(clone_update), held)
+        judge = layout.judge(args, data.sequences, dataset.lengths)
+        behaviour = clone(team, data, generators, args, run.compile(clone_update), judge)
 
     if args.steps <= args.warmup:
         runs.say(f"note: only the Q-functions learn, as --steps {args.steps} are not more than --warmup {args.warmup}")
-    beta = torch.zeros((), device=device)
     logs = {name: torch.zeros(args.num_seeds, device=device) for name in ("q_loss", "policy_loss", "kl", "sample_size")}
     for step in run.steps(args.steps, args.eval_every):
         if run.due(logs):
             scores = evaluate(team.policies, encode, args, step, args.eval_episodes, device)
             run.record(logs | {"alpha": team.alpha(args)[:, 0]}, {name: x.mean(1) for name, x in scores.items()})
         if step < args.steps:
-            beta.fill_(beta_at(step, args))
-            cool(team, adams, step, args)
+            schedule(team, adams, step, args)
             order = torch.randperm(N, generator=shared).tolist()
             if args.order == "semi-greedy":
                 size = args.sequences if args.recurrent else args.batch_size
-                order = semi_greedy(order, team, data, behaviour, uniform(own, size))
+                order = semi_greedy(order, team, data, uniform(own, size))
             order = sorted(order) if args.order == "fixed" else order
             noise = draw_noise(own, N, args)
-            logs |= update(team, adams, data, behaviour, noise, beta, order, step >= args.warmup, args, **steps)
+            logs |= update(team, adams, data, behaviour, noise, order, step >= args.warmup, args, **steps)
 
     scores, films, E = {}, {"InSPO": [], "behavioural cloning": []}, 10 * args.eval_episodes
     for policies, (name, film) in zip((team.policies, team.mus), films.items()):
         scores[name] = evaluate(policies, encode, args, args.steps, E, device, film if args.env == "bridge" else None)
     figures, more = draw_pictures(args, team, data, dataset, films, run.seeds)
-    others = {"behavioural cloning": ("cloned_", scores["behavioural cloning"])}
-    policy, hidden = together(team.policies), team.policies[0].hidden
-    run.keep_team(lambda *seen: act(policy, hidden, encode, *seen), dataset.obs.shape[2:], A, hidden + A * (hidden > 0))
+    others, teams = {"behavioural cloning": ("cloned_", scores["behavioural cloning"])}, player(team.policies, encode)
+    run.keep_team(teams, dataset.obs.shape[2:], teams.A, teams.memory)
     return run.finish("InSPO", scores["InSPO"], dataset, run.best, others, figures, **more)
 
 

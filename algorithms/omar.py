@@ -387,44 +387,29 @@ def preset(args):
 
 
 def arrange(dataset, args):
-    """The dataset as `Data`, and the function that turns observations (..., N, O) and everybody's last actions, one-hot
-    (..., N, A), 0 for none, into the policies' inputs. Raises ValueError for continuous actions."""
+    """The dataset as `Data`, and the function that makes the policies' inputs of what a game shows: `layout.teams`.
+    Raises ValueError for continuous actions."""
     if dataset.avail_actions is None:
         raise ValueError("this form of OMAR is for discrete actions, and these are continuous: see td3_bc.py")
-    dtype, rows = torch.get_default_dtype(), layout.rows(dataset, blank=True)
-    A, R = rows["avail_actions"].shape[-1], len(rows["obs"])
-    see, see_state = (layout.inputs(rows[name][:-1], args) for name in ("obs", "state"))
-
-    def encode(obs, last):
-        return torch.cat([see(obs), last], -1) if args.recurrent else see(obs)
-
-    last = F.one_hot(layout.last_actions(rows["actions"], rows["first"]) + 1, A + 1)[..., 1:].to(dtype)
-    inputs = encode(rows["obs"], last), see_state(rows["state"])
-    rest = (rows[name] for name in ("avail_actions", "actions", "reward", "done", "acted", "first"))
-    return Data(*inputs, *rest, layout.pack(dataset.lengths + 1, R - 1)), encode
+    tensors, encode = layout.teams(dataset, args)
+    return Data(*tensors), encode
 
 
-def act(policies, encode, obs, avail, memory, clocks=None):
-    """What the teams do in B games of each seed, and their memory: what a GRU knows and the last action, one-hot.
+def player(policies, encode):
+    """The teams of all seeds as they play: a `data.team.Player`."""
 
-    obs (S, B, N, O), avail (S, B, N, A), memory (S, B, N, H + A), or (S, B, N, 0) without one -> (S, B, N), memory.
-    Greedy without exponential clocks (S, B, N, A).
-    """
-    S, B, N, A = avail.shape
-    h, last = memory.split([policies.hidden, memory.shape[-1] - policies.hidden], -1)
-    goes_on = torch.zeros(S, 1, B, dtype=torch.bool, device=obs.device)
-    log_pi, h = policies(encode(obs, last)[:, None], avail[:, None], goes_on, h.transpose(1, 2))
-    log_pi = log_pi[:, 0]  # (S, B, N, A)
-    action = (log_pi if clocks is None else log_pi - clocks.log()).argmax(-1)  # which clock rings first is a draw
-    if policies.hidden:
-        memory = torch.cat([h.transpose(1, 2), F.one_hot(action, A).to(h.dtype)], -1)
-    return action, memory
+    def think(x, avail, h):
+        goes_on = torch.zeros(len(x), 1, x.shape[1], dtype=torch.bool, device=x.device)
+        log_pi, h = policies(x[:, None], avail[:, None], goes_on, h.transpose(1, 2))
+        return log_pi[:, 0], h.transpose(1, 2)
+
+    return runs.Player(think, encode, policies.N, policies.A, policies.hidden)
 
 
 def evaluate(policies, encode, args, step, episodes, device):
     """Scores (S, E) of the teams of all seeds, greedily and by sampling: `runs.score`."""
-    memory, clocks = policies.hidden + policies.A * (policies.hidden > 0), (-1, policies.N, policies.A)
-    return runs.score(lambda *seen: act(policies, encode, *seen), args, step, episodes, device, memory, clocks)
+    teams = player(policies, encode)
+    return runs.score(teams, args, step, episodes, device, teams.memory, teams.clocks)
 
 
 def main(args):
@@ -449,8 +434,8 @@ def main(args):
             logs = learn(team, adams, data, draw_rows(generators, data, args), args)
 
     scores = evaluate(policies, encode, args, args.steps, 10 * args.eval_episodes, device)
-    views, memory = dataset.obs.shape[2:], policies.hidden + policies.A * (policies.hidden > 0)
-    run.keep_team(lambda *seen: act(policies, encode, *seen), views, policies.A, memory, policies)
+    teams = player(policies, encode)
+    run.keep_team(teams, dataset.obs.shape[2:], policies.A, teams.memory, policies)
     return run.finish("OMAR" if args.omar else "independent actor-critic with CQL", scores, dataset, run.best)
 
 

@@ -5,6 +5,7 @@ N agents, A actions (or entries of an action), O observation, D state, I inputs.
 """
 
 import torch
+import torch.nn.functional as F
 
 
 def rows(dataset, dtype=None, blank=False):
@@ -95,6 +96,43 @@ def hold_out(share, start, lengths, generator):
     return torch.isin(episode, chosen)
 
 
+class Judge:
+    """Held-back episodes by which cloning is judged, every 250 updates: each seed keeps its likeliest models, and is
+    done when 1,000 updates brought no better ones.
+
+    Attributes:
+        held, rest: (Q, ...) the sequences, or steps, to judge by and to learn from.
+    """
+
+    def __init__(self, chosen, sequences, last):
+        self.held, self.rest, self.last, self.kept = sequences[chosen], sequences[~chosen], last, None
+
+    @torch.no_grad()
+    def over(self, step, moved, loss):
+        """After update `step` of the parameters `moved` (S, ...), `last` at most: whether all seeds are done. If so,
+        each has its likeliest models back. loss: function without arguments, which returns each seed's (S,)."""
+        if step % 250 and step < self.last:
+            return False
+        found = loss()
+        if self.kept is None:
+            self.kept = [p.detach().clone() for p in moved]
+            self.best, self.since = torch.full_like(found, torch.inf), torch.zeros_like(found)
+        better = (found < self.best) & (self.since < 4)
+        self.best, self.since = torch.where(better, found, self.best), torch.where(better, 0, self.since + 1)
+        for old, new in zip(self.kept, moved):
+            old[better] = new[better]
+        over = step == self.last or bool((self.since >= 4).all())
+        if over:
+            torch._foreach_copy_(moved, self.kept)
+        return over
+
+
+def judge(args, sequences, lengths):
+    """The `Judge` of what is cloned with `--hold-back` from sequences (Q, L) of rows, or steps (M,); or None."""
+    chosen = hold_back(args.hold_back, sequences if sequences.dim() == 1 else sequences[:, 0], lengths)
+    return None if chosen is None else Judge(chosen, sequences, args.clone_steps)
+
+
 def age(lengths):
     """The steps since each row's episode began, and those still to come: lengths (E,), in steps -> (R,), (R,)."""
     begin = (lengths + 1).cumsum(0) - lengths - 1  # (E,) each episode's first row
@@ -118,6 +156,36 @@ def last_actions(actions, first):
     return torch.where(first[:, None], -1, actions.roll(1, 0))
 
 
+def teams(dataset, args, whole=True):
+    """What teams of discrete actions, with a memory or without, learn from: nine tensors, and how to see a game.
+
+    Args:
+        whole: sequences are whole episodes end to end, padded (`pack`); else each step's two rows (`pairs`).
+    Returns:
+        obs (R, N, I), with `args.recurrent` everybody's last action behind it; state (R, D); avail_actions, actions,
+        reward, done, acted and first as in `rows`, the last row blank; sequences (Q, L) of row numbers.
+        The function that turns observations (..., N, O) and last actions, one-hot (..., N, A), 0 for none, into obs.
+    """
+    found = rows(dataset, blank=True)
+    A, R = found["avail_actions"].shape[-1], len(found["obs"])
+    see, see_state = (inputs(found[name][:-1], args) for name in ("obs", "state"))
+
+    def encode(obs, last):
+        return torch.cat([see(obs), last], -1) if args.recurrent else see(obs)
+
+    last = F.one_hot(last_actions(found["actions"], found["first"]) + 1, A + 1)[..., 1:]
+    obs = encode(found["obs"], last.to(torch.get_default_dtype()))
+    rest = (found[name] for name in ("avail_actions", "actions", "reward", "done", "acted", "first"))
+    sequences = pack(dataset.lengths + 1, R - 1) if whole else pairs(found["start"])
+    return (obs, see_state(found["state"]), *rest, sequences), encode
+
+
+def scales(dataset):
+    """The spread of the returns, or 1 if there is none, and whether views and states are cells of a small grid."""
+    whole = all(bool((x == x.round()).all()) for x in (dataset.obs, dataset.state))
+    return dataset.returns.std(correction=0).item() or 1.0, whole and len(dataset.obs.unique()) <= 20
+
+
 def units(x):
     """The mean and the spread of each entry of x (R, ...), to measure it in; a spread is at least 1e-3."""
     std, mean = torch.std_mean(x, 0)
@@ -130,7 +198,7 @@ def inputs(x, args):
     if args.one_hot:
         return one_hot(x.flatten(0, -2))
     dtype = torch.get_default_dtype()
-    if not args.normalize:
+    if not getattr(args, "normalize", False):
         return lambda raw: raw.to(dtype)
     std, mean = torch.std_mean(x, 0, correction=0)
     return lambda raw: (raw.to(dtype) - mean) / std.clamp(min=1e-3)

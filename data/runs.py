@@ -45,7 +45,7 @@ from data.folder import device_name, provenance, refuse_taken, slug, take_folder
 from data.results import (  # noqa: F401
     draw_curves, draw_open_loop, over_seeds, save, save_csv, save_figure, save_json, save_tensors, table_text,
 )  # fmt: skip
-from data.team import save_team
+from data.team import Player, save_team  # noqa: F401
 from envs.play import play
 
 MAY_CHANGE = {"resume", "out_dir", "device", "threads", "compile", "track"}  # what `--resume` lets a user change
@@ -101,6 +101,8 @@ class Run:
             ValueError, OSError: no such dataset or environment, or they do not fit.
         """
         args = self.args
+        if getattr(args, "backend", "torch") != "torch":
+            envs.make(args.env, args.task, backend=args.backend).close()  # complain now if there is no such game
         made = game_options(args) if args.eval_episodes or args.env in envs.TASKS else None
         dataset = collect.load(args.env, args.task, args.dataset, self.device, options=made, **options)
         if discrete is not None and discrete == dataset.actions.is_floating_point():

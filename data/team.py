@@ -5,10 +5,34 @@ import warnings
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.export import Dim
 from torch.export.passes import move_to_device_pass
 
 from data.results import save
+
+
+class Player:
+    """How teams of discrete actions play: the `act` of `runs.score`, with its shapes `memory` and `clocks`.
+
+    Args:
+        think: function of inputs (S, B, N, I), avail (S, B, N, A) and what a GRU knows (S, B, N, H), which returns the
+            actions' log-probabilities or values (S, B, N, A) and what the GRU knows now.
+        encode: what makes inputs of observations (S, B, N, O) and last actions, one-hot (S, B, N, A).
+        sizes: N, A and H; without a memory H is 0, and nobody remembers the last action either.
+    """
+
+    def __init__(self, think, encode, *sizes):
+        self.think, self.encode, (N, self.A, self.H) = think, encode, sizes
+        self.memory, self.clocks = self.H + self.A * (self.H > 0), (-1, N, self.A)
+
+    def __call__(self, obs, avail, memory, clocks=None):
+        """obs (S, B, N, O), avail (S, B, N, A), memory (S, B, N, `memory`) -> actions (S, B, N), memory. Greedy without
+        exponential clocks (S, B, N, A)."""
+        h, last = memory.split([self.H, self.memory - self.H], -1)
+        values, h = self.think(self.encode(obs, last), avail, h)
+        action = (values if clocks is None else values - clocks.log()).argmax(-1)  # which clock rings first is a draw
+        return action, torch.cat([h, F.one_hot(action, self.A).to(h.dtype)], -1) if self.H else memory
 
 
 class Teams(nn.Module):

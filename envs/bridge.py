@@ -110,7 +110,8 @@ class Bridge(VectorEnv):
 
 
 def draw_strips(films, frames=9):
-    """A figure with one film strip for each {name: states (T+1, 8)}: agents are discs, their goals rings."""
+    """A figure with the first game of each {name: `Played.film`} as a strip: agents are discs, their goals rings."""
+    films = {name: film["state"][0, : int(film["mask"][0].sum()) + 1].cpu() for name, film in films.items()}
     figure = Figure(figsize=(1.55 * frames, 1.3 * len(films)), layout="constrained")
     for row, (name, film) in zip(figure.subplots(len(films), frames, squeeze=False), films.items()):
         for t, axes in enumerate(row):

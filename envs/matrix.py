@@ -108,6 +108,13 @@ def draw_joints(tables):
     return figure
 
 
+def draw_policies(pi, dataset, seeds):
+    """The joint actions of two agents' policies pi (2, S, A): a figure of the dataset's and the first five seeds', and
+    of all seeds the probabilities (S, A, A)."""
+    joint = (pi[0, :, :, None] * pi[1, :, None]).cpu()
+    return draw_joints({"dataset": dataset.joint_actions()} | {f"seed {s}": p for s, p in zip(seeds, joint[:5])}), joint
+
+
 def read_payoff(task):
     """The payoff tensor (A_0, ..., A_{N-1}) float32 of a task name or of a table; see `MatrixGame`."""
     table = MATRIX_TASKS.get(task, task) if isinstance(task, str) else task

@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import SHARED, load_script
 
+from data import layout
+
 alberdice = load_script("alberdice")
 S, N, A, M, B = 2, 3, 4, 40, 16
 REAL = SHARED / "alberdice_bridge_optimal"
@@ -199,7 +201,7 @@ def test_clones_are_kept_where_held_back_steps_are_likeliest(float64):
     seed, seeds = 8, (3, 8)
     held = torch.arange(M) % 2 == 0
     data, args, team, _ = made(seeds, clone_steps=3000, clone_lr=1e-2)
-    alberdice.clone(team, data, streams(seeds), args, held=held)
+    alberdice.clone(team, data, streams(seeds), args, judge=layout.Judge(held, data.steps, args.clone_steps))
     found = team.state_dict()
 
     data, args, team, _ = made((seed,), clone_lr=1e-2)

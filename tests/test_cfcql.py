@@ -371,7 +371,7 @@ def test_an_unavailable_action_is_never_taken():
     rows = torch.arange(len(found.obs) - 1)
     obs, avail = found.obs[rows].expand(S, -1, -1, -1), found.avail[rows].expand(S, -1, -1, -1)
     some = found.avail[rows].any(-1).all(-1)
-    action, _ = cfcql.act(team.agents, lambda obs, last: obs, obs, avail, torch.zeros(S, len(rows), N, 0))
+    action, _ = cfcql.player(team.agents, lambda obs, last: obs)(obs, avail, torch.zeros(S, len(rows), N, 0))
     assert cfcql.chosen(avail, action)[:, some].all()
 
 

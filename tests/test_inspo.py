@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
+from typing import NamedTuple
 
 import h5py
 import pytest
@@ -42,6 +43,35 @@ def streams(seed=0, count=S):
     return [torch.Generator().manual_seed(seed + s) for s in range(count)]
 
 
+class Batch(NamedTuple):
+    """What agent i needs of B recorded steps, for each seed; log_pi and next_log_pi are its own policy's."""
+
+    state: torch.Tensor  # (S, B, D)
+    avail: torch.Tensor  # (S, B, A) bool
+    log_mu: torch.Tensor  # (S, B, A)
+    next_state: torch.Tensor
+    next_log_mu: torch.Tensor
+    action: torch.Tensor  # (S, B)
+    reward: torch.Tensor  # (S, B)
+    done: torch.Tensor  # (S, B)
+    valid: torch.Tensor  # (S, B)
+    log_pi: torch.Tensor  # (S, B, A)
+    next_log_pi: torch.Tensor
+
+
+def critic_loss(critic, target, batch, alpha, beta, gamma, cql):
+    """Eqs. 15 and 24 of a critic and its target."""
+    next_q, logs = target(batch.next_state), (batch.next_log_pi, batch.next_log_mu)
+    y = inspo.soft_target(next_q, *logs, batch.reward, batch.done, alpha, beta, gamma)
+    return inspo.critic_loss(critic(batch.state), y, batch.action, batch.avail, batch.valid, cql)
+
+
+def policy_loss(target, batch, alpha, beta, cap):
+    """Eq. 20 of a target."""
+    weight = inspo.policy_weight(target(batch.state), batch.log_mu, batch.action, batch.avail, alpha, beta, cap)
+    return inspo.policy_loss(batch.log_pi, batch.log_mu, batch.action, weight, batch.valid)
+
+
 def random_batch(seed=0):
     """A `Batch` of random numbers in which some actions are not available."""
     g = torch.Generator().manual_seed(seed)
@@ -61,7 +91,7 @@ def random_batch(seed=0):
     )
     valid = (torch.rand(S, B, generator=g) > 0.3).double()
     valid[:, 0] = 1
-    return inspo.Batch(
+    return Batch(
         state=normal(S, B, D), avail=avail, log_mu=log_mu, next_state=normal(S, B, D), next_log_mu=next_log_mu,
         action=action, reward=normal(S, B), done=(torch.rand(S, B, generator=g) > 0.7).double(), valid=valid,
         log_pi=log_pi.requires_grad_(), next_log_pi=next_log_pi.requires_grad_(),
@@ -90,7 +120,7 @@ def test_critic_loss_is_equation_24(float64):
     batch, (critic, target) = random_batch(), networks()
     alpha, beta, gamma, cql = torch.tensor([[0.1], [0.5], [2.0]]), torch.tensor(0.3), 0.9, 0.7
     q, q_next = critic(batch.state), target(batch.next_state)
-    found = inspo.critic_loss(critic, target, batch, alpha, beta, gamma, cql)
+    found = critic_loss(critic, target, batch, alpha, beta, gamma, cql)
     for s in range(S):
         total, steps = 0.0, 0
         for b in range(B):
@@ -118,7 +148,7 @@ def test_conservative_term_pushes_unseen_actions_down(float64):
     batch = batch._replace(reward=torch.zeros(S, B), done=torch.ones(S, B))
     adam = inspo.Adam(critic.parameters(), 1e-2)
     for _ in range(300):
-        inspo.descend(adam, inspo.critic_loss(critic, target, batch, torch.ones(S, 1), torch.tensor(0.0), 0.9, 0.5))
+        inspo.descend(adam, critic_loss(critic, target, batch, torch.ones(S, 1), torch.tensor(0.0), 0.9, 0.5))
     q = critic(batch.state)
     assert (q[..., 0, None] > q[..., 1:] + 1).all()
 
@@ -127,7 +157,7 @@ def test_policy_loss_is_equation_20(float64):
     batch, (_, target) = random_batch(), networks()
     alpha, beta = torch.tensor([[0.1], [0.5], [2.0]]), torch.tensor(0.3)
     q = target(batch.state)
-    found, kl = inspo.policy_loss(target, batch, alpha, beta, cap=1.5)
+    found, kl = policy_loss(target, batch, alpha, beta, cap=1.5)
     capped = 0
     for s in range(S):
         T, total, divergence, steps = alpha[s, 0].item() + 0.3, 0.0, 0.0, 0
@@ -157,7 +187,7 @@ def one_state_batch(actions, mu):
     (_, n), number = actions.shape, len(mu)
     row, no = torch.zeros(1, n, 1), None
     avail = torch.ones(1, n, number, dtype=torch.bool)
-    return inspo.Batch(row, avail, mu.log().expand(1, n, number), row, no, actions, no, no, torch.ones(1, n), no, no)
+    return Batch(row, avail, mu.log().expand(1, n, number), row, no, actions, no, no, torch.ones(1, n), no, no)
 
 
 def best_clone(batch, q, alpha, beta):
@@ -166,7 +196,7 @@ def best_clone(batch, q, alpha, beta):
     adam = inspo.Adam([logits], 0.05)
     for _ in range(200):
         batch = batch._replace(log_pi=torch.log_softmax(logits, 0).expand_as(batch.log_mu))
-        loss, _ = inspo.policy_loss(lambda x: q.expand_as(batch.log_mu), batch, alpha, beta, cap=1e9)
+        loss, _ = policy_loss(lambda x: q.expand_as(batch.log_mu), batch, alpha, beta, cap=1e9)
         inspo.descend(adam, loss)
     return logits
 
@@ -249,7 +279,7 @@ def test_cloned_models_fit_the_counts():
     recorded = data.collect_dataset("matrix", "xor", "aa-ab-ba")
     args = inspo.Args(**inspo.preset(inspo.Args(env="matrix", task="xor")) | {"num_seeds": S})
     flat, _ = inspo.arrange(recorded, args)
-    team = inspo.Team(2, 2, 1, 1, args, streams())
+    team = inspo.Team(flat, args, streams())
     behaviour = inspo.clone(team, flat, streams(), args)
     assert same(behaviour, inspo.tabulate(team, flat, args))
     steps = flat.acted.bool()
@@ -275,12 +305,12 @@ def test_clones_are_kept_where_held_back_episodes_are_likeliest(float64, recurre
     few = dict(recurrent=recurrent, one_hot=False, hidden=8, sequences=4, clone_batch=16, clone_lr=3e-3)
 
     def cloned(seeds, share):
-        args = inspo.Args(num_seeds=len(seeds), clone_steps=2000, **few)
+        args = inspo.Args(num_seeds=len(seeds), clone_steps=2000, hold_back=share, **few)
         flat, _ = inspo.arrange(recorded.check(), args)
-        team = inspo.Team(2, 3, flat.obs.shape[-1], 6, args, [torch.Generator().manual_seed(s) for s in seeds])
-        held = data.layout.hold_back(share, flat.sequences[:, 0], recorded.lengths)
+        team = inspo.Team(flat, args, [torch.Generator().manual_seed(s) for s in seeds])
+        judge = data.layout.judge(args, flat.sequences, recorded.lengths)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
-        behaviour = inspo.clone(team, flat, generators, args, held=held)
+        behaviour = inspo.clone(team, flat, generators, args, judge=judge)
         seen, games = flat.acted.bool(), torch.arange(E).repeat_interleave(T)
         log_mu = sum(behaviour.log_mu[i][:, seen].gather(-1, flat.actions[seen, i].expand(len(seeds), -1)[..., None])
                      for i in range(2))  # fmt: skip
@@ -333,8 +363,7 @@ def small_team(num_agents=4, lengths=(1,) * 20, free=True, dataset=None, **flags
     """A team of S seeds, random data for it, and its behaviour: (team, data, behaviour, args)."""
     args = inspo.Args(hidden=8, batch_size=16, num_seeds=S, one_hot=False, **flags)
     flat, _ = inspo.arrange(dataset or random_dataset(lengths, num_agents, free=free), args)
-    N, inputs = flat.obs.shape[1:]
-    team = inspo.Team(N, A, inputs, D, args, streams())
+    team = inspo.Team(flat, args, streams())
     return team, flat, inspo.tabulate(team, flat, args), args
 
 
@@ -388,12 +417,12 @@ def minibatch(team, flat, args, seed=0):
     return (rows, log_pi), inspo.uniform(g, args.batch_size)
 
 
-def take_turn(i, made, view, noise, beta=0.1, improve=True, show=False, adams=None):
-    """Agent i's turn in this view, with the teammates as the view shows them: (logs, log_pi or None)."""
+def take_turn(i, made, view, noise, beta=0.1, improve=True, adams=None):
+    """Agent i's turn in this view, with the teammates as the view shows them: its logs."""
     team, flat, behaviour, args = made
-    beta = torch.tensor(beta, device=flat.obs.device)
+    team.beta.fill_(beta)
     adams = adams or optimizers(team)
-    return inspo.turn(i, team, team.policies, adams, flat, behaviour, view, None, noise, beta, improve, show, args)
+    return inspo.turn(i, team, team.policies, adams, flat, behaviour, view, None, noise, improve, args)
 
 
 # ---------------------------------------------------------------- the optimiser
@@ -487,14 +516,21 @@ def test_sequences_are_drawn_evenly():
     assert edges[0].T.tolist() == [[0, 1], [18, 19]]
 
 
-def test_beta_falls_to_its_end():
-    args = inspo.Args(steps=101, beta=0.5, beta_end=0.02, beta_hold=40)
-    found = [inspo.beta_at(step, args) for step in range(101)]
+def test_beta_falls_to_its_end(float64):
+    def betas(updates, **flags):
+        team, *_, args = small_team(**flags)
+        adams, found = inspo.optimizers(team, args), []
+        for step in updates:
+            inspo.schedule(team, adams, step, args)
+            found.append(team.beta.item())
+        return found
+
+    found = betas(range(101), steps=101, beta=0.5, beta_end=0.02, beta_hold=40)
     assert found[:41] == [0.5] * 41 and found[100] == pytest.approx(0.02, rel=1e-12)  # in the last update
     ratios = [after / before for before, after in zip(found[40:], found[41:])]
     assert ratios == pytest.approx([0.04 ** (1 / 60)] * 60, rel=1e-9)
-    assert inspo.beta_at(50, inspo.Args(beta=0.0)) == 0
-    assert inspo.beta_at(0, inspo.Args(steps=1)) >= inspo.Args().beta_end  # a run of one update has no slope
+    assert betas([50], beta=0.0) == [0]
+    assert betas([0], steps=1)[0] >= inspo.Args().beta_end  # a run of one update has no slope
 
 
 @pytest.mark.parametrize("share, warm, full", [(0.4, 60, 80), (1.0, 0, 50), (0.0, 100, 100)])
@@ -503,11 +539,11 @@ def test_the_end_cools(share, warm, full):
     first update that would have step size 0 is the one after the last. Alpha's own step size stays."""
     team, *_, args = small_team(steps=100, cooldown=share, policy_lr=0.1, critic_lr=0.2, alpha_lr=0.3, alpha=0.5)
     adams = inspo.optimizers(team, args)
-    assert team.cool == 1
+    assert team.left == 1
     for step in range(100):
-        inspo.cool(team, adams, step, args)
+        inspo.schedule(team, adams, step, args)
         left = 0.1 ** ((step - warm) / (full - warm)) if warm < step < full else 1 if step <= warm else 0.1
-        assert team.cool.item() == pytest.approx(left)
+        assert team.left.item() == pytest.approx(left)
         assert team.alpha(args).tolist() == [[pytest.approx(0.5 * left)]] * S
         team.log_alpha.data += 0.1  # an alpha that is tuned is left to its target
         tuned = team.alpha(replace(args, auto_alpha=True))
@@ -522,9 +558,9 @@ def test_the_end_cools(share, warm, full):
 def test_the_loop_lets_fall_what_should(tmp_path, monkeypatch):
     seen = []
 
-    def spy(team, adams, data, behaviour, noise, beta, order, improve, args, **steps):
+    def spy(team, adams, data, behaviour, noise, order, improve, args, **steps):
         rates = adams["policies"][0].lr.item(), adams["critics"][1].lr.item()
-        seen.append((beta.item(), *rates, team.alpha(args)[0, 0].item(), improve))
+        seen.append((team.beta.item(), *rates, team.alpha(args)[0, 0].item(), improve))
         return {}
 
     monkeypatch.setattr(inspo, "update", spy)
@@ -548,7 +584,7 @@ def orders(monkeypatch, out, *words):
     """The orders in which the plain loop hands agents to `update`, in 400 sweeps."""
     found = []
 
-    def spy(team, adams, data, behaviour, noise, beta, order, improve, args, **steps):
+    def spy(team, adams, data, behaviour, noise, order, improve, args, **steps):
         found.append(tuple(order))
         return {}
 
@@ -591,7 +627,7 @@ def test_semi_greedy_order(recurrent):
     generators, seconds = streams(), set()
     for order in itertools.permutations(range(4)):
         uniform = inspo.uniform(generators, args.sequences if recurrent else args.batch_size)
-        found = inspo.semi_greedy(list(order), team, data, behaviour, uniform)
+        found = inspo.semi_greedy(list(order), team, data, uniform)
         assert sorted(found) == [0, 1, 2, 3] and found[0] == 1
         assert found[1] == [j for j in order if j != 1][0]
         left = [j for j in (0, 2, 3) if j != found[1]]
@@ -605,8 +641,8 @@ def test_a_turn_changes_one_agent_only(float64, make):
     team, data, behaviour, args = made = make()
     view, noise = minibatch(team, data, args)
     before, kept = copy.deepcopy(team.state_dict()), copy.deepcopy((data, behaviour, view))
-    logs, log_pi = take_turn(2, made, view, noise)
-    assert same((data, behaviour, view), kept) and log_pi is None
+    logs = take_turn(2, made, view, noise)
+    assert same((data, behaviour, view), kept)
     after = team.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith(("critics.2.", "policies.2.", "targets.2."))}
@@ -619,16 +655,6 @@ def test_a_turn_changes_one_agent_only(float64, make):
     assert ((logs["sample_size"] > 1) & (logs["sample_size"] < data.acted[rows[:, :-1]].sum((1, 2)))).all()
 
 
-@pytest.mark.parametrize("make", [small_team, recurrent_team])
-def test_a_turn_shows_what_its_agent_does_from_now_on(float64, make):
-    team, data, _, args = made = make()
-    view, noise = minibatch(team, data, args)
-    _, log_pi = take_turn(1, made, view, noise, show=True)
-    (now,) = inspo.unroll([team.policies[1]], [1], view[0][:, :-1], data).exp()
-    assert torch.equal(log_pi.exp(), now) and not log_pi.requires_grad
-    assert not torch.allclose(now, view[1][1].exp(), atol=1e-4)  # it has moved
-
-
 @pytest.mark.parametrize("improve", [True, False])
 def test_a_turn_draws_its_own_view_where_it_is_given_none(float64, improve):
     results = []
@@ -637,8 +663,8 @@ def test_a_turn_draws_its_own_view_where_it_is_given_none(float64, improve):
         row_noise, noise = inspo.uniform(streams(), args.batch_size), inspo.uniform(streams(5), args.batch_size)
         others = [0, 1, 3]
         view = inspo.look(others, team.policies, data, behaviour, row_noise, improve) if given else None
-        logs, _ = inspo.turn(2, team, team.policies, optimizers(team), data, behaviour, view, row_noise, noise,
-                             torch.tensor(0.1), improve, False, args)  # fmt: skip
+        team.beta.fill_(0.1)
+        logs = inspo.turn(2, team, team.policies, optimizers(team), data, behaviour, view, row_noise, noise, improve, args)
         results.append((logs, team.state_dict()))
     assert same(*results) and ("kl" in logs) == improve
 
@@ -738,10 +764,10 @@ def policy_inputs(rows, L=7):
 def test_step_by_step_is_the_whole_sequence(float64, recurrent):
     policy, (x, avail, first, h) = a_policy(recurrent), policy_inputs(S)
     h = h[..., : policy.hidden]
-    log_pi, end = inspo.log_probs(policy, x, avail, first, h)
+    log_pi, end = policy(x, avail, first, h)
     for t in range(x.shape[1]):
         now = slice(t, t + 1)
-        step, h = inspo.log_probs(policy, x[:, now], avail[:, now], first[:, now], h)
+        step, h = policy(x[:, now], avail[:, now], first[:, now], h)
         assert torch.allclose(step[:, 0].exp(), log_pi[:, t].exp(), rtol=0, atol=1e-12)
     assert torch.allclose(h, end, rtol=0, atol=1e-12)
     assert torch.allclose(log_pi.exp().sum(-1), torch.ones(()), atol=1e-12) and (log_pi.exp()[~avail] == 0).all()
@@ -750,13 +776,13 @@ def test_step_by_step_is_the_whole_sequence(float64, recurrent):
 @pytest.mark.parametrize("recurrent", [True, False])
 def test_policies_together_are_each_one_alone(float64, recurrent):
     N = 3
-    policies, (x, _, first, h) = [a_policy(recurrent, 10 * i) for i in range(N)], policy_inputs(N * S)
+    policies, (x, avail, first, h) = [a_policy(recurrent, 10 * i) for i in range(N)], policy_inputs(N * S)
     h = h[..., : policies[0].hidden]
-    logits, end = inspo.together(policies)(x, first, h)
+    log_pi, end = inspo.together(policies)(x, avail, first, h)
     for i, policy in enumerate(policies):
         mine = slice(i * S, (i + 1) * S)
-        one, memory = policy(x[mine], first[mine], h[mine])
-        assert torch.allclose(logits[mine], one, rtol=0, atol=1e-12)
+        one, memory = policy(x[mine], avail[mine], first[mine], h[mine])
+        assert torch.allclose(log_pi[mine].exp(), one.exp(), rtol=0, atol=1e-12)
         assert torch.allclose(end[mine], memory, rtol=0, atol=1e-12)
     team, flat, _, args = recurrent_team() if recurrent else small_team()
     (rows, log_pi), _ = minibatch(team, flat, args)
@@ -800,28 +826,28 @@ def test_a_recurrent_team_plays_as_it_learned(monkeypatch):
     """In a game the memory and the last action go with the agents: the same probabilities as along a sequence."""
     args = inspo.Args(num_seeds=2, hidden=8, recurrent=True)
     flat, encode = inspo.arrange(data.collect_dataset("bridge", "", "mixed", episodes=20), args)
-    sizes = (x.shape[-1] for x in (flat.avail, flat.obs, flat.state))
-    team = inspo.Team(2, *sizes, args, streams(count=2))
+    team = inspo.Team(flat, args, streams(count=2))
     for parameter in team.policies.parameters():
         parameter.data *= 3  # so that memory matters
-    calls, log_probs = [], inspo.log_probs
+    calls, forward, whole_team = [], inspo.Policy.forward, inspo.together(list(team.policies))
 
     def spy(policy, x, avail, first, h):
-        calls.append((x, avail, log_probs(policy, x, avail, first, h)[0]))
-        return log_probs(policy, x, avail, first, h)
+        calls.append((x, avail, forward(policy, x, avail, first, h)[0]))
+        return forward(policy, x, avail, first, h)
 
-    monkeypatch.setattr(inspo, "log_probs", spy)
+    monkeypatch.setattr(inspo.Policy, "forward", spy)
     E, N = 3, 2
     scores = inspo.evaluate(team.policies, encode, args, 0, E, torch.device("cpu"))
     assert {name: x.shape for name, x in scores.items()} == {"return": (2, E), "sampled_return": (2, E)}
+    monkeypatch.undo()
     starts = [t for t, (x, *_) in enumerate(calls) if not x[..., -calls[0][1].shape[-1] :].any()]  # no last actions
     assert starts[0] == 0 and len(starts) == 2 and min(starts[1], len(calls) - starts[1]) > 5
     for sampled, part in enumerate((calls[: starts[1]], calls[starts[1] :])):
         x, avail, found = (torch.cat(parts, 1) for parts in zip(*part))  # (N S, L, E, .)
         none = torch.zeros(x.shape[:3], dtype=torch.bool)
-        whole, _ = log_probs(inspo.together(list(team.policies)), x, avail, none, torch.zeros(N * 2, E, 8))
+        whole, _ = whole_team(x, avail, none, torch.zeros(N * 2, E, 8))
         assert torch.allclose(found, whole, atol=1e-5)
-        forgetful, _ = log_probs(inspo.together(list(team.policies)), x, avail, ~none, torch.zeros(N * 2, E, 8))
+        forgetful, _ = whole_team(x, avail, ~none, torch.zeros(N * 2, E, 8))
         assert not torch.allclose(forgetful, whole, atol=1e-2)
         last = x[:, 1:, :, -found.shape[-1] :]  # what was done before
         greedy = torch.nn.functional.one_hot(found[:, :-1].argmax(-1), found.shape[-1])
@@ -840,7 +866,7 @@ def test_cloned_policies_remember():
         num_seeds=S, recurrent=True, one_hot=False, hidden=16, sequences=16, clone_steps=150, clone_lr=0.01
     )
     flat, _ = inspo.arrange(recorded.check(), args)
-    team = inspo.Team(2, 2, 3, 1, args, streams())
+    team = inspo.Team(flat, args, streams())
     behaviour = inspo.clone(team, flat, streams(), args)
     step, taken = flat.acted[:-1].view(E, T + 1).nonzero().T, flat.acted.nonzero()[:, 0]
     early, late = taken[step[1] < 2], taken[step[1] >= 2]
@@ -863,7 +889,7 @@ def test_a_warm_up_turn_takes_the_cloned_policies_from_their_tables(float64, rec
         if not improve:
             unrolled, log_pi = log_pi, {i: inspo.recall(behaviour.log_mu[i], rows[:, :-1]) for i in log_pi}
             assert all(torch.allclose(log_pi[i].exp(), unrolled[i].exp(), rtol=0, atol=1e-8) for i in log_pi)
-        logs, _ = take_turn(1, made, (rows, log_pi), noise, improve=improve)
+        logs = take_turn(1, made, (rows, log_pi), noise, improve=improve)
         results.append((logs["q_loss"], [p.detach() for p in team.critics.parameters()]))
         moved = any(not torch.equal(p, before[f"policies.{name}"]) for name, p in team.policies.state_dict().items())
         assert moved == improve
@@ -880,8 +906,7 @@ def learn(dataset, spoil=lambda team, flat: None):
     args = inspo.Args(num_seeds=S, hidden=8, batch_size=16, sequences=4, recurrent=True, one_hot=False, clone_steps=3,
                       auto_alpha=True)  # fmt: skip
     flat, _ = inspo.arrange(dataset, args)
-    _, N, inputs = flat.obs.shape
-    team = inspo.Team(N, A, inputs, D, args, streams())
+    N, team = flat.obs.shape[1], inspo.Team(flat, args, streams())
     spoil(team, flat)
     start, logs, drawn = copy.deepcopy(team.state_dict()), [], []
     behaviour = inspo.clone(team, flat, streams(), args)
@@ -889,14 +914,15 @@ def learn(dataset, spoil=lambda team, flat: None):
     def spy(i, team, seen, adams, data, behaviour, view, *rest):
         drawn.append(view[0])
         found = inspo.turn(i, team, seen, adams, data, behaviour, view, *rest)
-        logs.append(found[0])
+        logs.append(found)
         return found
 
-    adams, generators, beta = optimizers(team), streams(), torch.tensor(0.1)
+    adams, generators = optimizers(team), streams()
+    team.beta.fill_(0.1)
     for _ in range(2):
-        order = inspo.semi_greedy(range(N), team, flat, behaviour, inspo.uniform(generators, args.sequences))
+        order = inspo.semi_greedy(range(N), team, flat, inspo.uniform(generators, args.sequences))
         noise = inspo.draw_noise(generators, N, args)
-        inspo.update(team, adams, flat, behaviour, noise, beta, order, True, args, turn=spy)
+        inspo.update(team, adams, flat, behaviour, noise, order, True, args, turn=spy)
     assert (torch.cat(drawn) == len(flat.obs) - 1).any()  # padding was among what it learned from
     assert all(value.isfinite().all() for log in logs for value in log.values())
     return team.state_dict(), start, flat, behaviour, logs
@@ -988,7 +1014,7 @@ def test_a_dead_agent_neither_weighs_nor_learns():
     before = copy.deepcopy(team.state_dict())
     view, noise = minibatch(team, flat, args)
     rows, _ = view
-    (one, _), (other, _) = (take_turn(i, made, view, noise) for i in range(2))
+    one, other = (take_turn(i, made, view, noise) for i in range(2))
     assert torch.equal(one["sample_size"], flat.acted[rows[:, :-1]].sum((1, 2)))  # every ratio is 1
     assert (other["sample_size"] < one["sample_size"] - 0.1).all()  # the living teammate's are not
     assert (other["kl"] == 0).all() and (other["policy_loss"] == 0).all() and (one["kl"] > 0).all()
@@ -1006,10 +1032,10 @@ def test_a_recurrent_turn_is_a_slow_loop(float64, actor_data):
     made = recurrent_team(lengths=UNEVEN, actor_data=actor_data, alpha=0.4, gamma=0.9, cql=1.4, ratio_cap=1.3,
                           weight_cap=1.1)  # fmt: skip
     team, flat, _, args = made
-    team.cool.fill_(0.5)
+    team.left.fill_(0.5)
     (rows, log_pi), noise = view, _ = minibatch(team, flat, args)
     before = copy.deepcopy(team)
-    logs, _ = take_turn(i, made, view, noise, beta, adams=optimizers(team, Descent, rate))
+    logs = take_turn(i, made, view, noise, beta, adams=optimizers(team, Descent, rate))
     ends = list(itertools.accumulate(length + 1 for length in UNEVEN))
     spans = list(zip([0, *ends], ends))
     steps = {row for begin, end in spans for row in range(begin, end - 1)}
@@ -1124,13 +1150,13 @@ def test_a_sweep_shows_the_teammates_as_they_are_or_as_they_were(float64, monkey
     monkeypatch.setattr(inspo, "look", watch)
     noise = inspo.draw_noise(streams(), len(agents), args)
     order = [*agents][::-1]
-    logs = inspo.update(
-        team, optimizers(team), flat, behaviour, noise, torch.tensor(0.1), order, True, args, turn=spy, look=watch
-    )
+    team.beta.fill_(0.1)
+    logs = inspo.update(team, optimizers(team), flat, behaviour, noise, order, True, args, turn=spy, look=watch)
     assert len(learned) == len(agents) and len(drawn) == 2 * len(learned)
     fresh = sum(not torch.equal(one, other) for one, other in zip(drawn, drawn[1:]))
     assert fresh == (0 if args.recurrent else len(drawn) - 1)  # with memory, one minibatch serves the whole sweep
-    assert len(looks) == (1 if args.recurrent else len(drawn))
+    # with memory, one look at all for the sweep and, where agents move in turns, one at each that has moved but the last
+    assert len(looks) == (1 + sequential * (len(agents) - 1) if args.recurrent else len(drawn))
     assert {"q_loss", "policy_loss", "kl", "sample_size"} == logs.keys()
 
 
@@ -1365,11 +1391,10 @@ def test_a_turn_on_a_gpu_never_waits_for_the_host(make):
     with torch.no_grad():
         log_pi = dict(zip(agents, inspo.unroll(team.policies, agents, rows[:, :-1], data)))
     adams = optimizers(team)
-    beta = torch.tensor(0.1, device="cuda")
+    team.beta.fill_(0.1)
     for mode in ("default", "error"):  # the first turn sets things up
         torch.cuda.set_sync_debug_mode(mode)
-        logs, _ = inspo.turn(1, team, team.policies, adams, data, behaviour, (rows, log_pi), None, noise, beta, True,
-                             True, args)  # fmt: skip
+        logs = inspo.turn(1, team, team.policies, adams, data, behaviour, (rows, log_pi), None, noise, True, args)
     torch.cuda.set_sync_debug_mode("default")
     assert all(value.isfinite().all() for value in logs.values())
 

@@ -223,7 +223,7 @@ def test_an_unavailable_action_is_never_taken():
     obs, avail = found.obs[rows].expand(S, -1, -1, -1), found.avail[rows].expand(S, -1, -1, -1)
     for clocks in (None, *(torch.empty(avail.shape).exponential_() for _ in range(50))):
         blank = torch.zeros(S, len(rows), N, 0)
-        action, _ = omar.act(team.policies, lambda obs, last: obs, obs, avail, blank, clocks)
+        action, _ = omar.player(team.policies, lambda obs, last: obs)(obs, avail, blank, clocks)
         assert omar.chosen(avail, action).all()
     assert team.policies.A == A and obs.shape[-1] == O and found.state.shape[1] == D
 

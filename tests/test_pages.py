@@ -1,7 +1,6 @@
 """The pages of the repository: their links lead somewhere."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest

@@ -38,22 +38,23 @@ def inspo(device="cpu", compiled=plain, flags=()):
     args = script.parse([*flags, "--no-compile"])
     dataset = load(args, device)
     data, _ = script.arrange(dataset, args)
-    (_, N, A), seeds = data.avail.shape, range(args.num_seeds)
-    team = script.Team(N, A, data.obs.shape[-1], data.state.shape[-1], args, [runs.stream(s, 0) for s in seeds])
+    N, seeds = data.avail.shape[1], range(args.num_seeds)
+    team = script.Team(data, args, [runs.stream(s, 0) for s in seeds])
     team, generators = team.to(device), [runs.stream(s, 2, device) for s in seeds]
     adams = script.optimizers(team, args)
-    behaviour, beta = script.tabulate(team, data, args), torch.full((), 0.03, device=device)
+    behaviour = script.tabulate(team, data, args)
+    team.beta.fill_(0.03)
     cloning = script.Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr)
     turn, look, clone = compiled(script.turn), compiled(script.look), compiled(script.clone_update)
 
     def sweep():
         noise = script.draw_noise(generators, N, args)
-        script.update(team, adams, data, behaviour, noise, beta, range(N), True, args, turn, look)
+        script.update(team, adams, data, behaviour, noise, range(N), True, args, turn, look)
 
     def cloned():
         size = args.sequences if args.recurrent else args.clone_batch
         noise = script.uniform(generators, size), script.uniform(generators, args.clone_batch)
-        clone(team, cloning, data, *noise, args)
+        clone(team, cloning, data, args, *noise)
 
     return Made({"sweep": sweep, "clone": cloned}, [team])
 
@@ -294,7 +295,7 @@ def evaluate_inspo(device):
     script = load_script("inspo")
     args = script.parse(["--num-seeds", "2", "--no-compile"])
     data, encode = script.arrange(datasets.load("bridge", "", "mixed", device, episodes=40), args)
-    team = script.Team(2, 5, data.obs.shape[-1], data.state.shape[-1], args, [runs.stream(s, 0) for s in range(2)])
+    team = script.Team(data, args, [runs.stream(s, 0) for s in range(2)])
     policies = team.to(device).policies
     return lambda: script.evaluate(policies, encode, args, 0, 3, torch.device(device))
 
