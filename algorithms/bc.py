@@ -147,7 +147,7 @@ class Policies(nn.Module):
 
     def __init__(self, data, args, generators):
         super().__init__()
-        (_, self.N, I), self.S, self.discrete = data.obs.shape, len(generators), data.avail is not None
+        (_, self.N, I), self.discrete = data.obs.shape, data.avail is not None
         self.A = (data.avail if self.discrete else data.action).shape[-1]
         each = [g for g in generators for _ in range(self.N)]
         self.body = mlp(I, self.A * (1 if self.discrete else 2), args, each, scale=0.1)
@@ -158,7 +158,7 @@ class Policies(nn.Module):
     def forward(self, obs, avail):
         """Log-probabilities of all actions (S, N, B, A) from views (S, N, B, I) and available actions (..., N, B, A);
         where actions are continuous (None) their means and log-deviations (S, N, B, 2A)."""
-        out = self.body(obs.flatten(0, 1)).unflatten(0, (self.S, self.N))
+        out = self.body(obs.flatten(0, 1)).view(*obs.shape[:3], -1)
         if self.discrete:
             return F.log_softmax(out.masked_fill(~avail, ILLEGAL), -1)
         mean, log_std = out.chunk(2, -1)
@@ -266,18 +266,10 @@ def arrange(dataset, args):
     return Data(encode(rows["obs"])[steps], None if avail is None else avail[steps], rows["actions"][steps]), encode
 
 
-def act(policies, encode, obs, avail, memory, clocks=None):
-    """What the teams do in B games of each seed, and their memory (there is none): obs (S, B, N, O), avail
-    (S, B, N, A) or None -> (S, B, N) or (S, B, N, A). Greedy without clocks."""
-    obs, avail = (None if x is None else x.transpose(1, 2) for x in (encode(obs), avail))
-    action = policies.sample(policies(obs, avail), clocks).transpose(1, 2)
-    return action if policies.discrete else action.clamp(-1, 1).float(), memory
-
-
 def evaluate(policies, encode, args, step, episodes, device):
     """Scores (S, E) of the greedy teams of all seeds and, where actions are discrete, by sampling: `runs.score`."""
     clocks = (policies.N, -1, policies.A) if policies.discrete else None
-    return runs.score(lambda *seen: act(policies, encode, *seen), args, step, episodes, device, clocks=clocks)
+    return runs.score(lambda *seen: runs.react(policies, encode, *seen), args, step, episodes, device, clocks=clocks)
 
 
 def main(args):
@@ -301,7 +293,7 @@ def main(args):
 
     scores = evaluate(policies, encode, args, args.steps, 10 * args.eval_episodes, device)
     views, actions = dataset.obs.shape[2:], policies.A * policies.discrete
-    run.keep_team(lambda *seen: act(policies, encode, *seen), views, actions, 0, policies)
+    run.keep_team(lambda *seen: runs.react(policies, encode, *seen), views, actions, 0, policies)
     return run.finish("BC", scores, dataset, run.best)
 
 

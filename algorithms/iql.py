@@ -5,17 +5,18 @@ correct a wrong answer, and the policy would run after it.
 
 The idea. Do not look for the best action; look at the good ones among the recorded. V is an upper expectile of Q over
 recorded actions, a regression that weighs what lies above it more than what lies below, and Q looks ahead through V.
-Then the policy clones the recorded actions, those with a large advantage most. Who does this decides how far a team can
-agree (--team). "central": one learner sees all views and chooses the joint action. It can weigh whole conventions
+Then the policy clones the recorded actions, those with a large advantage most. How far a team can agree depends on who
+does this (--team). "central": one learner sees all views and chooses the joint action. It can weigh whole conventions
 against each other, but no agent could act on its own view alone; it is an upper bound. "mixed" (MAIQL): each agent has
 values and a policy of its own, and a mixer adds the values up for the team. Every agent then clones its own part of
 good joint actions, and the parts of two conventions need not fit. "independent": each agent alone, with the team's
 reward.
 
 Equations, by numbers of our own. Player i = 1..K has Q_i(o_i, a_i), twice, and V_i(o_i); a prime marks slowly moving
-copies, s' the next state; m is 0 where the game ended by its own rules. "central" is one player.
+copies, s' the next state; m is 0 where the game ended by its own rules. The players are the agents; with "central"
+there is one, which has the views and the actions of all.
  1 mixing   Q = sum_i w_i(s, a) Q_i + b(s, a),   V = sum_i u_i(s) V_i + c(s)   (mixed; otherwise Q = Q_i, V = V_i)
- 2          A(s, a)  = Q'(s, a) - V(s),          Q' of the lower copy of each Q_i, and of copies of w and b
+ 2          A(s, a)  = Q'(s, a) - V(s),          Q' made of copies of w and b, and the lower of both copies of Q_i
  3          L(V)     = E [ |expectile - 1(A < 0)| A^2 ]
  4          L(Q)     = E [ r + gamma m V(s') - Q(s, a) ]^2      for both Q
  5          L(pi)    = -E [ min( exp(temperature A), 100 ) sum_i log pi_i(a_i|o_i) ]
@@ -43,8 +44,8 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   greedy = team.policies.sample(team.policies(obs.transpose(0, 1).expand(S, N, M + 1, 5), data.avail.transpose(0, 1)))
 
 Differences from the authors' code (of MOMA-PPO's baselines), and choices made here:
-  1. The mixers see the state (and the joint action) rather than all views. Their weights may have any sign, as in the
-     code; the paper says QMIX, where they may not.
+  1. The mixers see the state, Q's also the joint action, rather than all views. Their weights may have any sign, as in
+     the code; the paper says QMIX, where they may not.
   2. On games with discrete actions the central player has one logit for each joint action. With one for each agent's
      action it could not tell two conventions from their mixture.
   3. Agents have no memory; the authors' look at their last ten views and actions. Networks are smaller, copies move
@@ -56,13 +57,13 @@ Differences from the authors' code (of MOMA-PPO's baselines), and choices made h
   7. --finetune 1 (MAIQL-ft): as many updates again, in which the teams play as well. Before every tenth each seed plays
      games of up to ten steps from recorded states (the authors' one), so many that half of all steps are its own in the
      end, or fewer where games end early; a minibatch draws from all alike.
-  8. The ant's temperature is 0.3 (--temperature 3: the code's): after as few updates V errs by more from state to state
-     than actions differ, and weights of 3 leave a tenth of a minibatch.
+  8. The ant's temperature is 0.3 (--temperature 3: the code's): after so few updates the errors of V differ more from
+     state to state than actions do in value, and with 3 only a tenth of a minibatch has weights that count.
 
 Seeds differ in all that is random here, and are evaluated in one environment.
 
-Shapes: S seeds, N agents, K players, Q = S K networks, B steps of a minibatch, M recorded steps, R rows (observations),
-E games, T steps, A actions (or entries of an action), O observation, I inputs, D state.
+Shapes: S seeds, N agents, K players (N or 1), Q = S K networks, B steps of a minibatch, M recorded steps, R rows
+(observations), E games, T steps, A actions (or entries of an action), O observation, I inputs, D state.
 """
 
 import copy
@@ -108,10 +109,10 @@ class Args:
     track: bool = False  # also log to Weights & Biases
     # --- the method
     team: Literal["central", "mixed", "independent"] = "mixed"  # who learns: one for all, or each agent
-    finetune: float = 0.0  # then so many times --steps more, in which the teams play the true game as well
+    finetune: float = 0.0  # updates after that, as a multiple of --steps, in which the teams play the true game as well
     expectile: float = 0.7  # which expectile of the recorded actions' Q is V
     temperature: float = 3.0  # how much more a good action counts than a bad one; 0 clones
-    scale_rewards: bool = False  # in thousandths of the spread of the data's returns
+    scale_rewards: bool = False  # measure them in thousandths of the range of the data's returns
     gamma: float = 0.99  # discount
     # --- the optimisation
     normalize: bool = True  # views in units of the data's mean and spread
@@ -170,33 +171,33 @@ class Policies(nn.Module):
 
     def __init__(self, data, args, generators):
         super().__init__()
-        (_, self.N, I), self.S, self.discrete = data.obs.shape, len(generators), data.avail is not None
+        (_, self.K, I), self.discrete = data.obs.shape, data.avail is not None
         self.A = (data.avail if self.discrete else data.action).shape[-1]
-        each = [g for g in generators for _ in range(self.N)]
+        each = [g for g in generators for _ in range(self.K)]
         self.body = mlp(I, self.A * (1 if self.discrete else 2), args, each, scale=0.1)
         if not self.discrete:  # actions begin as far apart as the recorded ones
             spread = data.action[data.steps].std(0, correction=0).clamp(min=math.exp(-6), max=1)
-            self.register_buffer("log_spread", spread.log()[:, None])  # (N, 1, A)
+            self.register_buffer("log_spread", spread.log()[:, None])  # (K, 1, A)
 
     def forward(self, obs, avail):
-        """Log-probabilities of all actions (S, N, B, A) from views (S, N, B, I) and available actions (..., N, B, A);
-        where actions are continuous (None) their means and log-deviations (S, N, B, 2A)."""
-        out = self.body(obs.flatten(0, 1)).unflatten(0, (self.S, self.N))
+        """Log-probabilities of all actions (S, K, B, A) from views (S, K, B, I) and available actions (..., K, B, A);
+        where actions are continuous (None) their means and log-deviations (S, K, B, 2A)."""
+        out = self.body(obs.flatten(0, 1)).view(*obs.shape[:3], -1)
         if self.discrete:
             return F.log_softmax(out.masked_fill(~avail, ILLEGAL), -1)
         mean, log_std = out.chunk(2, -1)
         return torch.cat([mean, (self.log_spread + log_std).clamp(-6, 0)], -1)
 
     def log_prob(self, out, action):
-        """log pi_i of Eq. 5 for each agent's action, (S, N, B); `out` from `forward`."""
+        """log pi_i of Eq. 5 for each player's action, (S, K, B); `out` from `forward`."""
         if self.discrete:
             return out.gather(-1, action[..., None])[..., 0]
         mean, log_std = out.chunk(2, -1)
         return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - HALF_LOG_2PI).sum(-1)
 
     def sample(self, out, clocks=None):
-        """The likeliest actions, (S, N, B) or (S, N, B, A); with exponential clocks, or normal numbers where actions
-        are continuous, (S, N, B, A), actions drawn from the policies."""
+        """The likeliest actions, (S, K, B) or (S, K, B, A); with clocks (S, K, B, A), which are exponential or, where
+        actions are continuous, normal numbers, actions drawn from the policies."""
         if self.discrete:  # which clock rings first is a draw from pi
             return (out if clocks is None else out - clocks.log()).argmax(-1)
         mean, log_std = out.chunk(2, -1)
@@ -204,15 +205,14 @@ class Policies(nn.Module):
 
 
 class Mixer(nn.Module):
-    """The weights and the bias of Eq. 1."""
+    """Eq. 1: the players' values (S, K, B), and what the weights depend on (S, B, I) -> the team's value, (S, 1, B)."""
 
     def __init__(self, inputs, num_agents, args, generators):
         super().__init__()
         self.net = mlp(inputs, num_agents + 1, args, generators)
 
-    def forward(self, local, *context):
-        """Local values (S, K, B), and what the weights depend on, (S, B, ...) -> the team's value, (S, 1, B)."""
-        out = self.net(torch.cat(context, -1)).movedim(2, 1)  # (S, K + 1, B)
+    def forward(self, local, context):
+        out = self.net(context).movedim(2, 1)  # (S, K + 1, B)
         return (out[:, :-1] * local).sum(1, keepdim=True) + out[:, -1:]
 
 
@@ -228,8 +228,7 @@ class Team(nn.Module):
         self.v = mlp(I, 1, args, each)
         self.q_mixer = Mixer(D + K * A, K, args, generators) if args.team == "mixed" else None
         self.v_mixer = Mixer(D, K, args, generators) if args.team == "mixed" else None
-        critics = filter(None, [self.q, self.q_mixer])
-        self.targets = copy.deepcopy(nn.ModuleList(critics)).requires_grad_(False)
+        self.targets = copy.deepcopy(nn.ModuleList([self.q, self.q_mixer])).requires_grad_(False)
 
 
 # ---------------------------------------------------------------- losses
@@ -259,25 +258,27 @@ def gather(data, rows):
 def value(team, obs, state):
     """V of Eq. 1, (S, 1, B) where the players' values are mixed, else (S, K, B)."""
     local = team.v(obs.flatten(0, 1)).view(obs.shape[:3])
-    return team.v_mixer(local, state) if team.v_mixer else local
+    return local if team.v_mixer is None else team.v_mixer(local, state)
 
 
 def joint_value(mixer, local, batch):
     """Q of Eq. 1, likewise, from the players' own, (S, K, B)."""
-    return mixer(local, batch.state, batch.taken.transpose(1, 2).flatten(2)) if mixer else local
+    if mixer is None:
+        return local
+    return mixer(local, torch.cat([batch.state, batch.taken.transpose(1, 2).flatten(2)], -1))
 
 
 def local_values(networks, batch):
-    """Each network's Q_i(o_i, a_i): (2, S, K, B)."""
+    """The players' Q_i(o_i, a_i), by both networks of each: (2, S, K, B)."""
     x = torch.cat([batch.obs, batch.taken], -1).flatten(0, 1)
     return torch.stack([network(x) for network in networks]).view(2, *batch.obs.shape[:3])
 
 
 def advantage(team, batch):
-    """Eq. 2, of the shape of V; its gradient is V's."""
-    networks, *mixer = team.targets  # slow copies of Q_i and, where values are mixed, of w and b
+    """Eq. 2, of the shape of V; only V has a gradient here."""
+    networks, mixer = team.targets
     with torch.no_grad():
-        q = joint_value(mixer[0] if mixer else None, local_values(networks, batch).amin(0), batch)
+        q = joint_value(mixer, local_values(networks, batch).amin(0), batch)
     return q - value(team, batch.obs, batch.state)
 
 
@@ -342,8 +343,7 @@ def descend(adam, losses, args):
 def optimizers(team, args):
     """Adam for the policies, for V and for Q, each with its mixer."""
     parts = {"policies": [team.policies], "values": [team.v, team.v_mixer], "critics": [team.q, team.q_mixer]}
-    return {name: Adam([p for net in filter(None, nets) for p in net.parameters()], args.lr)
-            for name, nets in parts.items()}  # fmt: skip
+    return {name: Adam(nn.ModuleList(nets).parameters(), args.lr) for name, nets in parts.items()}
 
 
 def update(team, adams, data, rows, args):
@@ -391,25 +391,16 @@ def preset(args):
 
 def arrange(dataset, args):
     """The dataset as `Data`, and the function that turns observations (..., N, O) into the players' inputs."""
-    rows, central = layout.rows(dataset), args.team == "central"
-    see = layout.inputs(rows["obs"], args)
+    rows = layout.rows(dataset)
+    view, see = layout.inputs(rows["obs"], args), layout.inputs(rows["state"], args, correction=1)
+    K = 1 if args.team == "central" else rows["obs"].shape[1]
 
     def encode(obs):
-        return see(obs).flatten(-2)[..., None, :] if central else see(obs)
+        return view(obs).flatten(-2).unflatten(-1, (K, -1))
 
-    state, avail, action = see_state(rows["state"], args)(rows["state"]), rows["avail_actions"], rows["actions"]
-    if central:
-        action, avail = as_one(action, avail), avail if avail is None else joint_mask(avail)
-    reward = rows["reward"] * reward_scale(dataset, args)
-    return Data(encode(rows["obs"]), state, avail, action, reward, rows["done"], rows["start"]), encode
-
-
-def see_state(state, args):
-    """The function that turns states (..., D) into the mixers' inputs; state (R, D) are the recorded ones."""
-    if args.one_hot:
-        return layout.one_hot(state)
-    middle, spread = layout.units(state) if args.normalize else (0.0, 1.0)
-    return lambda x: (x.to(state.dtype) - middle) / spread
+    avail, reward = rows["avail_actions"], rows["reward"] * reward_scale(dataset, args)
+    players = layout.joint_avail(avail, K), layout.join(rows["actions"], avail, K)
+    return Data(encode(rows["obs"]), see(rows["state"]), *players, reward, rows["done"], rows["start"]), encode
 
 
 def reward_scale(dataset, args):
@@ -417,63 +408,41 @@ def reward_scale(dataset, args):
     return 1000 / (dataset.returns.max() - dataset.returns.min()).clamp(min=1e-6) if args.scale_rewards else 1.0
 
 
-def as_one(action, avail):
-    """All agents' actions as those of the central player: (..., N) -> (..., 1), or (..., N, A) -> (..., 1, N A)."""
-    return action.flatten(-2)[..., None, :] if avail is None else joint_index(action, avail.shape)
-
-
-def joint_mask(avail):
-    """Which joint actions are available: (..., N, A) bool -> (..., 1, A^N)."""
-    joint = avail[..., 0, :]
-    for i in range(1, avail.shape[-2]):
-        joint = (joint[..., None] & avail[..., i, None, :]).flatten(-2)
-    return joint[..., None, :]
-
-
-def joint_index(action, sizes):
-    """The number of each joint action: (..., N) -> (..., 1)."""
-    *_, N, A = sizes
-    powers = A ** torch.arange(N - 1, -1, -1, device=action.device)
-    return (action * powers).sum(-1, keepdim=True)
-
-
 def act(policies, encode, obs, avail, memory, clocks=None):
-    """What the teams do in B games of each seed, and their memory (there is none): obs (S, B, N, O), avail
+    """What the agents do, by what `runs.react` says of the players, and the memory: obs (S, B, N, O), avail
     (S, B, N, A) or None -> (S, B, N) or (S, B, N, A). Greedy without clocks."""
-    N, K = obs.shape[2], policies.N
-    mask = avail if avail is None or K == N else joint_mask(avail)
-    x, mask = (None if each is None else each.transpose(1, 2) for each in (encode(obs), mask))
-    action = policies.sample(policies(x, mask), clocks).transpose(1, 2)  # (S, B, K) or (S, B, K, A)
-    if not policies.discrete:
-        return action.clamp(-1, 1).float().reshape(*obs.shape[:3], -1), memory
-    if K < N:  # the digits of a joint action's number
-        powers = avail.shape[-1] ** torch.arange(N - 1, -1, -1, device=obs.device)
-        action = action // powers % avail.shape[-1]
-    return action, memory
+    action, memory = runs.react(policies, encode, obs, layout.joint_avail(avail, policies.K), memory, clocks)
+    return layout.split(action, avail, obs.shape[2]), memory
 
 
 class Practice(nn.Module):
     """Room behind the dataset's rows for what the teams play while they are fine-tuned: E games of T steps a round.
 
     Attributes:
-        data: the dataset's rows, and behind them the teams', into which the other attributes are views.
-        own: (S, C) the rows where steps begin that a seed has played; count (S,) says how many of them it has.
+        data: the dataset's rows, and behind them the room: a row for each observation of each game.
+        obs, state, avail, action, reward, done: (S, rounds, E, T + 1, ...) the room, as views into `data`.
+        row: (S, rounds, E, T + 1) the numbers of its rows.
+        own: (S, rounds E T + 1) the rows where steps begin that a seed has played, the first `count` (S,) of each.
     """
 
-    def __init__(self, data, S, updates, time_limit):
+    def __init__(self, dataset, data, encode, args, updates):
         super().__init__()
-        R, M, rounds = len(data.obs), len(data.steps), -(-updates // 10)
-        self.T = min(10, time_limit)
+        R, M, S, rounds, device = len(data.obs), len(data.steps), args.num_seeds, -(-updates // 10), data.obs.device
+        self.T = min(10, runs.game(args).time_limit)
         self.E = -(-M // (rounds * self.T))  # in the end there are as many steps of their own as in the data
         sizes = S, rounds, self.E, self.T + 1
-        rooms = {name: x.new_zeros(math.prod(sizes), *x.shape[1:]) for name, x in data._asdict().items()
-                 if x is not None and name != "steps"}  # fmt: skip
-        self.data = data._replace(**{name: torch.cat([getattr(data, name), room]) for name, room in rooms.items()})
-        for name in rooms:
-            self.register_buffer(name, getattr(self.data, name)[R:].unflatten(0, sizes))
-        self.register_buffer("row", torch.arange(R, R + math.prod(sizes), device=data.obs.device).view(sizes))
+        self.data = data
+        for name, x in data._asdict().items():
+            if x is not None and name != "steps":
+                x = torch.cat([x, x.new_zeros(math.prod(sizes), *x.shape[1:])])
+                self.data = self.data._replace(**{name: x})
+                self.register_buffer(name, x[R:].unflatten(0, sizes))
+        self.register_buffer("row", torch.arange(R, R + math.prod(sizes), device=device).view(sizes))
         self.register_buffer("own", data.steps.new_zeros(S, rounds * self.E * self.T + 1))
         self.register_buffer("count", data.steps.new_zeros(S))
+        states = layout.rows(dataset)["state"]  # (R, D) as the game knows them
+        self.starts, self.see = states[data.steps], layout.inputs(states, args, correction=1)
+        self.game, self.encode, self.scale = runs.game(args, S * self.E, device), encode, reward_scale(dataset, args)
 
     def draw(self, generators, args):
         """A minibatch for each seed, of recorded steps and its own, all equally likely: (S, B) rows."""
@@ -483,31 +452,28 @@ class Practice(nn.Module):
         return torch.where(at < M, self.data.steps[at.clamp(max=M - 1)], self.own.gather(1, (at - M).clamp(min=0)))
 
     @torch.no_grad()
-    def play(self, r, game, policies, encode, see, states, scale, generators):
-        """Round r: every seed plays E games of the batch from recorded states, by sampling.
-
-        states (R, D) are as recorded, see and scale what `see_state` and `reward_scale` return.
-        """
-        M, E, N, S = len(self.data.steps), self.E, game.num_agents, len(generators)
-        begin = [torch.randint(M, (E,), generator=g, device=g.device) for g in generators]
-        begin = states[self.data.steps[torch.stack(begin)]]  # (S, E, D)
-        obs, info = game.set_state(begin.flatten(0, 1)) if hasattr(game, "set_state") else game.reset()
+    def play(self, r, policies, generators):
+        """Round r: every seed plays E games of the batch by sampling, from recorded states or, where the environment
+        cannot be put into one, as all its games begin."""
+        game, M, S, K, E = self.game, len(self.starts), len(generators), policies.K, self.E
+        chosen = [torch.randint(M, (E,), generator=g, device=g.device) for g in generators]
+        starts = self.starts[torch.stack(chosen)].flatten(0, 1)  # (S E, D)
+        obs, info = game.set_state(starts) if hasattr(game, "set_state") else game.reset()
+        draw = torch.Tensor.exponential_ if policies.discrete else torch.Tensor.normal_
         going = torch.ones(S, E, dtype=torch.bool, device=obs.device)
         for t in range(self.T + 1):
-            obs, state, avail = (None if x is None else x.unflatten(0, (S, E))
-                                 for x in (obs, info["state"], info.get("avail_actions")))  # fmt: skip
-            self.obs[:, r, :, t], self.state[:, r, :, t] = encode(obs), see(state)
+            seen = obs, info["state"], info.get("avail_actions")
+            obs, state, avail = (None if x is None else x.unflatten(0, (S, E)) for x in seen)
+            self.obs[:, r, :, t], self.state[:, r, :, t] = self.encode(obs), self.see(state)
             if avail is not None:
-                self.avail[:, r, :, t] = avail if policies.N == N else joint_mask(avail)
+                self.avail[:, r, :, t] = layout.joint_avail(avail, K)
             if t == self.T:
                 return
-            draws = torch.empty(policies.N, E, policies.A, device=obs.device)
-            how = draws.exponential_ if policies.discrete else draws.normal_
-            chance = torch.stack([how(generator=g).clone() for g in generators])
-            action, _ = act(policies, encode, obs, avail, None, chance)
+            chance = [draw(torch.empty(K, E, policies.A, device=obs.device), generator=g) for g in generators]
+            action, _ = act(policies, self.encode, obs, avail, None, torch.stack(chance))
             obs, reward, ended, cut, info = game.step(action.flatten(0, 1))
-            self.action[:, r, :, t] = action if policies.N == N else as_one(action, avail)
-            self.reward[:, r, :, t], self.done[:, r, :, t] = reward.view(S, E) * scale, ended.view(S, E)
+            self.action[:, r, :, t] = layout.join(action, avail, K)
+            self.reward[:, r, :, t], self.done[:, r, :, t] = reward.view(S, E) * self.scale, ended.view(S, E)
             place = torch.where(going, self.count[:, None] + going.cumsum(1) - 1, self.own.shape[1] - 1)
             self.own.scatter_(1, place, self.row[:, r, :, t])  # what follows a game's end goes to the last place
             self.count += going.sum(1)
@@ -516,27 +482,25 @@ class Practice(nn.Module):
 
 def evaluate(policies, encode, args, step, episodes, device):
     """Scores (S, E) of the greedy teams of all seeds and, where actions are discrete, by sampling: `runs.score`."""
-    clocks = (policies.N, -1, policies.A) if policies.discrete else None
+    clocks = (policies.K, -1, policies.A) if policies.discrete else None
     return runs.score(lambda *seen: act(policies, encode, *seen), args, step, episodes, device, clocks=clocks)
 
 
 def main(args):
     """Train, evaluate and fill the run folder; returns what summary.json holds."""
     run = runs.Run("iql", args)
-    method = {"central": "IQL", "mixed": "MAIQL", "independent": "independent IQL"}[args.team]
     device = run.device
     dataset = run.load(episodes=args.episodes)
     data, encode = arrange(dataset, args)
     team = Team(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
     adams, generators = optimizers(team, args), [runs.stream(seed, 1, device) for seed in run.seeds]
-    learn, policies, practice, more = run.compile(update), team.policies, None, round(args.finetune * args.steps)
-    if more:
-        practice, method = Practice(data, args.num_seeds, more, runs.game(args).time_limit), f"{method}-ft"
-        game, data = runs.game(args, args.num_seeds * practice.E, device), practice.data
-        rows = layout.rows(dataset)
-        known = game, policies, encode, see_state(rows["state"], args), rows["state"], reward_scale(dataset, args)
+    learn, policies, more = run.compile(update), team.policies, round(args.finetune * args.steps)
     logs = dict.fromkeys(("policy_loss", "q_loss", "v_loss"), torch.full((args.num_seeds,), math.nan))
-    run.begin(team=team, adams=adams, generators=generators, **({"practice": practice} if practice else {}))
+    parts = dict(team=team, adams=adams, generators=generators)
+    if more:
+        practice = parts["practice"] = Practice(dataset, data, encode, args, more)
+        data = practice.data
+    run.begin(**parts)
 
     for step in run.steps(args.steps + more, args.eval_every):
         if run.due(logs):
@@ -547,13 +511,14 @@ def main(args):
             logs = learn(team, adams, data, draw_rows(generators, data, args), args)
         elif (tuned := step - args.steps) < more:
             if tuned % 10 == 0:
-                practice.play(tuned // 10, *known, generators)
+                practice.play(tuned // 10, policies, generators)
             adams["policies"].lr.fill_(args.lr * (1 - tuned / more))
             logs = learn(team, adams, data, practice.draw(generators, args), args)
 
     scores = evaluate(policies, encode, args, args.steps + more, 10 * args.eval_episodes, device)
     views, actions = dataset.obs.shape[2:], dataset.avail_actions.shape[-1] if policies.discrete else 0
     run.keep_team(lambda *seen: act(policies, encode, *seen), views, actions, 0, policies)
+    method = {"central": "IQL", "mixed": "MAIQL", "independent": "independent IQL"}[args.team] + "-ft" * (more > 0)
     return run.finish(method, scores, dataset, run.best)
 
 

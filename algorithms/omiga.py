@@ -388,18 +388,10 @@ def arrange(dataset, args):
     return Data(encode(rows["obs"]), see(rows["state"]), *rest), encode
 
 
-def act(policies, encode, obs, avail, memory, clocks=None):
-    """What the teams do in B games of each seed, and their memory (there is none): obs (S, B, N, O), avail
-    (S, B, N, A) or None -> (S, B, N) or (S, B, N, A). Greedy without clocks."""
-    obs, avail = (None if x is None else x.transpose(1, 2) for x in (encode(obs), avail))
-    action = policies.sample(policies(obs, avail), clocks).transpose(1, 2)
-    return action if policies.discrete else action.clamp(-1, 1).float(), memory
-
-
 def evaluate(policies, encode, args, step, episodes, device):
     """Scores (S, E) of the greedy teams of all seeds and, where actions are discrete, by sampling: `runs.score`."""
     clocks = (policies.N, -1, policies.A) if policies.discrete else None
-    return runs.score(lambda *seen: act(policies, encode, *seen), args, step, episodes, device, clocks=clocks)
+    return runs.score(lambda *seen: runs.react(policies, encode, *seen), args, step, episodes, device, clocks=clocks)
 
 
 def main(args):
@@ -425,7 +417,7 @@ def main(args):
 
     scores = evaluate(policies, encode, args, args.steps, 10 * args.eval_episodes, device)
     views, actions = dataset.obs.shape[2:], policies.A * policies.discrete
-    run.keep_team(lambda *seen: act(policies, encode, *seen), views, actions, 0, policies)
+    run.keep_team(lambda *seen: runs.react(policies, encode, *seen), views, actions, 0, policies)
     return run.finish("OMIGA", scores, dataset, run.best)
 
 

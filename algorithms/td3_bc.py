@@ -420,17 +420,10 @@ def preset(args):
 
 def arrange(dataset, args):
     """The dataset as `Data`, and the function that turns observations (..., N, O) into the policies' inputs."""
-    dtype, rows = torch.get_default_dtype(), layout.rows(dataset)
-    state, mean, std = rows["state"], 0.0, 1.0
-    if args.normalize:
-        (mean, std), (middle, spread) = layout.units(rows["obs"]), layout.units(state)
-        state = (state - middle) / spread
-
-    def encode(obs):
-        return (obs.to(dtype) - mean) / std
-
+    rows = layout.rows(dataset)
+    encode, see = (layout.inputs(rows[name], args, correction=1) for name in ("obs", "state"))
     rest = (rows[name] for name in ("actions", "reward", "done", "start"))
-    return Data(encode(rows["obs"]), state, *rest, layout.togo(dataset, args.gamma).max()), encode
+    return Data(encode(rows["obs"]), see(rows["state"]), *rest, layout.togo(dataset, args.gamma).max()), encode
 
 
 def act(policies, encode, obs, avail, memory):

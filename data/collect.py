@@ -44,7 +44,7 @@ from envs.play import play
 
 CACHE = Path(__file__).parent / "cache"
 BEHAVIOUR = Path(__file__).parent / "behaviour"  # weights of the teams that play our datasets, see its README
-COLLECTOR = 1  # raise it when a collector changes, so that data cached before are not used again
+COLLECTOR = 2  # raise it when a collector changes, so that data cached before are not used again
 
 # Matrix games. Joint actions in equal parts ("AB": agent 0 plays A, agent 1 plays B), or for each agent the
 # probabilities of its actions, drawn independently. A name that is a JSON list holds the probabilities itself.
@@ -425,7 +425,7 @@ def play_body(env, task, team, count, seed, greedy=False, verify=True, bar=None)
             if team == "still":
                 return torch.zeros(shape)
             if team == "random":
-                return 2 * torch.rand(shape, generator=generator) - 1
+                return 2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1
             entries = np.pad(game.entries, ((0, 0), (0, 1)))  # (B, F+1), the last one 0
             seen = torch.from_numpy(entries[:, trained.columns]).float()
             if greedy or env in NOISE:
@@ -501,7 +501,7 @@ def _polynomial_actions(peak, name, episodes, generator):
     """Joint actions (E, 1, 2, 1) float32 that a name like `POLYNOMIAL_DATASETS` stands for, and how they were drawn."""
     shape = (episodes, 1, 2, 1)
     if name == "uniform":
-        return 2 * torch.rand(shape, generator=generator) - 1, "uniformly random actions"
+        return 2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1, "uniformly random actions"
     place, sigma = _spread(name)
     centre = peak if place == "peak" else 0.0
     actions = centre + sigma * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -515,7 +515,7 @@ def _bridge_optimal(episodes, limit, generator):
     "Right" is the same game turned by 180 degrees, with the roles exchanged.
     """
     stay, up, down, right, left = range(5)
-    draw = torch.rand(episodes, 4, generator=generator)
+    draw = torch.rand(episodes, 4, generator=generator, dtype=torch.float32)
     junk = torch.randint(3, (episodes, limit), generator=generator)  # what agent 1 "does" once it is home
     plans = torch.tensor([stay, up, left])[junk][..., None].repeat(1, 1, 2)  # (E, limit, 2): agent 0, agent 1
     plans[..., 0] = right

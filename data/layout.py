@@ -1,7 +1,7 @@
 """Ways to lay out a `Dataset` as tensors that training scripts share; no gradient.
 
 Shapes: E episodes, R rows (observations, an episode's one more than its steps), M steps, W windows, Q sequences,
-N agents, A actions (or entries of an action), O observation, D state, I inputs.
+N agents, K players, A actions (or entries of an action), O observation, D state, I inputs.
 """
 
 import torch
@@ -180,6 +180,34 @@ def teams(dataset, args, whole=True):
     return (obs, see_state(found["state"]), *rest, sequences), encode
 
 
+# A player decides for G = N / K agents: all of them if there is one player, else one. Where actions are discrete, a
+# player's action is a number, whose digits, to base A, are its agents' actions.
+def joint_avail(avail, K):
+    """What is available to the players: (..., N, A) bool, to the agents, -> (..., K, A^G); None stays None."""
+    if avail is None:
+        return None
+    joint, *others = avail.unflatten(-2, (K, -1)).unbind(-2)  # (..., K, A) each
+    for other in others:
+        joint = (joint[..., None] & other[..., None, :]).flatten(-2)
+    return joint
+
+
+def join(action, avail, K):
+    """The players' actions of the agents': (..., N) -> (..., K) or, if continuous, (..., N, A) -> (..., K, G A)."""
+    if avail is None:
+        return action.flatten(-2).unflatten(-1, (K, -1))
+    digits = action.unflatten(-1, (K, -1))  # (..., K, G)
+    return (digits * avail.shape[-1] ** torch.arange(digits.shape[-1], device=action.device).flip(0)).sum(-1)
+
+
+def split(action, avail, N):
+    """The agents' actions of the players', `join` backwards: (..., K) -> (..., N) or (..., K, G A) -> (..., N, A)."""
+    if avail is None:
+        return action.flatten(-2).unflatten(-1, (N, -1))
+    A, G = avail.shape[-1], N // action.shape[-1]
+    return (action[..., None] // A ** torch.arange(G, device=action.device).flip(0) % A).flatten(-2)
+
+
 def scales(dataset):
     """The spread of the returns, or 1 if there is none, and whether views and states are cells of a small grid."""
     whole = all(bool((x == x.round()).all()) for x in (dataset.obs, dataset.state))
@@ -192,15 +220,16 @@ def units(x):
     return mean, std.clamp(min=1e-3)
 
 
-def inputs(x, args):
+def inputs(x, args, correction=0):
     """The function that turns observations (..., D) into a network's inputs: one-hot with `args.one_hot`, measured in
-    units of what was recorded, x (R, D) or (R, N, D), with `args.normalize`, else as they are."""
-    if args.one_hot:
+    units of what was recorded, x (R, D) or (R, N, D), with `args.normalize`, else as they are. What a script does not
+    have of these is off. correction: as in torch.std, for the spread."""
+    if getattr(args, "one_hot", False):
         return one_hot(x.flatten(0, -2))
     dtype = torch.get_default_dtype()
     if not getattr(args, "normalize", False):
         return lambda raw: raw.to(dtype)
-    std, mean = torch.std_mean(x, 0, correction=0)
+    std, mean = torch.std_mean(x, 0, correction=correction)
     return lambda raw: (raw.to(dtype) - mean) / std.clamp(min=1e-3)
 
 

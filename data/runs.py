@@ -45,7 +45,7 @@ from data.folder import device_name, provenance, refuse_taken, slug, take_folder
 from data.results import (  # noqa: F401
     draw_curves, draw_open_loop, over_seeds, save, save_csv, save_figure, save_json, save_tensors, table_text,
 )  # fmt: skip
-from data.team import Player, save_team  # noqa: F401
+from data.team import Player, react, save_team  # noqa: F401
 from envs.play import play
 
 MAY_CHANGE = {"resume", "out_dir", "device", "threads", "compile", "track"}  # what `--resume` lets a user change

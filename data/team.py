@@ -35,6 +35,21 @@ class Player:
         return action, torch.cat([h, F.one_hot(action, self.A).to(h.dtype)], -1) if self.H else memory
 
 
+def react(policies, encode, obs, avail, memory, clocks=None):
+    """How teams without a memory play B games of each seed: the `act` of `runs.score`, behind two arguments of its own.
+
+    Args:
+        policies: function of inputs (S, N, B, I) and avail (S, N, B, A), or None where actions are continuous; `sample`
+            makes actions of what it returns.
+        encode: what makes inputs of observations (S, B, N, O).
+    Returns:
+        Actions (S, B, N) or (S, B, N, A), greedy without clocks, and the memory as it was.
+    """
+    obs, avail = (None if x is None else x.transpose(1, 2) for x in (encode(obs), avail))
+    action = policies.sample(policies(obs, avail), clocks).transpose(1, 2)
+    return action if policies.discrete else action.clamp(-1, 1).float(), memory
+
+
 class Teams(nn.Module):
     """The program: (obs (B, N, O), avail (B, N, A) if actions are discrete, memory (S, B, N, W)) -> actions, memory.
 

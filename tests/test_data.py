@@ -303,6 +303,23 @@ def test_bridge_mixed_is_half_random_half_optimal():
     assert torch.allclose(counts / counts.sum(), torch.tensor(0.2, dtype=torch.float64), atol=0.01)
 
 
+@pytest.mark.parametrize("env, task, name", [
+    ("bridge", "", "mixed"), ("bridge", "", "optimal"), ("matrix", "climbing", "uniform"), ("matrix", "m-ne", "balanced"),
+    ("polynomial", "twin-peaks", "uniform"), ("polynomial", "twin-peaks", "peak-0.5"), ("smac", "3m", "medium"),
+    ("reacher", "independent", "expert-mix"), ("ant", "full", "random"),
+])  # fmt: skip
+def test_data_do_not_depend_on_torchs_default_type(env, task, name):
+    """Or a name, once cached by whoever computes in float64, would stand for other data."""
+    found, few = set(), 6
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            found.add(data.collect_dataset(env, task, name, episodes=few).fingerprint())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert len(found) == 1
+
+
 def test_the_same_seed_collects_the_same_data():
     assert same(data.collect_dataset("bridge", "", "mixed", 5, 20), data.collect_dataset("bridge", "", "mixed", 5, 20))
     assert not same(

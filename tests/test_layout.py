@@ -145,6 +145,24 @@ def test_last_actions():
     assert last.tolist() == [none, [1, 2], none, [0, 1], [2, 0], [1, 1], none, [2, 2], none, [0, 2], [1, 0], none]
 
 
+def test_a_central_players_actions_are_numbers_with_a_digit_for_each_agent():
+    action, avail = torch.tensor([[1, 0, 2]]), torch.ones(1, 3, 3).bool()
+    index = layout.join(action, avail, 1)
+    assert index.tolist() == [[1 * 9 + 0 * 3 + 2]] and torch.equal(layout.split(index, avail, 3), action)
+    some = torch.tensor([[[True, False], [True, True]]])
+    assert layout.joint_avail(some, 1).tolist() == [[[True, True, False, False]]]
+    assert torch.equal(layout.join(action, avail, 3), action) and torch.equal(layout.split(action, avail, 3), action)
+    assert torch.equal(layout.joint_avail(some, 2), some)
+
+
+def test_a_central_players_action_has_the_entries_of_all_agents():
+    action = torch.arange(12.0).view(2, 3, 2)  # (..., N, A)
+    for K in (1, 3):
+        joint = layout.join(action, None, K)
+        assert torch.equal(joint, action.view(2, K, -1)) and torch.equal(layout.split(joint, None, 3), action)
+    assert layout.joint_avail(None, 1) is None
+
+
 def test_units(float64):
     x = torch.randn(50, 2, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 7, 0.0]) + 4
     mean, std = layout.units(x)

@@ -120,10 +120,11 @@ def test_iqls_losses_against_a_slow_loop(float64, team_):
     data, args, team, _ = made(iql, team=team_)
     batch = iql.gather(data, rows())
     v_loss, q_loss = iql.value_loss(team, batch, 0.7), iql.critic_loss(team, batch, 0.9)
-    networks, *mixer = team.targets
+    networks, mixer = team.targets
     local, lower = iql.local_values(team.q, batch), iql.local_values(networks, batch).amin(0)
     q = [iql.joint_value(team.q_mixer, x, batch) for x in local]
-    low = iql.joint_value(mixer[0], lower, batch) if team_ == "mixed" else lower
+    low = iql.joint_value(mixer, lower, batch)
+    assert (mixer is None) == (team_ == "independent")
     v, later = iql.value(team, batch.obs, batch.state), iql.value(team, batch.next_obs, batch.next_state)
     assert v.shape == (S, 1 if team_ == "mixed" else N, B)
     for s in range(S):
@@ -266,13 +267,6 @@ def test_omiga_ends_where_nobody_was(tmp_path):
     assert score(omiga, tmp_path, *words)["sampled_return"]["mean"] <= 0.1
 
 
-def test_central_players_play_digits():
-    index = iql.joint_index(torch.tensor([[1, 0, 2]]), (1, 3, 3))
-    assert index.tolist() == [[1 * 9 + 0 * 3 + 2]]
-    mask = torch.tensor([[[True, False], [True, True]]])
-    assert iql.joint_mask(mask).tolist() == [[[True, True, False, False]]]
-
-
 # ---------------------------------------------------------------- fine-tuning
 def recorded(env, task, dataset):
     """A dataset, collected if need be with the precision that the teams have."""
@@ -285,23 +279,22 @@ def recorded(env, task, dataset):
 
 
 def practised(env, task, dataset, seeds=(0, 1), team="mixed", rounds=3):
-    """`Practice` after some rounds, its game, the recorded states, and the teams that played."""
+    """`Practice` after some rounds, the recorded states, the teams' encoder, and the arguments."""
     known = recorded(env, task, dataset)
     args = iql.Args(env=env, task=task, team=team, hidden=8, num_seeds=len(seeds))
     found, encode = iql.arrange(known, args)
     players, states = iql.Team(found, args, streams(seeds)), layout.rows(known)["state"]
-    practice = iql.Practice(found, len(seeds), 10 * rounds, envs.make(env, task).time_limit)
-    game, see = envs.make(env, task, num_envs=len(seeds) * practice.E), iql.see_state(states, args)
-    generators = streams(seeds)
+    practice, generators = iql.Practice(known, found, encode, args, 10 * rounds), streams(seeds)
+    practice.scale = 2.0
     for r in range(rounds):
-        practice.play(r, game, players.policies, encode, see, states, 2.0, generators)
-    return practice, see(states), players, encode, args, game
+        practice.play(r, players.policies, generators)
+    return practice, practice.see(states), encode, args
 
 
 @pytest.mark.parametrize("team", ["mixed", "central"])
 def test_what_is_practised_is_what_the_true_game_does(float64, team):
-    """Each recorded step of a reacher leads on as the game itself does from that state, the first from recorded ones."""
-    practice, known, players, encode, args, game = practised("reacher", "independent", "expert-mix", team=team)
+    """Each step of a reacher leads on as the game itself does from that state, the first from recorded ones."""
+    practice, known, encode, _ = practised("reacher", "independent", "expert-mix", team=team)
     assert practice.T == 10 and practice.count.tolist() == [30 * practice.E] * 2
     rows, steps = practice.own[:, : 30 * practice.E], practice.data.steps
     assert all(len(own.unique()) == len(own) and own.min() > steps.max() for own in rows)
@@ -312,7 +305,7 @@ def test_what_is_practised_is_what_the_true_game_does(float64, team):
     std, mean = torch.std_mean(layout.rows(recorded("reacher", "independent", "expert-mix"))["state"], 0)
     raw.set_state(practice.data.state[rows].flatten(0, 1) * std.clamp(min=1e-3) + mean)
     action = practice.data.action[rows].flatten(0, 1)
-    obs, reward, _, _, info = raw.step(action.reshape(rows.numel(), game.num_agents, -1).float())
+    obs, reward, _, _, info = raw.step(action.reshape(rows.numel(), raw.num_agents, -1).float())
     assert action.abs().max() <= 1 and action.std() > 0.01
     assert torch.allclose(2 * reward.double(), practice.data.reward[rows].flatten(), atol=1e-4)
     assert torch.allclose(encode(obs), practice.data.obs[rows + 1].flatten(0, 1), atol=1e-2)
@@ -320,12 +313,12 @@ def test_what_is_practised_is_what_the_true_game_does(float64, team):
 
 @pytest.mark.parametrize("team", ["mixed", "central"])
 def test_practice_in_a_game_of_one_step(team):
-    practice, *_, game = practised("matrix", "m-ne", "balanced", team=team, rounds=40)
+    practice, *_ = practised("matrix", "m-ne", "balanced", team=team, rounds=40)
     own = practice.own[:, : 40 * practice.E]
     assert practice.T == 1 and (practice.count == own.shape[1]).all()
     action = practice.data.action[own]  # (S, C, K)
     both = action if team == "mixed" else torch.cat([action // 3, action % 3], -1)
-    assert torch.equal(practice.data.reward[own], 2 * game.payoff[both[..., 0], both[..., 1]])
+    assert torch.equal(practice.data.reward[own], 2 * practice.game.payoff[both[..., 0], both[..., 1]])
     assert (practice.data.done[own] == 1).all() and len(both.flatten(0, 1).unique(dim=0)) == 9
 
 
@@ -353,7 +346,7 @@ def test_no_step_follows_the_end_of_a_game(monkeypatch):
 
 
 def test_recorded_and_own_steps_are_equally_likely():
-    practice, *_, args, _ = practised("reacher", "independent", "expert-mix")
+    practice, *_, args = practised("reacher", "independent", "expert-mix")
     practice.count[1] = 0
     rows = torch.cat([practice.draw(streams((s, s + 1000)), args) for s in range(200)], 1)  # (2, 12,800)
     own = rows >= practice.row.min()
