@@ -26,8 +26,8 @@ did when it took a_i. D is the data; "resampled" means D weighted by rho_i.
 If teammates and world leave nothing to chance and games begin anywhere in D, Eq. 5 without its penalty is the dual of
 Eq. 1: at its minimum rho_i exp(E_i/alpha), normalised, is d_i pi_-i over D. Else it lies above the dual, as the mean
 over what chance does stands outside the exponential: good luck counts for too much. s~ lies between two states of the
-minibatch. A game that ends goes on in a state in which nothing happens; adding a constant to nu changes nothing, so
-that nu is 0 there, and E_i too.
+minibatch. A game that ends goes on in a state in which nothing happens: adding a constant to nu changes nothing, so
+nu may be 0 there, and then E_i is, too.
 
 Commands, and the return you should see (mean of all seeds; one CPU core of a small server, torch 2.13):
   python algorithms/alberdice.py --env matrix --task xor   data aa-ab-ba, 10 seeds at once, under a minute: 1 in 10 of
@@ -50,8 +50,8 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   team = alberdice.Team(data, args, generators)
   adams, behaviour = alberdice.optimizers(team, args), alberdice.clone(team, data, generators, args)
   for step in range(args.steps):
-      noise, weights = alberdice.draw_noise(generators, N, args), torch.tensor(alberdice.weights_at(step, args))
-      logs = alberdice.update(team, adams, data, behaviour, noise, weights, args)
+      alberdice.schedule(team, adams, step, args)
+      logs = alberdice.update(team, adams, data, behaviour, alberdice.draw_noise(generators, N, args), args)
 
 Differences from the authors' code, and choices made here:
   1. One gradient step each for nu, e and pi in an agent's turn, agents in a fixed order, as theirs; but each turn has
@@ -61,18 +61,17 @@ Differences from the authors' code, and choices made here:
      a mean over 16 draws, in which each a_j is drawn and the rest recorded, too. Weighted by rho_i both have the right
      mean, but for the cap of Eq. 4.
   3. One teammate model serves every i and j, as in `inspo.py`; theirs has one for each i, but one mu for all agents.
-  4. The state after the end: theirs appends it to every episode as rows of its own, in which nu learns. Here nu is 0
-     there, as adding a constant to nu changes nothing, and it weighs as much as all recorded steps (`--absorbed 1`).
+  4. The state after the end: theirs appends it to every episode as rows of its own, in which nu learns. Here it has
+     nu = 0, and weighs as much as all recorded steps (`--absorbed 1`).
   5. E nu(s) is over all recorded states, as theirs, not over the first ones, as the derivation has it.
-  6. The gradient penalty looks between each state of the minibatch and the one before it; theirs between two halves.
-     Its gradient is written out (`slope`), as a gradient within a gradient is not for a graph.
+  6. s~ lies between a state of the minibatch and the one drawn before it; theirs between two halves. nu's gradient is
+     written out (`slope`), as a gradient within a gradient is not for a graph.
   7. alpha falls from 0.3 to 0.003 in Bridge, from the payoffs' range to a hundredth of it in games of one step; theirs
      from 5 to 0.001, over 11 (XOR) to 37 times (Bridge) as many updates, with Adam at 1e-4 and batches of 128 episodes.
      On Bridge the conservative weight falls as well; theirs is 0.1 throughout.
   8. Networks have 64 units, theirs 128. nu has a last bias, as it is 0 after the end; theirs has none. All step sizes
-     but the clones' fall linearly to 0.
+     but the clones' fall linearly to 0. There is no memory, as in theirs: no battles.
   9. Scores are those of greedy play and of sampling; theirs are sampled.
- 10. Without a memory, as theirs: no battles.
 
 Shapes: S seeds, B steps of a minibatch, N agents, A actions, O observation, I inputs, D state, R rows (observations),
 M recorded steps, E games.
@@ -120,9 +119,9 @@ class Args:
     track: bool = False  # also log to Weights & Biases
     # --- the method
     alpha: float = 0.3  # weight of the KL divergence to the data at the start, in units of the return
-    alpha_end: float = 0.003  # and at the end; it decays exponentially
+    alpha_end: float = 0.003  # and in the last update; it decays exponentially
     cql: float = 1.0  # weight of the conservative term in Eq. 6 at the start
-    cql_end: float = 0.1  # and at the end; it decays exponentially, too
+    cql_end: float = 0.1  # and in the last update; it decays exponentially, too
     penalty: float = 0.1  # weight of the gradient penalty in Eq. 5
     absorbed: float = 1.0  # how many steps in the state after the end stand beside one recorded step
     gamma: float = 0.99  # discount
@@ -130,8 +129,8 @@ class Args:
     hidden: int = 64  # units per hidden layer
     layers: int = 2  # hidden layers
     one_hot: bool = True  # feed integer observations as one-hot values (the cells of a grid)
-    batch_size: int = 256  # recorded steps per update
-    policy_lr: float = 1e-3  # Adam's step size for the policies; all of them fall linearly to 0
+    batch_size: int = 256  # recorded steps per turn
+    policy_lr: float = 1e-3  # Adam's step size for the policies; it falls linearly to 0, as that for nu and e
     critic_lr: float = 3e-3  # Adam's step size for nu and e
     ratio_cap: float = 100.0  # largest importance ratio
     clone_steps: int = 1000  # updates of the behaviour models before the sweeps, at most
@@ -163,8 +162,8 @@ class Behaviour(NamedTuple):
 class Noise(NamedTuple):
     """Uniform numbers in [0, 1) for a sweep of N turns; given them, an update is a function without chance."""
 
-    rows: list  # of (S, B): which steps to draw, for each turn
-    again: list  # of (S, B): which of them to draw again
+    rows: list  # of (S, B): which recorded steps to draw, for each turn
+    steps: list  # of (S, B): which of them to draw again, for each turn
     mix: list  # of (S, B): where between two states nu's gradient is looked at
 
 
@@ -211,6 +210,8 @@ class Team(nn.Module):
         self.nus = nn.ModuleList(mlp(D, 1, args, generators) for _ in range(N))  # nu_i(s)
         self.es = nn.ModuleList(mlp(D, A, args, generators) for _ in range(N))  # e_i(s, .), one output an action
         self.policies = copy.deepcopy(self.mus)
+        for name in ("alpha", "cql"):  # what they weigh now, see `schedule`
+            self.register_buffer(name, torch.zeros(()), persistent=False)
 
 
 def log_probs(policy, obs, avail):
@@ -261,9 +262,9 @@ def slope(network, x):
 
 
 # ---------------------------------------------------------------- looking at the data
-def draw(uniform, data):
-    """Steps for each seed as row numbers (S, B), chosen by uniform numbers (S, B)."""
-    return data.steps[uniform.mul(len(data.steps)).long()]
+def draw(noise, data):
+    """Steps for each seed as row numbers (S, B), chosen by uniform numbers, noise (S, B)."""
+    return data.steps[noise.mul(len(data.steps)).long()]
 
 
 def unroll(policies, agents, rows, data):
@@ -273,19 +274,25 @@ def unroll(policies, agents, rows, data):
     return log_probs(policy, obs.flatten(0, 1), avail.flatten(0, 1)).unflatten(0, (len(agents), -1))
 
 
+def recall(table, rows):
+    """Each seed's entries of its own table: (S, R, ...), rows (S, B) -> (S, B, ...)."""
+    return table[torch.arange(len(rows), device=rows.device)[:, None], rows]
+
+
 # ---------------------------------------------------------------- losses
 def importance_ratio(log_pi_others, log_mu_others, cap):
-    """Eq. 4: the product over teammates of pi_j / mu, (S, B); both inputs are sums of logs over teammates."""
+    """Eq. 4: the product over teammates of pi_j / mu, (S, B), at least 1e-10, as Eq. 5 takes its mean's log; both
+    inputs are sums of logs over teammates."""
     return (log_pi_others - log_mu_others).exp().clamp(1e-10, cap)
 
 
-def resample(ratio, uniform):
+def resample(ratio, noise):
     """Draw places in the minibatch with replacement, with probability ratio / sum(ratio).
 
-    ratio (S, B), uniform (S, B) in [0, 1): the places (S, B); one whose ratio is 0 is never drawn.
+    ratio (S, B), noise (S, B) in [0, 1): the places (S, B); one whose ratio is 0 is never drawn.
     """
     cumulative = ratio.cumsum(1)
-    places = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # the first sum above it
+    places = torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True)  # the first sum above it
     return places.clamp(max=ratio.shape[1] - 1)  # if rounding led past the end
 
 
@@ -306,9 +313,9 @@ def nu_loss(advantages, ratio, nu, slopes, alpha, args):
     Drawing again by rho has divided by its mean, which comes back here. The steps in the state after the end, whose
     advantage and nu are 0, are not drawn: they add exp(0) for each.
     """
-    log_mean = (advantages / alpha).logsumexp(1) - math.log(nu.shape[1]) + ratio.mean(1).log()
-    after = torch.full_like(log_mean, args.absorbed)
-    log_mean = torch.logaddexp(log_mean, after.log()) - (1 + after).log()
+    recorded = (advantages / alpha).logsumexp(1) - math.log(nu.shape[1]) + ratio.mean(1).log()  # log of the mean
+    after = torch.full_like(recorded, args.absorbed)
+    log_mean = torch.logaddexp(recorded, after.log()) - (1 + after).log()
     start = (1 - args.gamma) * nu.mean(1) / (1 + after)
     return alpha * log_mean + start + args.penalty * (slopes**2).sum(-1).mean(1)
 
@@ -362,58 +369,61 @@ def descend(adam, loss):
     adam.step(torch.autograd.grad(loss.sum(), adam.moved))
 
 
-def turn(i, team, adams, data, behaviour, row_noise, step_noise, mix_noise, weights, args):
-    """One update of agent i, with the teammates as they are now; the noise (S, B) is that of `Noise`, the weights (2,)
-    are alpha and cql. Returns diagnostics, a dictionary of (S,) tensors.
-    """
-    alpha, cql = weights
+def turn(i, team, adams, data, behaviour, row_noise, step_noise, mix_noise, args):
+    """One update of agent i's nu, e and policy, with the teammates as they are now: diagnostics, (S,) tensors. The
+    noise (S, B) is that of `Noise`."""
     others = [j for j in range(len(team.policies)) if j != i]
     rows = draw(row_noise, data)  # (S, B)
-    seed = torch.arange(len(rows), device=rows.device)[:, None]
     actions = torch.stack([data.actions[rows, j] for j in others], -1)  # (S, B, N-1)
     with torch.no_grad():
         log_pi_others = unroll([team.policies[j] for j in others], others, rows, data).movedim(0, 2)  # (S, B, N-1, A)
-    log_mu_others = behaviour.log_mu_others[i][seed, rows]
+    log_mu_others = recall(behaviour.log_mu_others[i], rows)  # (S, B, N-1, A)
     taken = (chosen(each, actions).sum(-1) for each in (log_pi_others, log_mu_others))  # (S, B) each
     ratio = importance_ratio(*taken, args.ratio_cap)
     again = resample(ratio, step_noise)
 
     # How often to be where: nu
-    state, kl = data.state[rows], teammates_kl(log_pi_others, log_mu_others)
+    state, price = data.state[rows], teammates_kl(log_pi_others, log_mu_others)
     nu, next_nu = team.nus[i](torch.cat([state, data.state[rows + 1]], 1))[..., 0].chunk(2, 1)  # (S, B) each
-    advantages = advantage(nu, next_nu, data.reward[rows], data.done[rows], kl, alpha, args.gamma).gather(1, again)
-    slopes = slope(team.nus[i], torch.lerp(state, state.roll(1, 1), mix_noise[..., None]))
-    loss_nu = nu_loss(advantages, ratio, nu, slopes, alpha, args)
+    advantages = advantage(nu, next_nu, data.reward[rows], data.done[rows], price, team.alpha, args.gamma)
+    advantages = advantages.gather(1, again)
+    slopes = slope(team.nus[i], torch.lerp(state, state.roll(1, 1), mix_noise[..., None]))  # at s~, (S, B, D)
+    loss_nu = nu_loss(advantages, ratio, nu, slopes, team.alpha, args)
     descend(adams["nus"][i], loss_nu)
 
     # What an action adds to that: e
-    rows = rows.gather(1, again)
-    avail, log_mu, e = data.avail[rows, i], behaviour.log_mu[i][seed, rows], team.es[i](data.state[rows])  # (S, B, A)
-    loss_e = e_loss(e, data.actions[rows, i], advantages.detach(), avail, log_mu, cql)
+    row = rows.gather(1, again)
+    avail, log_mu, e = data.avail[row, i], recall(behaviour.log_mu[i], row), team.es[i](data.state[row])  # (S, B, A)
+    loss_e = e_loss(e, data.actions[row, i], advantages.detach(), avail, log_mu, team.cql)
     descend(adams["es"][i], loss_e)
 
     # The policy that does it
-    loss_pi, kl = policy_loss(unroll([team.policies[i]], [i], rows, data)[0], e.detach(), log_mu, alpha)
+    loss_pi, kl = policy_loss(unroll([team.policies[i]], [i], row, data)[0], e.detach(), log_mu, team.alpha)
     descend(adams["policies"][i], loss_pi)
-    logs = {"nu_loss": loss_nu, "e_loss": loss_e, "policy_loss": loss_pi, "kl": kl}
-    return {name: x.detach() for name, x in logs.items()} | {"sample_size": ratio.sum(1) ** 2 / (ratio**2).sum(1)}
+    effective = ratio.sum(1) ** 2 / (ratio**2).sum(1)  # as many equally weighted steps would tell as much
+    logs = {"nu_loss": loss_nu, "e_loss": loss_e, "policy_loss": loss_pi, "kl": kl, "sample_size": effective}
+    return {name: x.detach() for name, x in logs.items()}
 
 
-def update(team, adams, data, behaviour, noise, weights, args, turn=turn):
+def update(team, adams, data, behaviour, noise, args, turn=turn):
     """One sweep: every agent's turn, for all seeds; returns the diagnostics of the last turn.
 
-    weights (2,) are those of `weights_at`. `turn` can be given in compiled form.
+    `turn` can be given in compiled form.
     """
     for i, chance in enumerate(zip(*noise)):
-        logs = turn(i, team, adams, data, behaviour, *chance, weights, args)
+        logs = turn(i, team, adams, data, behaviour, *chance, args)
     return logs
 
 
-def weights_at(step, args):
-    """The weights of the KL divergence and of the conservative term in update `step`, alpha and cql: each falls
-    exponentially to its end in the last."""
-    share, ends = step / max(1, args.steps - 1), ((args.alpha, args.alpha_end), (args.cql, args.cql_end))
-    return [start and start * (end / start) ** share for start, end in ends]
+def schedule(team, adams, step, args):
+    """Set what changes from update to update. The weights of the KL divergence and of the conservative term fall
+    exponentially, to their ends in the last one; the step sizes fall linearly, to 0."""
+    share = step / max(1, args.steps - 1)
+    team.alpha.fill_(args.alpha * (args.alpha_end / args.alpha) ** share)
+    team.cql.fill_(args.cql * (args.cql_end / args.cql) ** share if args.cql else 0.0)
+    for name, lr in (("nus", args.critic_lr), ("es", args.critic_lr), ("policies", args.policy_lr)):
+        for each in adams[name]:
+            each.lr.fill_(lr * (1 - step / args.steps))
 
 
 # ---------------------------------------------------------------- behaviour
@@ -429,7 +439,7 @@ def clone_loss(team, data, rows):
     return loss
 
 
-def clone_update(team, adam, data, row_noise, args):
+def clone_update(team, adam, data, row_noise):
     """One update of the behaviour on steps that row_noise (S, B) draws."""
     descend(adam, clone_loss(team, data, draw(row_noise, data)))
 
@@ -446,7 +456,7 @@ def clone(team, data, generators, args, clone_update=clone_update, judge=None):
         return clone_loss(team, data, judge.held.expand(S, -1))
 
     for step in range(1, args.clone_steps + 1):
-        clone_update(team, adam, learned, uniform(generators, args.clone_batch), args)
+        clone_update(team, adam, learned, uniform(generators, args.clone_batch))
         if judge and judge.over(step, adam.moved, held_loss):
             break
     team.policies.load_state_dict(team.mus.state_dict())  # a cloned team is a good place to start from
@@ -480,38 +490,33 @@ elif __name__ == "__main__":
 
 def preset(args):
     """What differs from Bridge's values, above, in the other environments; each value can be set by its flag."""
-    env, task = args.env, args.task
-    if env == "bridge":
-        return dict(env=env, task=task)
-    if env != "matrix":  # not ours: weights in units of the spread of the data's returns
+    env, task, values = args.env, args.task or {"matrix": "xor"}.get(args.env, ""), {}
+    if env == "matrix":
+        payoff, name = envs.make(env, task).payoff, "aa-ab-ba" if task == "xor" else datasets.names(env, task)[-1]
+        unit = (payoff.max() - payoff.min()).item() or 1.0
+        values = dict(dataset=name, num_seeds=10, steps=1000, one_hot=False, clone_lr=1e-3)
+        values |= dict(alpha=unit, alpha_end=0.01 * unit, cql=0.1 * unit, cql_end=0.1 * unit)
+    elif env != "bridge":  # not ours: weights in units of the spread of the data's returns
         unit, cells = layout.scales(datasets.load("", "", args.dataset))
-        values = dict(env=env, task=task, dataset="", num_seeds=3, one_hot=cells, clone_steps=50_000, hold_back=0.1)
-        values |= dict(alpha=0.3 * unit, alpha_end=0.003 * unit, cql=0.1 * unit, cql_end=0.1 * unit)
-        return values | dict(eval_every=500, clone_lr=1e-3)
-    task = task or "xor"
-    payoff = envs.make("matrix", task).payoff
-    unit = (payoff.max() - payoff.min()).item() or 1.0
-    values = dict(dataset=datasets.names("matrix", task)[-1], num_seeds=10, steps=1000, one_hot=False, clone_lr=1e-3)
-    values |= dict(alpha=unit, alpha_end=0.01 * unit, cql=0.1 * unit, cql_end=0.1 * unit)
-    return values | (dict(dataset="aa-ab-ba") if task == "xor" else {}) | dict(env=env, task=task)
+        values = dict(dataset="", num_seeds=3, one_hot=cells, alpha=0.3 * unit, alpha_end=0.003 * unit)
+        values |= dict(cql=0.1 * unit, cql_end=0.1 * unit, clone_steps=50_000, hold_back=0.1, clone_lr=1e-3)
+        values |= dict(eval_every=500)
+    return values | dict(env=env, task=task)
 
 
 def arrange(dataset, args):
-    """The dataset as `Data`, and the function that turns observations (..., N, O) into the policies' inputs. Raises
-    ValueError for a single agent."""
+    """The dataset as `Data`, and the function that makes the policies' inputs of what a game shows: `layout.teams`.
+    Raises ValueError for a single agent."""
     if dataset.obs.shape[2] < 2:
         raise ValueError("AlberDICE is for two agents or more, and here is one")
-    dtype, rows = torch.get_default_dtype(), layout.rows(dataset)
-    encode = layout.one_hot(rows["obs"].flatten(0, 1)) if args.one_hot else lambda obs: obs.to(dtype)
-    state = layout.one_hot(rows["state"])(rows["state"]) if args.one_hot else rows["state"]
-    rest = (rows[name] for name in ("avail_actions", "actions", "reward", "done", "start"))
-    return Data(encode(rows["obs"]), state, *rest), encode
+    (*tensors, _, _, pairs), encode = layout.teams(dataset, args, whole=False)
+    return Data(*(table[:-1] for table in tensors), steps=pairs[:, 0]), encode  # no need of the blank row
 
 
 def act(policies, encode, obs, avail, memory, clocks=None):
     """What the teams do in B games of each seed, and their memory (there is none): obs (S, B, N, O), avail
     (S, B, N, A) -> (S, B, N). Greedy without exponential clocks (S, N, B, A)."""
-    x = encode(obs)
+    x = encode(obs, memory)
     log_pi = torch.stack([log_probs(pi, x[:, :, i], avail[:, :, i]) for i, pi in enumerate(policies)], 1)
     actions = (log_pi if clocks is None else log_pi - clocks.log()).argmax(-1)  # which clock rings first is a draw
     return actions.transpose(1, 2), memory
@@ -537,7 +542,7 @@ def main(args):
     """Train, evaluate and fill the run folder; returns what summary.json holds."""
     run = runs.Run("alberdice", args)
     device = run.device
-    dataset = run.load(episodes=args.episodes)
+    dataset = run.load(True, episodes=args.episodes)
     data, encode = arrange(dataset, args)
     team = Team(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
     adams, own = optimizers(team, args), [runs.stream(seed, 2, device) for seed in run.seeds]
@@ -549,18 +554,14 @@ def main(args):
         judge = layout.judge(args, data.steps, dataset.lengths)
         behaviour = clone(team, data, generators, args, run.compile(clone_update), judge)
 
-    weights, names = torch.zeros(2, device=device), ("nu_loss", "e_loss", "policy_loss", "kl", "sample_size")
-    logs = {name: torch.full((args.num_seeds,), math.nan) for name in names}
+    logs = dict.fromkeys(("nu_loss", "e_loss", "policy_loss", "kl", "sample_size"), torch.full((len(own),), math.nan))
     for step in run.steps(args.steps, args.eval_every):
         if run.due(logs):
             scores = evaluate(team.policies, encode, args, step, args.eval_episodes, device)
             run.record(logs, {name: x.mean(1) for name, x in scores.items()})
         if step < args.steps:
-            weights.copy_(torch.tensor(weights_at(step, args)))
-            for name, lr in (("nus", args.critic_lr), ("es", args.critic_lr), ("policies", args.policy_lr)):
-                for adam in adams[name]:
-                    adam.lr.fill_(lr * (1 - step / args.steps))
-            logs = update(team, adams, data, behaviour, draw_noise(own, N, args), weights, args, learn)
+            schedule(team, adams, step, args)
+            logs = update(team, adams, data, behaviour, draw_noise(own, N, args), args, learn)
 
     scores = {name: evaluate(policies, encode, args, args.steps, 10 * args.eval_episodes, device)
               for name, policies in (("AlberDICE", team.policies), ("behavioural cloning", team.mus))}  # fmt: skip

@@ -48,10 +48,10 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   args = cfcql.Args(num_seeds=S, clone_steps=50)
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = cfcql.Team(data, args, generators)
-  adam, behaviour = cfcql.optimizer(team, args), cfcql.clone(team, data, generators, args)
+  adam, log_beta = cfcql.optimizer(team, args), cfcql.clone(team, data, generators, args)
   for step in range(200):
       rows, joint = cfcql.draw_rows(generators, data, args), cfcql.draw_joint(generators, data, args)
-      logs = cfcql.update(team, adam, data, behaviour, rows, joint, args)
+      logs = cfcql.update(team, adam, data, log_beta, rows, joint, args)
 
 Differences from the authors' code, and choices made here:
   1. Each agent has networks of its own; the authors' agents share one of each kind, told which agent it is.
@@ -64,7 +64,7 @@ Differences from the authors' code, and choices made here:
   6. Target networks move a little in each update; theirs are copied every 200 episodes.
   7. One network of the state gives all weights and biases of Eq. 1; theirs are four.
   8. beta_i is cloned for a fixed number of updates; theirs until 20 minibatches bring no lower loss. log beta_i is
-     at least -12 in Eq. 3, where theirs adds 1e-5 to both probabilities. A table holds it, as it never changes again.
+     at least -12 in Eq. 3, where theirs adds 1e-5 to both probabilities.
   9. In battles q_i and beta_i are GRUs that see their agent's last action too (--recurrent); elsewhere they have no
      memory. Views are in units of the data's mean and spread, or one-hot (Bridge's cells), or as they are (battles).
      The step size falls linearly to 0, but for the behaviour's.
@@ -75,8 +75,9 @@ Differences from the authors' code, and choices made here:
 A minibatch consists of whole episodes, laid end to end in sequences of one length: Eq. 2 looks ahead. Seeds differ in
 all that is random here, and are evaluated in one environment.
 
-Shapes: S seeds, N agents, Q = S N networks, L rows of a sequence, B sequences of a minibatch, R rows (observations),
-A actions, J joint actions, W units of the mixer, H of a memory, E games, O observation, I inputs, D state.
+Shapes: S seeds, N agents, Q = S N networks, M sequences of the data, L rows of a sequence, B sequences of a minibatch,
+R rows (observations), A actions, J joint actions, W units of the mixer, H of a memory, E games, O observation,
+I inputs, D state.
 """
 
 import copy
@@ -123,7 +124,7 @@ class Args:
     cql: float = 0.1  # weight of the conservative term; 0: QMIX
     tau_lambda: float = 1.0  # how much an agent's weight in it grows with its deviation; 0: all count alike
     joint_cql: bool = False  # MACQL: penalise random joint actions, not one agent's at a time
-    joint_samples: int = 100  # of them, for each step
+    joint_samples: int = 100  # MACQL: how many joint actions are drawn for each step
     td_lambda: float = 0.6  # how far the targets look ahead: 0 one step, 1 to the end
     gamma: float = 0.99  # discount
     # --- the optimisation
@@ -137,7 +138,7 @@ class Args:
     lr: float = 1e-3  # Adam's step size, which falls linearly to 0
     tau: float = 0.01  # how far a target network moves in an update
     max_grad_norm: float = 10.0  # longest gradient of one seed
-    clone_steps: int = 300  # updates of the behaviour before
+    clone_steps: int = 300  # updates of the behaviour model, before all others
     clone_lr: float = 2e-3  # their step size
 
 
@@ -166,10 +167,11 @@ def draw_rows(generators, data, args):
 
 
 def draw_joint(generators, data, args):
-    """For MACQL uniform numbers in [0, 1) that choose joint actions, (S, L - 1, B, J, N); else None."""
+    """Uniform numbers in [0, 1) that choose MACQL's joint actions, (S, L - 1, B, J, N); None for other methods."""
+    if not args.joint_cql:
+        return None
     shape = data.sequences.shape[1] - 1, args.sequences, args.joint_samples, data.avail.shape[1]
-    drawn = [torch.rand(shape, generator=g, device=g.device) for g in generators if args.joint_cql]
-    return torch.stack(drawn) if drawn else None
+    return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
 
 
 # ---------------------------------------------------------------- networks
@@ -226,37 +228,28 @@ class Agents(nn.Module):
         super().__init__()
         (_, self.N, I), self.A, self.S = data.obs.shape, data.avail.shape[-1], len(generators)
         each = [g for g in generators for _ in range(self.N)]
-        self.hidden = args.hidden if args.recurrent else 0
+        self.hidden = args.hidden * args.recurrent
         if args.recurrent:  # it remembers what it saw and did: no single observation shows the whole battle
             self.encoder = nn.Sequential(Linear(I, args.hidden, each), nn.ReLU())
             self.gru, self.head = GRU(args.hidden, args.hidden, each), Linear(args.hidden, self.A, each)
         else:
             self.body = mlp(I, self.A, args, each)
 
-    def forward(self, obs, first, h):
-        """Views (S, L, B, N, I), where an episode begins (S, L, B), memories (S, N, B, H) -> (S, L, B, N, A), and the
-        last memories."""
+    def forward(self, obs, avail, first, h):
+        """Views (S, L, B, N, I), available actions (S, L, B, N, A), where an episode begins (S, L, B), and memories
+        (S, N, B, H) -> numbers (S, L, B, N, A), ILLEGAL for an action that is not available, and the last memories."""
         S, L, B, N, _ = obs.shape
         x = obs.movedim(3, 1).flatten(0, 1).flatten(1, 2)  # (Q, L B, I)
-        if not self.hidden:
-            return self.body(x).view(S, N, L, B, -1).movedim(1, 3), h
-        first = first[:, None].expand(-1, N, -1, -1).flatten(0, 1)
-        states = self.gru(self.encoder(x).view(S * N, L, B, -1), first, h.flatten(0, 1))  # (Q, L, B, H)
-        out = self.head(states.flatten(1, 2)).view(S, N, L, B, -1)
-        return out.movedim(1, 3), states[:, -1].unflatten(0, (S, N))
-
-
-class Weights(NamedTuple):
-    """What Eq. 1 takes from the state."""
-
-    w1: torch.Tensor  # (S, L, B, N, W), not negative
-    b1: torch.Tensor  # (S, L, B, W)
-    w2: torch.Tensor  # (S, L, B, W), not negative
-    b2: torch.Tensor  # (S, L, B)
+        if self.hidden:
+            first = first[:, None].expand(-1, N, -1, -1).flatten(0, 1)
+            states = self.gru(self.encoder(x).view(S * N, L, B, -1), first, h.flatten(0, 1))  # (Q, L, B, H)
+            x, h = states.flatten(1, 2), states[:, -1].unflatten(0, (S, N))
+        out = self.head(x) if self.hidden else self.body(x)
+        return out.view(S, N, L, B, -1).movedim(1, 3).masked_fill(~avail, ILLEGAL), h
 
 
 class Mixer(nn.Module):
-    """The network behind the weights of Eq. 1."""
+    """The network of the state behind Eq. 1."""
 
     def __init__(self, inputs, num_agents, args, generators):
         super().__init__()
@@ -264,10 +257,10 @@ class Mixer(nn.Module):
         self.net = mlp(inputs, sum(self.sizes), args, generators)
 
     def forward(self, state):
-        """(S, L, B, D) -> `Weights`."""
+        """(S, L, B, D) -> the weights of Eq. 1: w1 (S, L, B, N, W), b1 and w2 (S, L, B, W), b2 (S, L, B)."""
         out = self.net(state.flatten(1, 2)).unflatten(1, state.shape[1:3])
         w1, b1, w2, b2 = out.split(self.sizes, -1)
-        return Weights(w1.unflatten(-1, (-1, b1.shape[-1])).abs(), b1, w2.abs(), b2[..., 0])
+        return w1.unflatten(-1, (-1, b1.shape[-1])).abs(), b1, w2.abs(), b2[..., 0]
 
 
 class Team(nn.Module):
@@ -281,11 +274,10 @@ class Team(nn.Module):
         self.behaviour = Agents(data, args, generators)  # logits of beta_i
 
 
-def see(agents, data, rows):
-    """What the agents' networks give for the rows (S, L, B) of sequences, (S, L, B, N, A); ILLEGAL where an action is
-    not available."""
+def unroll(agents, data, rows):
+    """What the agents' networks give for all actions along the sequences `rows` (S, L, B): (S, L, B, N, A)."""
     h = data.obs.new_zeros(agents.S, agents.N, rows.shape[-1], agents.hidden)
-    return agents(data.obs[rows], data.first[rows], h)[0].masked_fill(~data.avail[rows], ILLEGAL)
+    return agents(data.obs[rows], data.avail[rows], data.first[rows], h)[0]
 
 
 def chosen(values, action):
@@ -295,19 +287,21 @@ def chosen(values, action):
 
 # ---------------------------------------------------------------- losses
 def mix(weights, q):
-    """Eq. 1 of J joint actions with local values q (S, L, B, J, N): (S, L, B, J)."""
-    inner = q @ weights.w1 + weights.b1[..., None, :]  # (S, L, B, J, W)
-    return (F.elu(inner) @ weights.w2[..., None])[..., 0] + weights.b2[..., None]
+    """Eq. 1 of J joint actions with the `Mixer`'s weights and local values q (S, L, B, J, N): (S, L, B, J)."""
+    w1, b1, w2, b2 = weights
+    inner = q @ w1 + b1[..., None, :]  # (S, L, B, J, W)
+    return (F.elu(inner) @ w2[..., None])[..., 0] + b2[..., None]
 
 
 def mix_replaced(weights, q, taken):
     """Q(s, (a', a_-i)) of every agent i and action a', (S, L, B, N, A), from local values q (S, L, B, N, A) and those
     of the actions taken (S, L, B, N). In the sum of Eq. 1 only one term changes: [q_i(a'), 1] [w1_i, the rest]."""
-    inner = (taken[..., None, :] @ weights.w1)[..., 0, :] + weights.b1  # (S, L, B, W)
-    rest = inner[..., None, :] - taken[..., None] * weights.w1  # (S, L, B, N, W)
-    inner = torch.stack([q, torch.ones_like(q)], -1) @ torch.stack([weights.w1, rest], -2)  # (S, L, B, N, A, W)
+    w1, b1, w2, b2 = weights
+    inner = (taken[..., None, :] @ w1)[..., 0, :] + b1  # (S, L, B, W)
+    rest = inner[..., None, :] - taken[..., None] * w1  # (S, L, B, N, W)
+    inner = torch.stack([q, torch.ones_like(q)], -1) @ torch.stack([w1, rest], -2)  # (S, L, B, N, A, W)
     hidden = F.elu(inner, inplace=True).flatten(-3, -2)  # in place, as it is large
-    return (hidden @ weights.w2[..., None]).view_as(q) + weights.b2[..., None, None]
+    return (hidden @ w2[..., None]).view_as(q) + b2[..., None, None]
 
 
 @torch.no_grad()
@@ -326,11 +320,12 @@ def td_lambda(reward, done, acted, value, gamma, lam):
 
 
 @torch.no_grad()
-def agent_weights(q, avail, log_beta, tau_lambda):
-    """Eqs. 3 and 4: u_i, (S, L, B, N), from Q(s, (a', a_-i)), available actions and log beta_i, (S, L, B, N, A)."""
+def agent_weights(replaced, log_beta, tau_lambda):
+    """Eqs. 3 and 4: u_i, (S, L, B, N), from Q(s, (a', a_-i)), ILLEGAL where a' is not available, and log beta_i, both
+    (S, L, B, N, A); without log beta_i all are 1/N."""
     if log_beta is None:
-        return torch.full_like(q[..., 0], 1 / q.shape[-2])
-    log_p = F.log_softmax(q.masked_fill(~avail, ILLEGAL), -1)
+        return torch.full_like(replaced[..., 0], 1 / replaced.shape[-2])
+    log_p = F.log_softmax(replaced, -1)
     deviation = (log_p.exp() * (log_p - log_beta)).sum(-1)
     return F.softmax(tau_lambda * deviation, -1)
 
@@ -344,45 +339,45 @@ def random_values(q, avail, uniform):
     return q.gather(-1, action).movedim(-1, -2)
 
 
-def target(team, data, rows, q, args):
-    """Eq. 2, (S, L - 1, B), for the rows (S, L, B), with q (S, L, B, N, A) from `see`."""
-    agents, mixer = team.targets
-    with torch.no_grad():
-        best = chosen(see(agents, data, rows), q.argmax(-1))  # (S, L, B, N)
-        value = mix(mixer(data.state[rows]), best[..., None, :])[..., 0]  # (S, L, B)
-    return td_lambda(data.reward[rows], data.done[rows], data.acted[rows], value, args.gamma, args.td_lambda)
+def gap(weights, q, taken, Q, avail, log_beta, joint, args):
+    """Eq. 5 for each step, (S, L, B), MACQL's if there are numbers `joint` that choose joint actions.
 
-
-def gap(weights, q, taken, avail, log_beta, joint, args):
-    """Eq. 5 for each step without - Q(s, a), (S, L - 1, B): what is pushed down; MACQL's if there are joint actions."""
+    q, avail and log_beta (S, L, B, N, A); of the actions taken the local values (S, L, B, N) and Q(s, a) (S, L, B).
+    """
     if joint is not None:
-        every = mix(weights, random_values(q, avail, joint))
-        return every.logsumexp(-1) - math.log(every.shape[-1])
-    every = mix_replaced(weights, q, taken)
-    share = agent_weights(every.detach(), avail, log_beta, args.tau_lambda)
-    return (share * every.masked_fill(~avail, ILLEGAL).logsumexp(-1)).sum(-1)
+        drawn = mix(weights, random_values(q, avail, joint))  # (S, L, B, J)
+        return drawn.logsumexp(-1) - math.log(drawn.shape[-1]) - Q
+    replaced = mix_replaced(weights, q, taken).masked_fill(~avail, ILLEGAL)
+    u = agent_weights(replaced, log_beta, args.tau_lambda)
+    return (u * replaced.logsumexp(-1)).sum(-1) - Q
 
 
-def losses(team, data, behaviour, rows, joint, args):
-    """The two terms of Eq. 6 for each seed, (S,) each."""
-    q, now = see(team.agents, data, rows), rows[:, :-1]
-    G = target(team, data, rows, q.detach(), args)
-    q, avail = q[:, :-1], data.avail[now]
-    taken, weights = chosen(q, data.action[now]), team.mixer(data.state[now])
+def losses(team, data, log_beta, rows, joint, args):
+    """The two terms of Eq. 6 for each seed, (S,) each: half the squared error, and C. The arguments are `update`'s."""
+    now, acted = rows[:, :-1], data.acted[rows]  # the rows where a step can begin
+    q = unroll(team.agents, data, rows)  # (S, L, B, N, A)
+    with torch.no_grad():  # Eq. 2
+        agents, mixer = team.targets
+        best = chosen(unroll(agents, data, rows), q.argmax(-1))  # (S, L, B, N)
+        value = mix(mixer(data.state[rows]), best[..., None, :])[..., 0]  # (S, L, B)
+        G = td_lambda(data.reward[rows], data.done[rows], acted, value, args.gamma, args.td_lambda)
+    q, weights = q[:, :-1], team.mixer(data.state[now])
+    taken = chosen(q, data.action[now])
     Q = mix(weights, taken[..., None, :])[..., 0]  # (S, L - 1, B)
-    share = data.acted[now] / data.acted[now].sum((1, 2), keepdim=True)  # no padding
-    squared, extra = (share * 0.5 * (Q - G) ** 2).sum((1, 2)), torch.zeros_like(share[:, 0, 0])
-    if args.cql:
+    share = acted[:, :-1] / acted[:, :-1].sum((1, 2), keepdim=True)  # in the mean over steps; padding has none
+    squared = (share * 0.5 * (Q - G) ** 2).sum((1, 2))
+    if not args.cql:
+        return squared, torch.zeros_like(squared)
+    if log_beta is not None:
         seed = torch.arange(len(rows), device=rows.device)[:, None, None]
-        log_beta = None if behaviour is None else behaviour[seed, now]  # (S, L - 1, B, N, A)
-        extra = (share * (gap(weights, q, taken, avail, log_beta, joint, args) - Q)).sum((1, 2))
-    return squared, extra
+        log_beta = log_beta[seed, now]  # (S, L - 1, B, N, A)
+    return squared, (share * gap(weights, q, taken, Q, data.avail[now], log_beta, joint, args)).sum((1, 2))
 
 
 def clone_loss(behaviour, data, rows):
     """Eq. 7 for each seed, (S,), summed over agents."""
     now = rows[:, :-1]
-    log_beta = chosen(F.log_softmax(see(behaviour, data, now), -1), data.action[now]).sum(-1)  # (S, L - 1, B)
+    log_beta = chosen(F.log_softmax(unroll(behaviour, data, now), -1), data.action[now]).sum(-1)  # (S, L - 1, B)
     return -(data.acted[now] * log_beta).sum((1, 2)) / data.acted[now].sum((1, 2))
 
 
@@ -428,17 +423,16 @@ def optimizer(team, args):
     return Adam([*team.agents.parameters(), *team.mixer.parameters()], args.lr)
 
 
-def update(team, adam, data, behaviour, rows, joint, args):
+def update(team, adam, data, log_beta, rows, joint, args):
     """One update of all seeds' teams, on the sequences `rows` (S, L, B); returns diagnostics, (S,) tensors.
 
-    behaviour is `clone`'s, joint `draw_joint`'s.
+    log_beta is the table (S, R, N, A) of `clone`, joint is `draw_joint`'s.
     """
-    squared, extra = losses(team, data, behaviour, rows, joint, args)
-    descend(adam, squared + args.cql * extra, args)
+    squared, C = losses(team, data, log_beta, rows, joint, args)
+    descend(adam, squared + args.cql * C, args)
     with torch.no_grad():
-        networks = nn.ModuleList([team.agents, team.mixer])
-        torch._foreach_lerp_(list(team.targets.parameters()), list(networks.parameters()), args.tau)
-    return {"q_loss": squared.detach(), "gap": extra.detach()}
+        torch._foreach_lerp_(list(team.targets.parameters()), adam.moved, args.tau)
+    return {"q_loss": squared.detach(), "gap": C.detach()}
 
 
 def clone_update(behaviour, adam, data, rows, args):
@@ -447,28 +441,28 @@ def clone_update(behaviour, adam, data, rows, args):
 
 
 def needs_behaviour(args):
-    """Whether any u_i of Eq. 4 depends on it."""
+    """Whether any u_i of Eq. 4 depends on beta_i."""
     return args.cql > 0 and args.tau_lambda > 0 and not args.joint_cql
 
 
 def clone(team, data, generators, args, clone_update=clone_update):
-    """Learn the behaviour before anything else and return it as a table, or None if nothing depends on it."""
-    if needs_behaviour(args):
-        adam = Adam(team.behaviour.parameters(), args.clone_lr)
-        for _ in range(args.clone_steps):
-            clone_update(team.behaviour, adam, data, draw_rows(generators, data, args), args)
+    """Learn the behaviour before anything else, if anything depends on it, and return it as `tabulate` does."""
+    adam = Adam(team.behaviour.parameters(), args.clone_lr)
+    for _ in range(args.clone_steps * needs_behaviour(args)):
+        clone_update(team.behaviour, adam, data, draw_rows(generators, data, args), args)
     return tabulate(team, data, args)
 
 
 @torch.no_grad()
 def tabulate(team, data, args):
-    """The behaviour never changes again, so it becomes a table: log beta_i of every row, (S, R, N, A), or None."""
+    """The behaviour never changes again, so it becomes a table: log beta_i of every row, (S, R, N, A); None if nothing
+    depends on it."""
     if not needs_behaviour(args):
         return None
-    table = data.obs.new_zeros(team.behaviour.S, *data.avail.shape)
+    S, table = team.behaviour.S, data.obs.new_zeros(team.behaviour.S, *data.avail.shape)
     for rows in data.sequences.split(max(1, 10_000 // data.sequences.shape[1])):
-        rows = rows.mT.expand(team.behaviour.S, -1, -1)  # (S, L, B)
-        table[:, rows[0]] = F.log_softmax(see(team.behaviour, data, rows), -1).clamp(min=-12)
+        log_beta = F.log_softmax(unroll(team.behaviour, data, rows.mT.expand(S, -1, -1)), -1)  # (S, L, B, N, A)
+        table[:, rows.mT] = log_beta.clamp(min=-12)
     return table
 
 
@@ -484,19 +478,20 @@ elif __name__ == "__main__":
 
 
 def preset(args):
-    """What differs from XOR's values, above, in the other environments."""
-    env, first = args.env, {"matrix": "xor", "smac": "5m_vs_6m"}
-    task = args.task or first.get(env) or envs.TASKS.get(env, ("",))[0]
-    small = dict(normalize=False, num_seeds=3, steps=2000, eval_every=500, eval_episodes=32, cql=1.0)
-    values = {"bridge": small | dict(dataset="mixed", num_seeds=5, one_hot=True, sequences=4)}
+    """What differs from XOR's values, above, in the other environments; each value can be set by its flag."""
+    env, task = args.env, args.task or {"smac": "5m_vs_6m", "matrix": "xor"}.get(args.env, "")
+    values = dict(normalize=False, num_seeds=3, steps=2000, eval_every=500, eval_episodes=32, cql=1.0)
     if env == "matrix":
-        values[env] = dict(dataset="aa-ab-ba" if task == "xor" else datasets.names("matrix", task)[-1])
-    if env == "smac":
+        values = dict(dataset="aa-ab-ba" if task == "xor" else datasets.names(env, task)[-1])
+    elif env == "bridge":
+        values |= dict(dataset="mixed", num_seeds=5, one_hot=True, sequences=4)
+    elif env == "smac":
         limit = envs.make(env, task).time_limit
-        values[env] = small | dict(dataset="medium-replay", recurrent=True, cql=5.0, clone_steps=500)
-        values[env] |= dict(sequences=max(2, 560 // limit))  # so that a minibatch holds some 500 steps
-        values[env] |= dict(td_lambda=0.6 if limit < 100 else 0.9)
-    return values.get(env, small | dict(normalize=True, dataset="", sequences=8)) | dict(env=env, task=task)
+        values |= dict(dataset="medium-replay", recurrent=True, cql=5.0, clone_steps=500)
+        values |= dict(sequences=max(2, 560 // limit), td_lambda=0.6 if limit < 100 else 0.9)  # some 500 steps
+    else:  # not ours
+        values |= dict(normalize=True, dataset="", sequences=8)
+    return values | dict(env=env, task=task)
 
 
 def arrange(dataset, args):
@@ -513,8 +508,8 @@ def player(agents, encode):
 
     def think(x, avail, h):
         goes_on = torch.zeros(agents.S, 1, x.shape[1], dtype=torch.bool, device=x.device)
-        q, h = agents(x[:, None], goes_on, h.transpose(1, 2))  # (S, 1, B, N, A), (S, N, B, H)
-        return q[:, 0].masked_fill(~avail, ILLEGAL), h.transpose(1, 2)
+        q, h = agents(x[:, None], avail[:, None], goes_on, h.transpose(1, 2))  # (S, 1, B, N, A), (S, N, B, H)
+        return q[:, 0], h.transpose(1, 2)
 
     return runs.Player(think, encode, agents.N, agents.A, agents.hidden)
 
@@ -536,10 +531,10 @@ def main(args):
     learn, agents = run.compile(update), team.agents
     logs = dict.fromkeys(("q_loss", "gap"), torch.full((args.num_seeds,), math.nan))
     if run.begin(team=team, adam=adam, generators=generators):
-        behaviour = tabulate(team, data, args)
+        log_beta = tabulate(team, data, args)
     else:
         streams = [runs.stream(seed, 1, device) for seed in run.seeds]
-        behaviour = clone(team, data, streams, args, run.compile(clone_update))
+        log_beta = clone(team, data, streams, args, run.compile(clone_update))
 
     for step in run.steps(args.steps, args.eval_every):
         if run.due(logs):
@@ -548,11 +543,11 @@ def main(args):
         if step < args.steps:
             adam.lr.fill_(args.lr * (1 - step / args.steps))
             rows, joint = draw_rows(generators, data, args), draw_joint(generators, data, args)
-            logs = learn(team, adam, data, behaviour, rows, joint, args)
+            logs = learn(team, adam, data, log_beta, rows, joint, args)
 
     scores = evaluate(agents, encode, args, args.steps, 10 * args.eval_episodes, device)
     teams = player(agents, encode)
-    run.keep_team(teams, dataset.obs.shape[2:], agents.A, teams.memory, agents)
+    run.keep_team(teams, dataset.obs.shape[2:], teams.A, teams.memory, agents)
     return run.finish(method, scores, dataset, run.best)
 
 

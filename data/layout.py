@@ -167,11 +167,11 @@ def teams(dataset, args, whole=True):
         The function that turns observations (..., N, O) and last actions, one-hot (..., N, A), 0 for none, into obs.
     """
     found = rows(dataset, blank=True)
-    A, R = found["avail_actions"].shape[-1], len(found["obs"])
+    A, R, recurrent = found["avail_actions"].shape[-1], len(found["obs"]), getattr(args, "recurrent", False)
     see, see_state = (inputs(found[name][:-1], args) for name in ("obs", "state"))
 
     def encode(obs, last):
-        return torch.cat([see(obs), last], -1) if args.recurrent else see(obs)
+        return torch.cat([see(obs), last], -1) if recurrent else see(obs)
 
     last = F.one_hot(last_actions(found["actions"], found["first"]) + 1, A + 1)[..., 1:]
     obs = encode(found["obs"], last.to(torch.get_default_dtype()))

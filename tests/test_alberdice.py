@@ -167,13 +167,19 @@ def test_the_table_of_the_behaviour_is_the_models(float64):
 
 
 def test_both_weights_fall_by_a_constant_factor():
-    args = alberdice.Args(steps=5, alpha=1.6, alpha_end=0.1, cql=0.0)
-    falling = [alberdice.weights_at(step, args) for step in range(5)]
-    assert [alpha for alpha, _ in falling] == pytest.approx([1.6, 0.8, 0.4, 0.2, 0.1])
-    assert [cql for _, cql in falling] == [0] * 5
-    args = alberdice.parse([])
-    assert alberdice.weights_at(args.steps - 1, args) == pytest.approx([args.alpha_end, args.cql_end])
-    assert args.cql > args.cql_end and alberdice.Args(steps=1).cql == alberdice.weights_at(0, args)[1]
+    def weights(args):
+        _, _, team, adams = made()
+        for step in range(args.steps):
+            alberdice.schedule(team, adams, step, args)
+            for name, lr in (("nus", args.critic_lr), ("es", args.critic_lr), ("policies", args.policy_lr)):
+                assert {adam.lr.item() for adam in adams[name]} == {lr * (1 - step / args.steps)}
+            yield team.alpha.item(), team.cql.item()
+
+    alphas, cqls = zip(*weights(alberdice.Args(steps=5, alpha=1.6, alpha_end=0.1, cql=0.0)))
+    assert alphas == pytest.approx([1.6, 0.8, 0.4, 0.2, 0.1]) and cqls == (0,) * 5
+    args = alberdice.parse(["--steps", "7"])
+    assert [*weights(args)][-1] == pytest.approx((args.alpha_end, args.cql_end)) and args.cql > args.cql_end
+    assert [*weights(alberdice.Args(steps=1))] == [pytest.approx((args.alpha, args.cql))]
     args = alberdice.parse(["--env", "matrix"])
     assert args.cql == args.cql_end == 0.1
 
@@ -184,8 +190,8 @@ def trained(seeds, steps=3):
     generators = streams(seeds)
     behaviour = alberdice.clone(team, data, generators, args)
     for step in range(steps):
-        noise, weights = alberdice.draw_noise(generators, N, args), torch.tensor(alberdice.weights_at(step, args))
-        alberdice.update(team, adams, data, behaviour, noise, weights, args)
+        alberdice.schedule(team, adams, step, args)
+        alberdice.update(team, adams, data, behaviour, alberdice.draw_noise(generators, N, args), args)
     return team.state_dict()
 
 
@@ -230,8 +236,8 @@ def test_an_agent_learns_against_what_its_teammates_have_become(float64):
 
     alberdice.unroll = watch
     try:
-        noise = alberdice.draw_noise(streams(), N, args)
-        alberdice.update(team, adams, data, behaviour, noise, torch.tensor([0.1, 0.1]), args)
+        alberdice.schedule(team, adams, 0, args)
+        alberdice.update(team, adams, data, behaviour, alberdice.draw_noise(streams(), N, args), args)
     finally:
         alberdice.unroll = unroll
     assert [agents for agents, _ in seen] == [(1, 2), (0,), (0, 2), (1,), (0, 1), (2,)]

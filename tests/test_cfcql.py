@@ -257,7 +257,7 @@ def test_with_one_agent_it_is_cql(float64):
         args, found, team = made(recorded, tau_lambda=tau_lambda)
         behaviour, rows = cfcql.tabulate(team, found, args), cfcql.draw_rows(streams(), found, args)
         extra, now = cfcql.losses(team, found, behaviour, rows, None, args)[1], rows[:, :-1]
-        q = cfcql.see(team.agents, found, rows)[:, :-1]  # (S, L - 1, B, 1, A)
+        q = cfcql.unroll(team.agents, found, rows)[:, :-1]  # (S, L - 1, B, 1, A)
         values = cfcql.mix(team.mixer(found.state[now]), q.mT).masked_fill(~found.avail[now][..., 0, :], -math.inf)
         gap = torch.logsumexp(values, -1) - cfcql.chosen(values, found.action[now][..., 0])
         acted = found.acted[now] > 0
@@ -269,10 +269,10 @@ def test_weights_of_agents(float64):
     torch.manual_seed(0)
     avail = torch.rand(1, 1, 7, N, A) > 0.3
     avail[..., 1], avail[:, :, 0, 0] = True, torch.tensor([True, False, False, False])
-    q = torch.randn(1, 1, 7, N, A)
+    q = torch.randn(1, 1, 7, N, A).masked_fill(~avail, cfcql.ILLEGAL)
     log_beta = torch.randn(1, 1, 7, N, A).masked_fill(~avail, cfcql.ILLEGAL).log_softmax(-1).clamp(min=-12)
-    assert torch.equal(cfcql.agent_weights(q, avail, None, 3.0), torch.full((1, 1, 7, N), 1 / N))
-    assert torch.allclose(cfcql.agent_weights(q, avail, log_beta, 0.0), torch.full((1, 1, 7, N), 1 / N))
+    assert torch.equal(cfcql.agent_weights(q, None, 3.0), torch.full((1, 1, 7, N), 1 / N))
+    assert torch.allclose(cfcql.agent_weights(q, log_beta, 0.0), torch.full((1, 1, 7, N), 1 / N))
     deviation = torch.zeros(7, N)
     for b, i in itertools.product(range(7), range(N)):
         legal = avail[0, 0, b, i]
@@ -281,9 +281,9 @@ def test_weights_of_agents(float64):
         deviation[b, i] = torch.distributions.kl_divergence(p, beta)
     assert deviation[0, 0] == 0  # who has no choice does not deviate
     for tau_lambda in (0.5, 3.0):
-        found = cfcql.agent_weights(q, avail, log_beta, tau_lambda)[0, 0]
+        found = cfcql.agent_weights(q, log_beta, tau_lambda)[0, 0]
         assert torch.allclose(found, (tau_lambda * deviation).softmax(-1), atol=1e-5)
-    hard = cfcql.agent_weights(q, avail, log_beta, 1e4)[0, 0]
+    hard = cfcql.agent_weights(q, log_beta, 1e4)[0, 0]
     assert torch.allclose(hard, torch.nn.functional.one_hot(deviation.argmax(-1), N).double(), atol=1e-3)
 
 
@@ -311,7 +311,7 @@ def test_the_conservative_term_pushes_down_what_is_not_recorded(float64, flags):
         for _ in range(150):
             rows, joint = cfcql.draw_rows(generators, found, args), cfcql.draw_joint(generators, found, args)
             cfcql.update(team, adam, found, behaviour, rows, joint, args)
-        q = cfcql.see(team.agents, found, torch.zeros(S, 1, 1, dtype=torch.int64))[:, 0, 0]  # (S, 2, 3)
+        q = cfcql.unroll(team.agents, found, torch.zeros(S, 1, 1, dtype=torch.int64))[:, 0, 0]  # (S, 2, 3)
         tops[cql] = q.argsort(-1, descending=True)
     assert tops[1.0].tolist() == [[[1, 0, 2]] * 2] * S != tops[0.0].tolist()
 
@@ -347,18 +347,18 @@ def test_a_team_plays_as_it_learned(monkeypatch, recurrent):
         parameter.data *= 3  # so that memory matters
     forward = agents.forward
 
-    def spy(x, first, h):
-        calls.append((x, forward(x, first, h)[0]))
-        return forward(x, first, h)
+    def spy(x, avail, first, h):
+        calls.append((x, avail, forward(x, avail, first, h)[0]))
+        return forward(x, avail, first, h)
 
     monkeypatch.setattr(agents, "forward", spy)
     scores = cfcql.evaluate(agents, encode, args, 0, E, torch.device("cpu"))
     assert {name: x.shape for name, x in scores.items()} == {"return": (2, E)}
-    x, values = (torch.cat(parts, 1) for parts in zip(*calls))  # (S, L, E, N, .)
+    x, avail, values = (torch.cat(parts, 1) for parts in zip(*calls))  # (S, L, E, N, .)
     none = torch.zeros(x.shape[:3], dtype=torch.bool)
     h = torch.zeros(2, 2, E, agents.hidden)
-    assert x.shape[1] > 5 and torch.allclose(values, forward(x, none, h)[0], atol=1e-5)
-    assert recurrent != torch.allclose(values, forward(x, ~none, h)[0], atol=1e-2)
+    assert x.shape[1] > 5 and torch.allclose(values, forward(x, avail, none, h)[0], atol=1e-5)
+    assert recurrent != torch.allclose(values, forward(x, avail, ~none, h)[0], atol=1e-2)
     if recurrent:
         last = x[..., -values.shape[-1] :]  # what was done before
         assert (last[:, 0] == 0).all()
@@ -410,7 +410,7 @@ def test_no_penalty_lets_a_monotone_value_order_xor(tmp_path, words):
     found, _ = cfcql.arrange(data.load("matrix", "xor", "aa-ab-ba"), args)
     team = cfcql.Team(found, args, streams(10))
     team.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["parts"]["team"])
-    q = cfcql.see(team.agents, found, torch.zeros(10, 1, 1, dtype=torch.int64))[:, 0, 0]  # (S, N, A)
+    q = cfcql.unroll(team.agents, found, torch.zeros(10, 1, 1, dtype=torch.int64))[:, 0, 0]  # (S, N, A)
     assert (q.argmax(-1) == 1).all()
 
 
@@ -455,7 +455,7 @@ def test_what_q_promises_in_long_battles(tmp_path, words, least, most, won):
     team = cfcql.Team(found, args, streams(2))
     team.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["parts"]["team"])
     start = found.first.nonzero()[:, 0].expand(2, 1, -1)  # (S, 1, E)
-    best = cfcql.see(team.agents, found, start).amax(-1)  # (S, 1, E, N)
+    best = cfcql.unroll(team.agents, found, start).amax(-1)  # (S, 1, E, N)
     promised = cfcql.mix(team.mixer(found.state[start]), best[..., None, :])
     assert least < promised.mean() < most
 

@@ -207,16 +207,17 @@ def alberdice(device="cpu", compiled=plain, flags=()):
     data, _ = script.arrange(load(args, device), args)
     team = script.Team(data, args, [runs.stream(s, 0) for s in range(args.num_seeds)]).to(device)
     adams, generators = script.optimizers(team, args), [runs.stream(s, 2, device) for s in range(args.num_seeds)]
-    behaviour, weights = script.tabulate(team, data, args), torch.tensor([0.05, 0.1], device=device)
+    behaviour = script.tabulate(team, data, args)
+    script.schedule(team, adams, 0, args)
     cloning = script.Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr)
     turn, clone = compiled(script.turn), compiled(script.clone_update)
 
     def sweep():
         noise = script.draw_noise(generators, data.avail.shape[1], args)
-        script.update(team, adams, data, behaviour, noise, weights, args, turn)
+        script.update(team, adams, data, behaviour, noise, args, turn)
 
     def cloned():
-        clone(team, cloning, data, script.uniform(generators, args.clone_batch), args)
+        clone(team, cloning, data, script.uniform(generators, args.clone_batch))
 
     return Made({"sweep": sweep, "clone": cloned}, [team])
 
