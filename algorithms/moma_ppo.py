@@ -27,14 +27,14 @@ its spread in all rollouts of an update. Each minibatch is a step of Adam down L
 length. The price of entropy alpha begins at 0, and after each minibatch becomes max(0, alpha + 0.001 (H_least - H)):
 there is no bonus before the team's joint entropy H falls below H_least.
 
-Commands, and the return you should see (last policy, greedy; one CPU core of a small server, torch 2.13; bodies: of
-data before commit 3489905). All tasks, datasets and trials: algorithms/moma_ppo.md.
+Commands, and the return you should see (last policy, greedy; one CPU core of a small server, torch 2.13). All tasks,
+datasets and trials: algorithms/moma_ppo.md.
   python algorithms/moma_ppo.py                          the coordination game, unfavourable data, 10 seeds at once, 8 s
       of CPU time: 1, the best return, in 10 of 10 seeds; cloning (bc.py) has 0
   python algorithms/moma_ppo.py --env reacher --task all-observant   two agents share an arm, 3 seeds, 9 minutes:
-      normalised 1.00 +- 0.01 (cloning 0.89)
+      normalised 1.00 +- 0.01 (cloning 0.89; data before commit 3489905)
   python algorithms/moma_ppo.py --env ant --dataset medium           four agents share an ant, a leg each, 34 minutes:
-      2,700 +- 64 (the data 1,719, cloning 2,332)
+      2,743 +- 47 (the data 1,870, cloning 2,429)
   ... --world-model runs/moma_ppo/OTHER                              with the model of another run of the same body
   ... --penalty aleatoric | --reward-penalty 0 --state-penalty 0 | --no-box | --horizon 5 | --simulator    ablations
 
