@@ -1,4 +1,4 @@
-"""A team to keep: the greedy teams of all seeds as one program that plays with torch alone."""
+"""How teams play, and a team to keep: the greedy teams of all seeds as one program that plays with torch alone."""
 
 import io
 import warnings
