@@ -31,8 +31,8 @@ the conservative term (Eq. 24), and that beta is what decays, are our reading.
 Commands, and the return you should see (mean of all seeds; one CPU core of a small server, torch 2.13):
   python algorithms/inspo.py                                              Bridge, mixed data, 5 seeds at once, 50 s:
       greedy -1.2355 (the best possible) in 5 of 5 seeds, sampled -1.24 to -1.25; the data -9.31, cloning -13.6
-  python algorithms/inspo.py --env matrix --task xor --num-seeds 10       aa-ab-ba, 18 s: 1 in 10 of 10, cloning 0.45
-  python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10      imbalanced, 45 s: 20 in 10 of 10, cloning 3.6
+  python algorithms/inspo.py --env matrix --task xor --num-seeds 10       aa-ab-ba, 17 s: 1 in 10 of 10, cloning 0.45
+  python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10      imbalanced, 32 s: 20 in 10 of 10, cloning 3.6
   ... with --beta 0                                                       5: caught in the data's local optimum
   ... on xor with --no-resampling                                         0: both play the action nobody combined
   ... on xor with --no-sequential        still 1: it fails where policies move all the way within a turn, see inspo.md

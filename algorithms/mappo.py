@@ -21,7 +21,7 @@ Commands, and the return you should see (last policy; one CPU core of a small se
   python algorithms/mappo.py --env smac --task 3m --steps 300000 --eval-every 50000     32 s of CPU time, one seed:
       98 % of battles won greedily (return 19.8), 70 % by sampling (16.4), and still rising
   python algorithms/mappo.py --env smac --task 5m_vs_6m --steps 2000000                 4.5 minutes of CPU time, one
-      seed: 94 % won greedily (19.4), 92 % by sampling (19.3), where no script wins a battle
+      seed: 94 % won greedily (19.4), 92 % by sampling (19.3), where no scripted team wins one
   python algorithms/mappo.py --env bridge --steps 500000 --num-seeds 3    71 s of CPU time: greedy -1.2433 (2 of 3
       seeds reach the best possible, -1.2355), sampled -1.2500
 algorithms/mappo.md has those of harder battles, the ant and matrix games, and the reasons for the choices below.

@@ -67,6 +67,11 @@ def pack(lengths, empty):
     return torch.tensor(sequences, device=lengths.device)
 
 
+def episodes(lengths):
+    """The number of each row's episode: lengths (E,), in steps -> (R,)."""
+    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths + 1)
+
+
 def hold_back(share, begin, lengths, most=5000):
     """Choose episodes, evenly spread over the data, for judging what was learned from the others.
 
@@ -77,7 +82,7 @@ def hold_back(share, begin, lengths, most=5000):
     Returns:
         (Q,) bool, the sequences that begin in these episodes; None if there are too few to spare one.
     """
-    episode = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths + 1)[begin]  # (Q,)
+    episode = episodes(lengths)[begin]  # (Q,)
     found = episode.unique()
     if share == 0 or len(found) < 2:
         return None
@@ -92,8 +97,7 @@ def hold_out(share, start, lengths, generator):
     E = len(lengths)
     count = min(E - 1, max(1, round(share * E))) if share else 0
     chosen = torch.randperm(E, generator=generator)[:count].to(start.device)
-    episode = torch.arange(E, device=start.device).repeat_interleave(lengths + 1)[start]  # (M,)
-    return torch.isin(episode, chosen)
+    return torch.isin(episodes(lengths)[start], chosen)
 
 
 class Judge:
@@ -136,7 +140,7 @@ def judge(args, sequences, lengths):
 def age(lengths):
     """The steps since each row's episode began, and those still to come: lengths (E,), in steps -> (R,), (R,)."""
     begin = (lengths + 1).cumsum(0) - lengths - 1  # (E,) each episode's first row
-    episode = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths + 1)  # (R,)
+    episode = episodes(lengths)  # (R,)
     since = torch.arange(len(episode), device=lengths.device) - begin[episode]
     return since, lengths[episode] - since
 

@@ -1,6 +1,8 @@
 """What every training script has for other people: a kept team, training without an environment, foreign games."""
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, command, complains, load_script
 
-from data import load, runs, write
+from data import layout, load, runs, write
 
 TINY = ("--num-seeds", 2, "--seed", 3, "--eval-episodes", 2, "--out-dir")
 # script, flags of a short run, and how many kinds of play (greedy, sampled) share a batch of games
@@ -102,8 +104,8 @@ def test_a_kept_team_plays_alone_as_it_was_evaluated(tmp_path, monkeypatch, case
 def test_every_flag_is_read(name):
     script, keeper = (ROOT / "algorithms" / f"{name}.py").read_text(), (ROOT / "data" / "runs.py").read_text()
     kept = runs.MAY_CHANGE | {"seed", "dataset", "env_kwargs", "team_reward", "games"}  # what the keeper of a run reads
-    if "layout." in script:
-        script += (ROOT / "data" / "layout.py").read_text()
+    used = {*re.findall(r"layout\.(\w+)\(", script)}  # and what the layouts that it asks for read
+    script += "".join(inspect.getsource(getattr(layout, f)) for f in used | ({"inputs"} if "teams" in used else set()))
     unread = [field.name for field in fields(load_script(name).Args)
               if f"args.{field.name}" not in script + keeper * (field.name in kept)]  # fmt: skip
     assert unread == []
