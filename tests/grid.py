@@ -233,13 +233,6 @@ def lines(cell, about, state):
 
 
 # ---------------------------------------------------------------- statistics
-def interval(values, level=0.95, draws=10_000):
-    """The bootstrap interval of the mean over seeds: a pair of numbers. The same values give the same interval."""
-    values = np.asarray(values, float)
-    means = np.random.default_rng(0).choice(values, (draws, len(values))).mean(1)
-    return tuple(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
-
-
 def welch(x, y):
     """The two-sided p-value of Welch's t-test for two lists of at least two numbers.
 
@@ -313,7 +306,7 @@ def text(number, digits=2):
 
 
 def table(found, tasks, methods, score=score):
-    """Mean ± standard error [bootstrap interval] of each cell; * where Welch's test finds no difference from the best, †
+    """Mean ± standard error of each cell; * where Welch's test finds no difference from the best, †
     where the data are not those of the row's other cells."""
     known = [(task.name, d) for task in tasks for d in task.datasets]
     found = {
@@ -349,12 +342,7 @@ def table(found, tasks, methods, score=score):
                 star = "*" if name == best or welch(values, scores[best]) >= 0.05 else ""
                 star += "†" * (data[name] != most)
                 spread = values.std(ddof=1) / len(values) ** 0.5
-                low, high = interval(values)
-                range_ = (
-                    f" ± {text(spread, digits)} [{text(low, digits)}, {text(high, digits)}]"
-                    if spread
-                    else ""
-                )
+                range_ = f" ± {text(spread, digits)}" if spread else ""
                 cell.append(f"{text(values.mean(), digits)}{star}{range_}")
             out.append(f"| {task.title} `{dataset}` | {most} | {' | '.join(cell)} |")
     return "\n".join(out)
