@@ -342,7 +342,7 @@ def table(found, tasks, methods, score=score):
                 star = "*" if name == best or welch(values, scores[best]) >= 0.05 else ""
                 star += "†" * (data[name] != most)
                 spread = values.std(ddof=1) / len(values) ** 0.5
-                range_ = f" ± {text(spread, digits)}" if spread else ""
+                range_ = f"±{text(spread, digits)}" if spread else ""
                 cell.append(f"{text(values.mean(), digits)}{star}{range_}")
             out.append(f"| {task.title} `{dataset}` | {most} | {' | '.join(cell)} |")
     return "\n".join(out)

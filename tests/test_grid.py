@@ -127,7 +127,7 @@ def test_the_table_and_the_picture(tmp_path, monkeypatch):
         and "old" not in page
     )
     (line,) = [line for line in page.splitlines() if line.startswith("| xor")]
-    assert line == "| xor `ab-ba` | 1.00 | 0.50 ± 0.17 | 1.00* | 0.00† |"
+    assert line == "| xor `ab-ba` | 1.00 | 0.50±0.17 | 1.00* | 0.00† |"
     assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
     again = page
     grid.render()
