@@ -4,7 +4,6 @@ import copy
 import hashlib
 import io
 import json
-import os
 import uuid
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -51,9 +50,7 @@ class Dataset:
         self.info = plain(self.info)
 
     @classmethod
-    def from_episodes(
-        cls, episodes, team_reward="sum", num_actions=None, time_limit=None, **info
-    ):
+    def from_episodes(cls, episodes, team_reward="sum", num_actions=None, time_limit=None, **info):
         """A dataset of episodes as one has recorded them, each of its own length.
 
         Args:
@@ -363,7 +360,9 @@ def as_actions(actions):
     if whole and actions.shape[2:] == (1,):
         actions = actions[..., 0]
     message = "actions must be whole numbers (T, N), or others (T, N, A), not"
-    insist(actions.dim() == (2 if whole else 3), f"{message} {actions.dtype} {tuple(actions.shape)}")
+    insist(
+        actions.dim() == (2 if whole else 3), f"{message} {actions.dtype} {tuple(actions.shape)}"
+    )
     return actions
 
 
@@ -450,19 +449,17 @@ def fingerprint(tensors):
 
 # ---------------------------------------------------------------- files
 def save(path, content, new=False):
-    """Write a file whole or not at all, so that a kill leaves the old one or the new one.
+    """Write bytes whole or not at all, so that a kill leaves the old file or the new one.
 
     Raises:
-        FileExistsError: it must be `new`, and is there already.
+        FileExistsError: the file must be `new`, and is there already.
     """
-    path = Path(path)
+    if new:
+        path.touch(exist_ok=False)  # of two runs that want one folder, one gets it
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         part.write_bytes(content)
-        if new:
-            os.link(part, path)  # unlike a renaming, it never replaces
-        else:
-            os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -74,7 +74,9 @@ def read_alberdice(folder):
     for name in ("obs", "state", "avail_actions", "actions", "reward", "terminated", "filled"):
         file = folder / f"{name}.npy"
         if not file.exists():
-            raise ValueError(f"it is neither a vault nor AlberDICE's .npy files: it lacks {name}.npy")
+            raise ValueError(
+                f"it is neither a vault nor AlberDICE's .npy files: it lacks {name}.npy"
+            )
         arrays[name] = np.load(file, allow_pickle=False)
     state = torch.from_numpy(arrays["state"])
     if state.shape[-1] != 8:

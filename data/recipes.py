@@ -334,7 +334,9 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
     else:
         plan = {"matrix": plan_matrix, "bridge": plan_bridge, "polynomial": plan_polynomial}[env]
         generator = torch.Generator().manual_seed(seed)
-        actions, behaviour = plan(game, task, name, episodes, generator)  # (E, T, N) or (E, T, N, A)
+        actions, behaviour = plan(
+            game, task, name, episodes, generator
+        )  # (E, T, N) or (E, T, N, A)
         games = envs.make(env, task, num_envs=episodes)
         dataset = record(games, lambda t, obs, info: actions[:, t])
     dataset.info |= {"env": env, "task": task, "name": name, "seed": seed, "behaviour": behaviour}
@@ -450,7 +452,9 @@ def progress(total, what):
 
 def tell(team, count, info):
     """Who played, in words."""
-    return f"{count} by {team}" + (f" ({info['script']} after {info['steps']} steps)" * bool(info))
+    if not info:
+        return f"{count} by {team}"
+    return f"{count} by {team} ({info['script']} after {info['steps']} steps)"
 
 
 def record_battles(task, name, episodes, seed):
