@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import envs
 from data.dataset import TENSORS, Dataset
-from envs.play import play
+from envs.rollout import play
 
 GAMES = 16  # played at once: a game that is not ours is a Python object of its own
 
