@@ -312,15 +312,18 @@ def read_episodes(episodes, time_limit=None):
     for e, episode in enumerate(episodes):
         try:
             parts.append(read_episode(episode, time_limit))
-            for name in {**parts[0], **parts[e]}:
-                found, wanted = (
-                    (*part[name].shape[1:], part[name].dtype) if name in part else "none"
-                    for part in (parts[e], parts[0])
-                )
-                insist(found == wanted, f"{name} of a step is {found}, of episode 0 {wanted}")
+            steps, first = shapes(parts[e]), shapes(parts[0])
+            insist(steps == first, f"a step of it is {steps}, one of episode 0 {first}")
         except ValueError as error:
             raise ValueError(f"episode {e}: {error}") from None
     return parts
+
+
+def shapes(part):
+    """What each step of an episode consists of, in words."""
+    words = [f"{name} {tuple(part[name].shape[1:])}" for name in sorted(part)]
+    kind = str(part["actions"].dtype).removeprefix("torch.")
+    return f"{', '.join(words)} ({kind} actions)"
 
 
 def read_episode(given, time_limit=None):
