@@ -265,9 +265,8 @@ def as_tensor(array, name, mask=None):
         tensor = array.detach()
     else:
         try:
-            array = np.asarray(array)
-            native = array.dtype.newbyteorder("=")
-            tensor = torch.from_numpy(np.require(array, native, "CWO"))
+            array = np.require(np.asarray(array), requirements="CWO")
+            tensor = torch.from_numpy(array)
         except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, texts, objects
             raise ValueError(f"{name} is no array of numbers ({error})") from None
     insist(not tensor.is_complex(), f"{name} holds complex numbers")

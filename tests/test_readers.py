@@ -103,7 +103,7 @@ def test_cfcqls_time_outs_are_cut_off(tmp_path):
     arrays["terminated"][0] = 0  # the file's word counts where it says that nothing ended
     arrays["obs"][2, 3:] = np.nan  # behind an episode of one step
     for name in ("filled", "actions", "reward"):
-        arrays[name] = arrays[name].astype(">f8")
+        arrays[name] = arrays[name].astype(np.float64)
     path = save(tmp_path / "a.h5", arrays)
     found = data.read(path)
     agrees(found, steps())
