@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import envs
 from data.dataset import Dataset
-from envs.play import play
+from envs.rollout import play
 
 GAMES = 16  # played at once: a game that is not ours is a Python object of its own
 
