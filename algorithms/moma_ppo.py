@@ -618,7 +618,10 @@ def dream(model, data, args):
     (S, B, D), which returns next states, penalised rewards,
     where the game ends, and where the model is sure (S, B).
     """
-    low, high, worst, top = box(data, args.box_margin)
+    low, high = data.state.aminmax(dim=0)
+    worst, top = data.reward[data.start].aminmax()
+    room = args.box_margin * (high - low)
+    low, high, worst = low - room, high + room, worst - args.box_margin * (top - worst)  # the box
     root = weights(data).sqrt()
 
     def world(state, action, member, noise):
@@ -635,19 +638,11 @@ def dream(model, data, args):
         eps_g = gram_norm(x * root)
         if args.box:
             next_state, reward = next_state.clamp(low, high), reward.clamp(worst, top)
-        reward = reward - penalty(guess, eps_g, args)
+        reward = penalise(reward, guess, eps_g, args)
         sure = eps_g < args.limit if args.adaptive else torch.ones_like(end)
         return next_state, reward, end, sure
 
     return world
-
-
-def box(data, margin):
-    """The range of the data: of states, low and high (D,), and of rewards, worst and top."""
-    low, high = data.state.aminmax(dim=0)
-    worst, top = data.reward[data.start].aminmax()
-    room = margin * (high - low)
-    return low - room, high + room, worst - margin * (top - worst), top
 
 
 def weights(data):
@@ -668,20 +663,19 @@ def gram_norm(x):
     return (x @ x.mT).square().sum((-2, -1)).sqrt() / (x.shape[-2] - 1)
 
 
-def penalty(guess, eps_g, args):
-    """Eq. 4: what is taken off the reward, (S, B); or MOPO's, the largest spread of a member."""
+def penalise(reward, guess, eps_g, args):
+    """Eq. 4, or MOPO's, which takes off the largest spread that a member predicts; (S, B)."""
     if args.penalty == "aleatoric":
         variance = (guess.state_std**2).sum(-1) + guess.reward_std**2  # (S, n, B)
-        return args.aleatoric * variance.sqrt().amax(1)
+        return reward - args.aleatoric * variance.sqrt().amax(1)
     eps_r, eps_g = (eps.clamp(max=args.limit) for eps in (guess.reward.var(1), eps_g))
-    return args.reward_penalty * eps_r + args.state_penalty * eps_g
+    return reward - args.reward_penalty * eps_r - args.state_penalty * eps_g
 
 
 def begin(agents, data, rows):
-    """The states (S, B, D) and histories (S, B, N, H, O + A) of rollouts that begin in rows (S, B)."""
+    """States (S, B, D) and histories (S, B, N, H, O + A) of rollouts that begin in rows (S, B)."""
     past = rows[..., None] + torch.arange(-agents.H, 0, device=rows.device)  # (S, B, H)
     known = past >= (rows - data.age[rows])[..., None]  # of the same episode
-    past = past.clamp(min=0)
     history = torch.cat([agents.see(data.state[past]), data.action[past]], -1)
     history = history * known[..., None, None]  # (S, B, H, N, O + A)
     return data.state[rows], history.transpose(2, 3)
@@ -741,10 +735,10 @@ def gae(reward, value, next_value, m, zeta, gamma, lam):
     steps = zip(*(x.unbind(-1) for x in (reward, value, next_value, m, zeta)))
     advantages, returns = [], []
     A = R = torch.zeros_like(reward[..., 0])
-    for r, v, next_v, m, zeta in reversed(list(steps)):
-        delta = r + gamma * m * next_v - v
-        A = delta + gamma * lam * (m & zeta) * A
-        R = r + gamma * m * torch.where(zeta, R, next_v)
+    for r_t, v_t, next_v, m_t, zeta_t in reversed(list(steps)):
+        delta = r_t + gamma * m_t * next_v - v_t
+        A = delta + gamma * lam * (m_t & zeta_t) * A
+        R = r_t + gamma * m_t * torch.where(zeta_t, R, next_v)
         advantages.insert(0, A)
         returns.insert(0, R)
     return torch.stack(advantages, -1), torch.stack(returns, -1)
@@ -775,10 +769,10 @@ def settle(agents, steps, args):
     return batch, {name: x.to(reward.dtype).mean((1, 2)) for name, x in logs.items()}
 
 
-def rehearse(agents, world, data, noise, args, rehearsal_step=rehearsal_step, settle=settle):
+def rehearse(agents, world, data, noise, args, rehearsal_step=rehearsal_step):
     """Play k steps in B places for each seed: a `Batch` of B k steps, and what to log, (S,) each.
 
-    `rehearsal_step` and `settle` can be given in compiled form.
+    `rehearsal_step` can be given in compiled form.
     """
     state, history = begin(agents, data, noise.rows[:, 0])
     noise = noise._replace(rows=noise.rows.roll(-1, 1))  # a step's row is where the next may begin
@@ -819,7 +813,7 @@ def ppo_loss(agents, batch, args):
 
 
 def clone_loss(agents, data, rows):
-    """The warm-up's losses on the steps that begin in the rows (S, B), (S,) each.
+    """The warm-up's loss on the steps that begin in the rows (S, B), (S,).
 
     Independent behavioural cloning, -log pi_i(a_i) of the recorded actions, summed over agents; and
     how far V is from what the recorded rest of the episode was worth.
@@ -829,7 +823,7 @@ def clone_loss(agents, data, rows):
     action = action.argmax(-1) if agents.discrete else action
     log_prob, _ = agents.log_prob(agents.policy(x), action)
     error = (agents.value(x, state) - data.togo[rows]) / agents.returns.std
-    return -log_prob.mean(1), 0.5 * (error**2).mean(1)
+    return 0.5 * (error**2).mean(1) - log_prob.mean(1)
 
 
 # ---------------------------------------------------------------- update
@@ -890,8 +884,7 @@ def update(agents, adam, batch, orders, args, minibatch=minibatch):
 
 def clone_update(agents, adam, data, rows, args):
     """One update of the warm-up on the steps that begin in the rows (S, B); its loss (S,)."""
-    policy_loss, value_loss = clone_loss(agents, data, rows)
-    return descend(adam, agents, policy_loss + value_loss, args.max_grad_norm)
+    return descend(adam, agents, clone_loss(agents, data, rows), args.max_grad_norm)
 
 
 # ---------------------------------------------------------------- run
@@ -918,17 +911,6 @@ def distinct_columns(state, obs):
     return state, torch.tensor(views, device=obs.device).view(obs.shape[1:])
 
 
-def hold_out(share, dataset):
-    """Whole episodes, drawn at random: (E,) bool. At least one is held out, and one is not.
-
-    None is where there is only one, or the share is 0.
-    """
-    E = len(dataset.lengths)
-    count = min(E - 1, max(1, round(share * E))) if share else 0
-    drawn = torch.randperm(E, generator=stream(0, 4))[:count]  # the same for all seeds
-    return torch.isin(torch.arange(E), drawn).to(dataset.lengths.device)
-
-
 def arrange(dataset, args):
     """The dataset as `Data`."""
     rows = layout.rows(dataset)
@@ -938,34 +920,36 @@ def arrange(dataset, args):
         if (avail != avail[0]).any():
             raise ValueError(f"in {args.dataset} the available actions change")
         avail, action = avail[0], F.one_hot(action, avail.shape[-1]) * rows["acted"][:, None, None]
-    out = hold_out(args.holdout, dataset)[layout.episodes(dataset.lengths)[start]]  # (M,)
-    held = start[out] if out.any() else start
+    E = len(dataset.lengths)
+    count = min(E - 1, max(1, round(args.holdout * E))) if args.holdout else 0
+    episodes = torch.randperm(E, generator=stream(0, 4))[:count].to(start.device)  # held out
+    out = torch.isin(layout.episodes(dataset.lengths)[start], episodes)  # (M,)
     togo = torch.zeros_like(rows["reward"])
     togo[start] = layout.togo(dataset, args.gamma)
     age, opening = layout.age(dataset.lengths)[0], rows["first"].nonzero()[:, 0]
     steps = action, rows["reward"], rows["done"], togo, age
-    return Data(state, *steps, start, opening, start[~out], held, columns, avail)
+    return Data(
+        state, *steps, start, opening, start[~out], start[out] if count else start, columns, avail
+    )
 
 
 @torch.no_grad()
-def open_loop(model, data, S, k, most=500):
-    """How far models err that are left to themselves for 1..k recorded actions, (S, k).
+def open_loop(model, data, k):
+    """How far models err that are left to themselves for 1, 2, … k recorded actions: a list.
 
-    The root mean square over a seed's models, entries that vary, in units of their spread, and
-    held-out rows that have k steps to come, at most so many.
+    The root mean square in units of the data's spread, from held-out rows with k steps to come.
     """
     rows = data.held[data.held + k < len(data.state)]
     rows = rows[data.age[rows + k] == data.age[rows] + k]
-    rows = rows[:: max(1, len(rows) // most)]
-    units = Units(data.state)
+    rows = rows[:: max(1, len(rows) // 500)]  # some of them
     state = data.state[rows].expand(len(model.for_end[0].weight), -1, -1)
     errors = []
     for t in range(k):
         action = data.action[rows + t].flatten(1).expand(len(state), -1, -1)
         state = model(state, action).state
-        error = (state - data.state[rows + t + 1]) / units.std * units.vary
-        errors.append((error**2).view(S, -1).mean(1).sqrt())
-    return torch.stack(errors, 1)
+        error = model.state(state) - model.state(data.state[rows + t + 1])
+        errors.append(error.square().mean().sqrt().item())
+    return errors
 
 
 def learn_model(run, data, args):
@@ -974,7 +958,6 @@ def learn_model(run, data, args):
     adam = torch.optim.Adam(model.parameters(), args.model_lr, fused=True)
     generators, learn = run.streams(3), run.compile(model_update)
     run.begin("model step", "world_model.csv", model=model, adam=adam, generators=generators)
-    run.logs = validate(model, data, args.num_seeds)
     for step in run.steps(None, args.model_steps, args.model_eval_every):
         adam.param_groups[0]["lr"] = args.model_lr * (1 - step / args.model_steps)
         loss = learn(model, adam, data, draw_batches(generators, data, args), args)
@@ -1012,25 +995,26 @@ def main(args):
     else:
         model = learn_model(run, data, args)
     world = dream(model, data, args)
-    rehearsal = run.compile(rehearsal_step), run.compile(settle)
-    learn, clone = run.compile(minibatch), run.compile(clone_update)
+    rehearsal, learn = run.compile(rehearsal_step), run.compile(minibatch)
+    clone = run.compile(clone_update)
 
     # Act 2: rehearsals in it
     run.begin(model=model, agents=agents, adam=adam, generators=generators)
-    about = {name: x.mean().item() for name, x in validate(model, data, args.num_seeds).items()}
-    about["open_loop"] = open_loop(model, data, args.num_seeds, args.horizon).mean(0).tolist()
-    run.say(f"world model: {about}")
+    errors = open_loop(model, data, args.horizon)
+    run.say(
+        f"open-loop error of the model after 1 and {args.horizon} steps: {errors[0]:.3f}, {errors[-1]:.3f}"
+    )
     team = player(agents)
     for step in run.steps(team):
         for _ in range(args.warmup if step == 0 else 0):
             clone(agents, adam, data, draw_rows(generators, data.start, args.batch_size), args)
         adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
         noise = draw_noise(generators, data, args)
-        batch, logs = rehearse(agents, world, data, noise, args, *rehearsal)
+        batch, logs = rehearse(agents, world, data, noise, args, rehearsal)
         orders = draw_orders(generators, batch.returns.shape[1], args)
         run.logs = logs | update(agents, adam, batch, orders, args, learn)
         run.logs["alpha"] = agents.alpha
-    return run.finish("MOMA-PPO", team, world_model=about)
+    return run.finish("MOMA-PPO", team, open_loop=errors)
 
 
 def parse(argv=None):
