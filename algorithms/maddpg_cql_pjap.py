@@ -357,8 +357,7 @@ class Windows(nn.Module):
         grid of the random numbers miss it.
         """
         end = self.rho.cumsum(1)  # window w takes the piece of length rho_w that ends here
-        index = torch.searchsorted(end, uniform * end[:, -1:], right=True)
-        return index.clamp(max=len(self.start) - 1)  # if rounding led past the end
+        return torch.searchsorted(end, uniform * end[:, -1:], right=True)
 
     def gather(self, index, data):
         """The windows `index` (S, B) as a minibatch, `Data` of (S, L, B) rows."""
