@@ -186,11 +186,10 @@ def draw(args, *wanted):
     Every seed has a random stream of its own: S seeds at once equal S runs of one seed.
     """
     streams = [torch.Generator().manual_seed(args.seed + s) for s in range(args.num_seeds)]
-    drawn = []
-    for kind, *shape in wanted:
-        numbers = [kind(shape, generator=g, dtype=torch.float64) for g in streams]
-        drawn.append(torch.stack(numbers).to(args.device))
-    return drawn
+    drawn = [
+        [kind(shape, generator=g, dtype=torch.float64) for g in streams] for kind, *shape in wanted
+    ]
+    return [torch.stack(numbers).to(args.device) for numbers in drawn]
 
 
 def recentre(data, mean):
@@ -293,8 +292,7 @@ def train_online(reward, theta, capacity, noise, uniforms, eta):
         index = ((place + uniforms[..., k, :]) * (held / batch_size)).long()  # (..., B)
         index = torch.minimum(index, held - 1)
         batch = buffer.take_along_dim(index[..., None], -2)  # (..., B, 2)
-        theta, _ = update(reward, theta, batch, eta)
-        theta = theta.clamp(-1, 1)
+        theta = update(reward, theta, batch, eta)[0].clamp(-1, 1)
         path.append(theta)
     return torch.stack(path, -2), buffer
 
@@ -321,9 +319,8 @@ def cases(args):
     middle = args.c / math.sqrt(8 * args.b * (args.c - 2 * args.a))
     half = math.sqrt(max(middle**2 - args.a / args.b, 0.0))
     means = torch.linspace(middle - half, middle + half, 5, dtype=torch.float64).tolist()
-    others = ("decoupled", "sign agreement", "action agreement")
     return [
-        *[(game, "", (-0.02, 0.04), 0.5) for game in others],
+        *[(game, "", (-0.02, 0.04), 0.5) for game in games(args) if game != "twin peaks"],
         *[("twin peaks", "Fig. 4a", (0.0, 0.0), sigma) for sigma in args.sigmas],
         *[("twin peaks", "Fig. 4b", (top, top), sigma) for sigma in args.sigmas],
         *[("twin peaks", "Eq. 5", (m, m), eq5_sigma(m, args)) for m in means],
@@ -344,12 +341,17 @@ def table(args):
         # The closed form has the sample's own moments, those of the other one's data.
         m, s2 = data.mean(1).flip(1), data.var(1, unbiased=False).flip(1)
         formula = brud_ends(args, theta, steps * eta, m, s2)[game]
-        row = {"game": game, "note": note, "mean": mean, "sigma": sigma}
-        row["end"] = end.mean(0).tolist()
-        row["closed_form"] = formula.mean(0).tolist()
-        row["difference"] = (end - formula).abs().max().item()
         at_peak = ((end - peak(args)).abs() < 0.005).all().item()
-        row["at_peak"] = at_peak if game == "twin peaks" else None
+        row = {
+            "game": game,
+            "note": note,
+            "mean": mean,
+            "sigma": sigma,
+            "end": end.mean(0).tolist(),
+            "closed_form": formula.mean(0).tolist(),
+            "difference": (end - formula).abs().max().item(),
+            "at_peak": at_peak if game == "twin peaks" else None,
+        }
         rows.append(row)
     return rows
 
@@ -381,17 +383,20 @@ def mean_rewards(rows):
 def report(summary):
     """How well the closed forms hold, and the rewards of Figure 5."""
     worst = max(row["difference"] for row in summary["table"])
-    lines = [f"BRUD ends where the closed forms say, to {worst:.0e}"]
-    line = "Figure 5, sigma {sigma:<3g} {method:6} reward {mean:.3f} +- {stderr:.3f}"
-    lines += [line.format(**row) for row in summary["rewards"] if row["figure"] == "5"]
-    return "\n".join(lines)
+    text = f"BRUD ends where the closed forms say, to {worst:.0e}"
+    line = "\nFigure 5, sigma {sigma:<3g} {method:6} reward {mean:.3f} +- {stderr:.3f}"
+    for row in summary["rewards"]:
+        if row["figure"] == "5":
+            text += line.format(**row)
+    return text
 
 
 # ---------------------------------------------------------------- figures
 def figure_1(args):
     """One BRUD step on R = xy, from one data point in the opposite corner."""
     reward = games(args)["sign agreement"]
-    policy, point = (-0.35, 0.35), (0.45, -0.45)
+    policy = (-0.35, 0.35)
+    point = (0.45, -0.45)
     theta, data = torch.tensor([policy, point])
     brud = brud_gradient(reward, theta, data[None])
     true = brud_gradient(reward, theta, theta[None])
@@ -407,22 +412,23 @@ def figure_2(args):
     capacity = torch.tensor(args.capacities, device=args.device)[:, None]  # (capacities, 1)
     noise, eta = args.noise * noise, args.learning_rate
     paths, buffers = train_online(reward, theta, capacity, noise, uniforms, eta)
-    axes = dict(capacity=args.capacities, sigma=[args.noise])
-    rows = result_rows(args, "2", "sign agreement", paths, **axes)
-    figure = surfaces.draw_buffers(reward, args.capacities, args.batch_size, paths, buffers)
+    sizes = args.capacities
+    rows = result_rows(args, "2", "sign agreement", paths, capacity=sizes, sigma=[args.noise])
+    figure = surfaces.draw_buffers(reward, sizes, args.batch_size, paths, buffers)
     return figure, rows
 
 
 def figure_3(args):
     """Offline MADDPG on sign agreement: uniform data of mean (-0.02, 0.04), three starts."""
-    reward, mean = games(args)["sign agreement"], (-0.02, 0.04)
+    reward = games(args)["sign agreement"]
+    mean = (-0.02, 0.04)
     args = replace(args, num_seeds=1)  # the mean decides everything and is the same for every seed
     (uniforms,) = draw(args, (torch.rand, args.num_samples, 2))
     data = recentre(2 * uniforms - 1, mean)  # (1, M, 2)
     theta = data.new_tensor(STARTS)[:, None]  # (starts, 1, 2)
     eta = 5 * args.learning_rate  # the field is constant and weak, 0.045 long
     paths, _ = train_offline(reward, theta, data, args.full_batch_steps, eta)
-    rows = result_rows(args, "3", "sign agreement", paths, start=(0, 1, 2))
+    rows = result_rows(args, "3", "sign agreement", paths, start=range(3))
     line = torch.linspace(-0.8, 0.8, 8, dtype=torch.float64, device=args.device)
     grid = torch.cartesian_prod(line, line)  # (64, 2)
     brud = brud_gradient(reward, grid, data)
@@ -439,26 +445,27 @@ def figure_4(args, name, centre):
     starts = unit.new_tensor(STARTS)[:, None]
     theta = starts.expand(len(sigmas), -1, args.num_seeds, 2)  # spreads x starts x seeds
     paths, _ = train_offline(reward, theta, data, args.full_batch_steps, args.learning_rate)
-    rows = result_rows(args, name, "twin peaks", paths, sigma=args.sigmas, start=(0, 1, 2))
+    rows = result_rows(args, name, "twin peaks", paths, sigma=args.sigmas, start=range(3))
     first = data[:, 0, 0], paths[:, :, 0]  # of the first seed
     return surfaces.draw_ends(reward, peak(args), args.sigmas, *first, centre), rows
 
 
 def figure_5(args):
     """Offline MADDPG with and without PJAP on twin peaks, data around the ++ peak."""
-    reward, top = games(args)["twin peaks"], peak(args)
+    reward = games(args)["twin peaks"]
     shape = args.steps, args.batch_size
     unit, uniforms = draw(args, (torch.randn, args.num_samples, 2), (torch.rand, *shape))
     sigmas = unit.new_tensor(args.sigmas).view(-1, 1, 1, 1, 1)
-    data = top + sigmas * unit  # (spreads, 1, S, M, 2)
+    data = peak(args) + sigmas * unit  # (spreads, 1, S, M, 2)
     theta = unit.new_tensor((-0.5, 0.5)).expand(len(data), 2, args.num_seeds, 2)
     alpha = unit.new_tensor((0.0, args.alpha))[:, None, None]  # spreads x methods x seeds
-    chance = uniforms, alpha, args.epsilon
-    paths, distances = train_offline(reward, theta, data, args.steps, args.learning_rate, *chance)
-    methods = ("MADDPG", "PJAP")
-    rows = result_rows(args, "5", "twin peaks", paths, sigma=args.sigmas, method=methods)
+    setting = args.steps, args.learning_rate, uniforms, alpha, args.epsilon
+    paths, distances = train_offline(reward, theta, data, *setting)
+    sigmas = args.sigmas
+    both = ("MADDPG", "PJAP")
+    rows = result_rows(args, "5", "twin peaks", paths, sigma=sigmas, method=both)
     points = data[:, 0, 0]  # of the first seed
-    return surfaces.draw_methods(reward, top, args.sigmas, points, paths, distances), rows
+    return surfaces.draw_methods(reward, peak(args), sigmas, points, paths, distances), rows
 
 
 FIGURES = {
@@ -476,15 +483,20 @@ def main(args):
     """Compute everything, then write it, then print it."""
     began = time.perf_counter()
     torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it brings
-    device, folder = choose_device(args.device), Path(args.out_dir)
+    device = choose_device(args.device)
+    folder = Path(args.out_dir)
     args = replace(args, device=device.type)
     figures, rows = {}, []
     for name in args.figures:
         figures[name], new_rows = FIGURES[name](args)
         rows += new_rows
-    seeds = list(range(args.seed, args.seed + args.num_seeds))
-    summary = {"script": "polygames", "device": args.device, "seeds": seeds}
-    summary |= {"table": table(args), "rewards": mean_rewards(rows)}
+    summary = {
+        "script": "polygames",
+        "device": args.device,
+        "seeds": [args.seed + s for s in range(args.num_seeds)],
+        "table": table(args),
+        "rewards": mean_rewards(rows),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     files.save_json(folder / "config.json", files.provenance(device) | asdict(args))
     for name, figure in figures.items():
@@ -494,7 +506,7 @@ def main(args):
     summary["wall_seconds"] = time.perf_counter() - began
     files.save_json(folder / "summary.json", summary)
     say(report(summary))
-    say(f"all files are in {folder} ({summary['wall_seconds']:.0f} s)")
+    say(f"files: {folder}")
 
 
 def parse(argv=None):
