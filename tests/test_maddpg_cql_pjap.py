@@ -238,8 +238,10 @@ def slow_update(team, squares, rho, data, noise, k, args):
 def test_two_updates_by_hand(float64):
     """Every number that an update changes; the second one begins with what the first one left."""
     sizes = dict(refresh=2, floor=0.15, exponent=0.8, tau=0.1, cql=2.0, action_reg=0.05)
-    args = arguments(**sizes, gamma=0.9, ood_noise=0.5, critic_lr=2e-3, policy_lr=5e-3)
-    team, data, windows = make_team(args), make_data(), make_windows()
+    args = arguments(**sizes, gamma=0.9, ood_noise=0.5, policy_lr=5e-3)
+    team = make_team(args)
+    data = make_data()
+    windows = make_windows()
     windows.rho.copy_(torch.rand(S, 9).clamp(min=0.2))
     rmsprop, generators = maddpg.optimizer(team, args), streams()
     hand, squares, rho = copy.deepcopy(team), {}, windows.rho.clone()
