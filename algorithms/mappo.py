@@ -55,7 +55,8 @@ In your own loop (this file alone will do; `Rollout` says what the tensors are):
           last = last * ~over[..., None, None]      # in your games, start those anew
           played = x, avail, action, log_prob
           steps.append(mappo.Rollout(*played, state, after, reward, never, over))
-      rollout, orders = mappo.stack(steps), mappo.draw_orders(generators, L * B, args)
+      rollout = mappo.Rollout(*(torch.stack(field, 1) for field in zip(*steps)))
+      orders = mappo.draw_orders(generators, L * B, args)
       logs = mappo.update(team, adam, rollout, orders, args)
 
 Differences from the authors' code, and choices made here:
@@ -177,11 +178,6 @@ class Batch(NamedTuple):
     returns: torch.Tensor  # (S, M), in standard deviations from the mean
 
 
-def stack(steps):
-    """A `Rollout` of its single steps, a list."""
-    return Rollout(*(torch.stack(field, 1) for field in zip(*steps)))
-
-
 def draw_orders(generators, count, args):
     """In which order each pass goes over the M steps of a rollout: (epochs, S, M)."""
     orders = []
@@ -197,11 +193,10 @@ class Linear(nn.Module):
 
     def __init__(self, inputs, outputs, gain, generators):
         super().__init__()
-        weights = [torch.empty(inputs, outputs) for _ in generators]
-        for weight, generator in zip(weights, generators):
-            nn.init.orthogonal_(weight, gain, generator=generator)
-        self.weight = nn.Parameter(torch.stack(weights))  # (S, in, out)
-        self.bias = nn.Parameter(torch.zeros(len(weights), 1, outputs))
+        start = [torch.empty(inputs, outputs) for _ in generators]
+        start = [nn.init.orthogonal_(x, gain, generator=g) for x, g in zip(start, generators)]
+        self.weight = nn.Parameter(torch.stack(start))  # (S, in, out)
+        self.bias = nn.Parameter(torch.zeros(len(start), 1, outputs))
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)  # (S, B, out)
@@ -258,8 +253,7 @@ class Actor(nn.Module):
         self.body = mlp(inputs, outputs, 0.01, args, generators)
         self.discrete, self.outputs = discrete, outputs
         if not discrete:
-            start = torch.full((len(generators), 1, outputs), -0.5)
-            self.free_log_std = nn.Parameter(start)
+            self.free_log_std = nn.Parameter(torch.full((len(generators), 1, outputs), -0.5))
             self.least = math.log(max(args.min_std, 1e-6))
 
     @property
@@ -295,8 +289,9 @@ class Actor(nn.Module):
         Each seed's comes from its own generator.
         """
         draw = torch.Tensor.exponential_ if self.discrete else torch.Tensor.normal_
-        drawn = [torch.empty(*shape, self.outputs, device=g.device) for g in generators]
-        noise = torch.stack([draw(x, generator=g) for x, g in zip(drawn, generators)])
+        shape = *shape, self.outputs
+        noise = [draw(torch.empty(shape, device=g.device), generator=g) for g in generators]
+        noise = torch.stack(noise)
         return -noise.clamp(min=1e-30).log() if self.discrete else noise
 
     def sample(self, out, noise):
@@ -325,9 +320,10 @@ class Team(nn.Module):
         return mean, torch.where(weight > 0, std, 1.0)
 
     def value(self, state):
-        """V(s) in units of the reward, (S, M, D) -> (S, M)."""
+        """V(s) in units of the reward, (S, L, B, D) -> (S, L, B)."""
         mean, std = self.scale()
-        return self.critic(state)[..., 0] * std + mean
+        value = self.critic(state.flatten(1, 2))[..., 0] * std + mean  # (S, M)
+        return value.unflatten(1, state.shape[1:3])
 
     def watch(self, returns, decay=0.99):
         """Move the running mean and spread towards those of `returns` (S, M)."""
@@ -368,52 +364,43 @@ def gae(reward, terminated, truncated, value, next_value, gamma, lam):
     carry = gamma * lam * ~(terminated | truncated)
     advantage, later = torch.empty_like(delta), torch.zeros_like(delta[:, 0])
     for t in reversed(range(delta.shape[1])):
-        later = delta[:, t] + carry[:, t] * later
-        advantage[:, t] = later
+        advantage[:, t] = later = delta[:, t] + carry[:, t] * later
     return advantage
 
 
 @torch.no_grad()
 def estimate(team, rollout, args):
     """What a rollout teaches, a `Batch`; its returns move the units in which they are measured."""
-    r = rollout
-    value = team.value(r.state.flatten(1, 2)).view_as(r.reward)  # (S, L, B)
-    next_value = team.value(r.next_state.flatten(1, 2)).view_as(r.reward)
-    ends = r.terminated, r.truncated
-    advantage = gae(r.reward, *ends, value, next_value, args.gamma, args.gae_lambda)
+    x, avail, action, log_prob, state, next_state, reward, *ends = rollout
+    value, next_value = team.value(state), team.value(next_state)  # (S, L, B)
+    advantage = gae(reward, *ends, value, next_value, args.gamma, args.gae_lambda)
     returns = (advantage + value).flatten(1)  # (S, M)
     team.watch(returns)
     mean, std = team.scale()
     returns = (returns - mean) / std
-    alive = torch.ones_like(r.log_prob)  # (S, L, B, N)
-    if team.actor.discrete:
-        alive = r.avail[..., 1:].any(-1).to(r.x.dtype)
+    alive = avail[..., 1:].any(-1) | (not team.actor.discrete)  # who is dead may play action 0 only
+    alive = alive.to(x.dtype)  # (S, L, B, N)
 
     # Every living agent counts once in the mean and the spread of the advantages.
     weight = alive.sum(-1) / alive.sum((1, 2, 3))[:, None, None].clamp(min=1)  # (S, L, B)
     advantage = advantage - (weight * advantage).sum((1, 2), keepdim=True)
     spread = (weight * advantage**2).sum((1, 2), keepdim=True).sqrt()
     advantage = advantage / (spread + 1e-5)
-    fields = r.x, r.avail, r.action, r.log_prob, alive, r.state, advantage
+    fields = x, avail, action, log_prob, alive, state, advantage
     return Batch(*(field.flatten(1, 2) for field in fields), returns)
 
 
 # ---------------------------------------------------------------- losses
 def policy_loss(actor, batch, clip):
-    """For each seed, all (S,): L(pi) without its entropy, the entropy, and KL(pi_played || pi).
-
-    The last is an estimate.
-    """
+    """For each seed, (S,): L(pi) without its entropy, and the entropy."""
     out = actor(batch.x, batch.avail)
     log_prob, entropy = actor.log_prob(out, batch.action)
-    log_ratio = log_prob - batch.log_prob  # (S, M, N)
-    ratio = log_ratio.exp()
+    ratio = (log_prob - batch.log_prob).exp()  # (S, M, N)
     advantage = batch.advantage[..., None]  # (S, M, 1)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
     weight = batch.alive / batch.alive.sum((1, 2), keepdim=True).clamp(min=1)  # sum 1 a seed
-    kl = ratio - 1 - log_ratio
-    return tuple((weight * each).sum((1, 2)) for each in (-gain, entropy, kl))
+    return -(weight * gain).sum((1, 2)), (weight * entropy).sum((1, 2))
 
 
 def value_loss(critic, batch, huber):
@@ -453,8 +440,8 @@ def minibatch(team, adam, batch, pick, args):
     """
     seed = torch.arange(len(pick), device=pick.device)[:, None]
     part = Batch(*(field[seed, pick] for field in batch))
-    losses, entropy, kl = policy_loss(team.actor, part, args.clip)
-    logs = {"policy_loss": losses.detach(), "entropy": entropy.detach(), "kl": kl.detach()}
+    losses, entropy = policy_loss(team.actor, part, args.clip)
+    logs = {"policy_loss": losses.detach(), "entropy": entropy.detach()}
     descend(adam, team.actor, losses - args.entropy * entropy, args.max_grad_norm)
     losses = value_loss(team.critic, part, args.huber)
     return logs | {"value_loss": descend(adam, team.critic, losses, args.max_grad_norm)}
@@ -493,23 +480,21 @@ class Games:
         self.shape, self.recall = (args.num_seeds, args.num_envs), args.recall
         self.env = env = game(args, args.num_seeds * args.num_envs, device)
         self.restart(0)
-        self.discrete = self.avail.shape[-1] > 0
-        self.sizes = env.num_agents, env.num_actions, env.obs_dim, env.state_dim, self.discrete
+        discrete = self.avail.shape[-1] > 0
+        self.sizes = env.num_agents, env.num_actions, env.obs_dim, env.state_dim, discrete
 
     def see(self, obs, info):
         """Take in what the environment gives, with an axis for the seeds.
 
         obs (S, B, N, O), state (S, B, D), avail (S, B, N, A), or (S, B, N, 0) if continuous.
         """
-        dtype = torch.get_default_dtype()
-        avail = info.get("avail_actions", obs[..., :0].bool())
-        self.obs = obs.unflatten(0, self.shape).to(dtype)
-        self.state = info["state"].unflatten(0, self.shape).to(dtype)
-        self.avail = avail.unflatten(0, self.shape)
+        seen = obs, info["state"], info.get("avail_actions", obs[..., :0].bool())
+        obs, state, self.avail = (x.unflatten(0, self.shape) for x in seen)
+        self.obs, self.state = (x.to(torch.get_default_dtype()) for x in (obs, state))
 
     def restart(self, seed):
         """Start all games anew; `seed` fixes what the environment draws until the next restart."""
-        self.see(*self.env.reset(seed=seed % 2**31))
+        self.see(*self.env.reset(seed=seed))
         width = self.recall * self.avail.shape[-1]
         self.last = self.obs.new_zeros(*self.obs.shape[:3], width)
 
@@ -532,18 +517,17 @@ def playable(action):
 
 
 @torch.no_grad()
-def roll_out(games, team, generators, args, act=act):
+def roll_out(games, actor, generators, args, act=act):
     """Go on with all games for L steps: a `Rollout`. `act` can be given in compiled form."""
-    noise, steps = team.actor.noise(generators, args.rollout, *games.obs.shape[1:3]), []
+    noise, steps = actor.noise(generators, args.rollout, *games.obs.shape[1:3]), []
     for t in range(args.rollout):
-        avail, state = games.avail, games.state
-        *played, games.last = act(team.actor, games.obs, games.last, avail, noise[:, t])
-        x, action, log_prob = played
+        obs, avail, state = games.obs, games.avail, games.state
+        x, action, log_prob, games.last = act(actor, obs, games.last, avail, noise[:, t])
         reward, terminated, truncated = games.step(action)
-        now = x, avail, action, log_prob, state, games.state
-        steps.append(Rollout(*now, reward, terminated, truncated))
+        played = x, avail, action, log_prob, state, games.state
+        steps.append(Rollout(*played, reward, terminated, truncated))
         games.restart_finished(terminated | truncated)
-    return stack(steps)
+    return Rollout(*(torch.stack(field, 1) for field in zip(*steps)))
 
 
 def player(actor, games):
@@ -564,10 +548,12 @@ def main(args):
     """Train, evaluate and fill the run's folder; returns what summary.json holds."""
     run = Run("mappo", args)
     games = Games(args, run.device)
-    N, A, obs_dim, _, discrete = games.sizes
-    run.views, run.actions, run.best = (N, obs_dim), A * discrete, games.env.best_return
+    run.views, run.actions = games.obs.shape[2:], games.avail.shape[-1]
+    run.best = games.env.best_return
     size = args.rollout * args.num_envs  # a seed's steps in an iteration
-    check_restarts(args, size, games.env.time_limit)
+    least = -(-games.env.time_limit // args.rollout) * size  # or no game would reach its end
+    if max(args.eval_every, size) < least:
+        raise ValueError(f"--eval-every restarts the games: choose {least} or fewer --num-envs")
     team = Team(*games.sizes, args, run.streams(0, "cpu")).to(run.device)
     adam = torch.optim.Adam(team.parameters(), args.lr, eps=1e-5, fused=True)  # authors' eps
     generators = run.streams(1)
@@ -576,39 +562,29 @@ def main(args):
         games.env.compile(run.compile)
     run.begin(team=team, adam=adam, generators=generators)
     own = player(team.actor, games)
-    for iteration in run.steps(own, -(-args.steps // size), args.eval_every, size):
+    for iteration in run.steps(own, -(-args.steps // size), stride=size):
         if run.scheduled(iteration):
             if args.save_snapshots:
                 save_snapshots(run, team.actor)
             games.restart(1_000_003 * args.seed + iteration + 1)  # a resumed run's are the same
-        rollout = roll_out(games, team, generators, args, graphs[0])
+        rollout = roll_out(games, team.actor, generators, args, graphs[0])
         orders = draw_orders(generators, size, args)
         run.logs = update(team, adam, rollout, orders, args, *graphs[1:])
     if args.save_snapshots:
-        save_snapshots(run, team.actor)
-        keep_behaviours(run)
-    speed = args.num_seeds * size * run.speed
-    return run.finish("MAPPO", own, env_steps_per_second=speed)
-
-
-def check_restarts(args, size, limit):
-    """Raise ValueError if games are restarted so often that none would ever reach its end."""
-    if max(1, args.eval_every // size) * args.rollout < limit:
-        least = -(-limit // args.rollout) * size
-        reason = "--eval-every restarts the games"
-        raise ValueError(f"{reason}: it must be {least} or more, or --num-envs smaller")
+        keep_behaviours(run, team.actor)
+    return run.finish("MAPPO", own)
 
 
 def parse(argv=None):
     """Read the command line; where no flag speaks, the preset's values or a resumed run's hold."""
-    zero = "seed eval_episodes gamma gae_lambda entropy layers min_std"
-    limited = "gamma gae_lambda"
-    args = read_args(Args, PRESETS, argv, __doc__, may_be_zero=zero, at_most_one=limited)
-    if args.save_snapshots and not args.eval_episodes:
-        raise ValueError("--save-snapshots keeps what was evaluated: --eval-episodes is 0")
-    if args.minibatches > args.rollout * args.num_envs:
-        raise ValueError(f"--minibatches {args.minibatches} are more than the steps of a rollout")
-    return args
+    return read_args(
+        Args,
+        PRESETS,
+        argv,
+        __doc__,
+        may_be_zero="seed eval_episodes gamma gae_lambda entropy layers min_std",
+        at_most_one="gamma gae_lambda",
+    )
 
 
 if __name__ == "__main__":

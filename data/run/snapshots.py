@@ -75,8 +75,12 @@ def choose_behaviours(rows):
     return {f"{name}.npz": rows[place]["step"] for name, place in places.items()}
 
 
-def keep_behaviours(run):
-    """Copy the first seed's snapshots that become behaviour teams to OUT/behaviour."""
+def keep_behaviours(run, actor):
+    """At the end: the last snapshots, and those that become behaviour teams in OUT/behaviour.
+
+    The teams are those of the first seed.
+    """
+    save_snapshots(run, actor)
     seed = run.seeds[0]
     folder = run.folder / "behaviour"
     folder.mkdir(exist_ok=True)
