@@ -289,9 +289,12 @@ class Actor(nn.Module):
         Each seed's comes from its own generator.
         """
         draw = torch.Tensor.exponential_ if self.discrete else torch.Tensor.normal_
-        shape = *shape, self.outputs
-        noise = [draw(torch.empty(shape, device=g.device), generator=g) for g in generators]
-        noise = torch.stack(noise)
+        noise = torch.stack(
+            [
+                draw(torch.empty(*shape, self.outputs, device=g.device), generator=g)
+                for g in generators
+            ]
+        )
         return -noise.clamp(min=1e-30).log() if self.discrete else noise
 
     def sample(self, out, noise):
@@ -382,7 +385,7 @@ def estimate(team, rollout, args):
     alive = alive.to(x.dtype)  # (S, L, B, N)
 
     # Every living agent counts once in the mean and the spread of the advantages.
-    weight = alive.sum(-1) / alive.sum((1, 2, 3))[:, None, None].clamp(min=1)  # (S, L, B)
+    weight = alive.sum(-1) / alive.sum((1, 2, 3))[:, None, None]  # (S, L, B)
     advantage = advantage - (weight * advantage).sum((1, 2), keepdim=True)
     spread = (weight * advantage**2).sum((1, 2), keepdim=True).sqrt()
     advantage = advantage / (spread + 1e-5)
@@ -480,23 +483,22 @@ class Games:
         self.shape, self.recall = (args.num_seeds, args.num_envs), args.recall
         self.env = env = game(args, args.num_seeds * args.num_envs, device)
         self.restart(0)
-        discrete = self.avail.shape[-1] > 0
-        self.sizes = env.num_agents, env.num_actions, env.obs_dim, env.state_dim, discrete
+        sizes = env.num_agents, env.num_actions, env.obs_dim, env.state_dim
+        self.sizes = *sizes, self.avail.shape[-1] > 0  # as a `Team` takes them
 
     def see(self, obs, info):
         """Take in what the environment gives, with an axis for the seeds.
 
         obs (S, B, N, O), state (S, B, D), avail (S, B, N, A), or (S, B, N, 0) if continuous.
         """
-        seen = obs, info["state"], info.get("avail_actions", obs[..., :0].bool())
+        seen = obs, info["state"], info.get("avail_actions", obs[..., :0])
         obs, state, self.avail = (x.unflatten(0, self.shape) for x in seen)
         self.obs, self.state = (x.to(torch.get_default_dtype()) for x in (obs, state))
 
     def restart(self, seed):
         """Start all games anew; `seed` fixes what the environment draws until the next restart."""
         self.see(*self.env.reset(seed=seed))
-        width = self.recall * self.avail.shape[-1]
-        self.last = self.obs.new_zeros(*self.obs.shape[:3], width)
+        self.last = self.obs.new_zeros(*self.obs.shape[:3], self.recall * self.avail.shape[-1])
 
     def restart_finished(self, over):
         """Start the games `over` (S, B) anew, without last actions."""
@@ -524,8 +526,9 @@ def roll_out(games, actor, generators, args, act=act):
         obs, avail, state = games.obs, games.avail, games.state
         x, action, log_prob, games.last = act(actor, obs, games.last, avail, noise[:, t])
         reward, terminated, truncated = games.step(action)
-        played = x, avail, action, log_prob, state, games.state
-        steps.append(Rollout(*played, reward, terminated, truncated))
+        steps.append(
+            Rollout(x, avail, action, log_prob, state, games.state, reward, terminated, truncated)
+        )
         games.restart_finished(terminated | truncated)
     return Rollout(*(torch.stack(field, 1) for field in zip(*steps)))
 
@@ -534,7 +537,7 @@ def player(actor, games):
     """How the teams of all seeds play; they remember their last actions."""
 
     def play(obs, avail, last, clocks=None):
-        avail, noise = obs[..., :0].bool() if avail is None else avail, 0
+        avail, noise = obs[..., :0] if avail is None else avail, 0
         if clocks is not None:  # as a Gumbel, or as a normal number
             noise = -clocks.log() if actor.discrete else torch.special.ndtri((-clocks).exp())
         _, action, _, last = act(actor, obs.to(last.dtype), last, avail, noise)
