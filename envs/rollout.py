@@ -1,0 +1,1 @@
+from envs.play import Played, play  # noqa: F401
