@@ -201,21 +201,17 @@ def draw_joint(generators, data, args):
 
 
 # ---------------------------------------------------------------- networks
-def uniform(rows, columns, bound, generators):
-    """Numbers between -bound and bound of each network's own generator: (Q, rows, columns)."""
-    shape = rows, columns
-    return torch.stack(
-        [torch.empty(shape).uniform_(-bound, bound, generator=g) for g in generators]
-    )
-
-
 class Linear(nn.Module):
-    """Q independent linear layers as one batched product."""
+    """Q independent linear layers as one batched product, each initialised by its own generator."""
 
     def __init__(self, inputs, outputs, generators):
         super().__init__()
         bound = inputs**-0.5  # as in nn.Linear; nn.init would misread the fan-in of a 3-d weight
-        start = uniform(inputs + 1, outputs, bound, generators)
+        start = [
+            torch.empty(inputs + 1, outputs).uniform_(-bound, bound, generator=g)
+            for g in generators
+        ]
+        start = torch.stack(start)
         self.weight = nn.Parameter(start[:, :-1].clone())  # (Q, in, out)
         self.bias = nn.Parameter(start[:, -1:].clone())  # (Q, 1, out)
 
@@ -237,11 +233,14 @@ class GRU(nn.Module):
 
     def __init__(self, inputs, hidden, generators):
         super().__init__()
-        start = uniform(inputs + hidden + 2, 3 * hidden, hidden**-0.5, generators)
-        parts = start.split([inputs, hidden, 1, 1], 1)  # columns: reset, update, new
-        self.input, self.state, self.input_bias, self.state_bias = (
-            nn.Parameter(part.clone()) for part in parts
-        )
+        bound = hidden**-0.5
+        start = [
+            torch.empty(inputs + hidden + 2, 3 * hidden).uniform_(-bound, bound, generator=g)
+            for g in generators
+        ]
+        parts = torch.stack(start).split([inputs, hidden, 1, 1], 1)
+        parts = [nn.Parameter(part.clone()) for part in parts]
+        self.input, self.state, self.input_bias, self.state_bias = parts
 
     def forward(self, x, first, h):
         """From memories h (Q, B, H) along x (Q, L, B, I), forgetting where first: (Q, L, B, H)."""
@@ -462,9 +461,10 @@ def take_step(adam, parameters, gradients):
 
 
 def descend(adam, module, losses, max_grad_norm):
-    """One step down the losses (S,) of independent seeds, each with a gradient of limited length.
+    """One step down the losses (S,) of independent seeds, each with a gradient of limited length;
+    returns them, detached.
 
-    Their sum leaves each seed the gradient that it would have alone. Returns them, detached.
+    Their sum leaves each seed the gradient that it would have alone.
     """
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(losses.sum(), parameters)
@@ -525,13 +525,11 @@ if (HOME / "data" / "run").is_dir():  # not if this file was copied alone
     from data import layout
     from data.run import Run, launch, read_args, remembering
 elif __name__ == "__main__":
-    sys.exit(
-        "error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported"
-    )
+    sys.exit("error: this file runs in its repository, beside data/ and envs/; alone, import it")
 
 
 def arrange(dataset, args):
-    """The dataset as `Data`, and the function that makes the networks' inputs of what a game shows."""
+    """The dataset as `Data`, and what turns observations and last actions into the inputs."""
     tensors, encode = layout.teams(dataset, args)
     return Data(*tensors), encode
 
@@ -570,10 +568,11 @@ def main(args):
 
 
 def parse(argv=None):
+    """Read the command line; where no flag speaks, the preset's values or a resumed run's hold."""
+    kinds, known = "CFCQL is for discrete actions", ("bridge", "matrix", "smac")
     zero = "seed episodes eval_episodes layers cql tau_lambda td_lambda gamma clone_steps"
-    return read_args(
-        Args, PRESETS, argv, __doc__, may_be_zero=zero, at_most_one="td_lambda gamma tau"
-    )
+    share = "td_lambda gamma tau"
+    return read_args(Args, PRESETS, argv, __doc__, kinds, known, "", zero, share)
 
 
 if __name__ == "__main__":
