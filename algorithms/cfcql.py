@@ -53,7 +53,7 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = cfcql.Team(data, args, generators)
   adam = torch.optim.Adam(team.value.parameters(), args.lr, fused=True)
-  log_beta = cfcql.clone(team, data, generators, args)
+  log_beta = cfcql.clone(team.behaviour, data, generators, args)
   for step in range(200):
       rows = cfcql.draw_rows(generators, data, args)
       joint = cfcql.draw_joint(generators, data, args)
@@ -243,15 +243,13 @@ class GRU(nn.Module):
         self.input, self.state, self.input_bias, self.state_bias = parts
 
     def forward(self, x, first, h):
-        """From memories h (Q, B, H) along x (Q, L, B, I), forgetting where first: (Q, L, B, H)."""
-        Q, L, B, _ = x.shape
+        """Memories (Q, L, B, H) along x (Q, L, B, I), from h (Q, B, H), and 0 before a `first`."""
         sizes = [2 * h.shape[-1], h.shape[-1]]  # reset and update; new
         gates = torch.baddbmm(self.input_bias, x.flatten(1, 2), self.input)
-        gates, news = gates.view(Q, L, B, -1).split(sizes, -1)
-        keep = (~first)[..., None].to(x.dtype)
+        gates, news = gates.unflatten(1, x.shape[1:3]).split(sizes, -1)
         states = []
-        for gate, new, kept in zip(gates.unbind(1), news.unbind(1), keep.unbind(1)):
-            h = h * kept
+        for gate, new, begins in zip(gates.unbind(1), news.unbind(1), first.unbind(1)):
+            h = h.masked_fill(begins[..., None], 0)
             past, past_new = torch.baddbmm(self.state_bias, h, self.state).split(sizes, -1)
             reset, update = (gate + past).sigmoid().chunk(2, -1)
             h = torch.lerp((new + reset * past_new).tanh(), h, update)
@@ -398,28 +396,9 @@ def random_values(q, avail, joint):
     """
     count = avail.sum(-1)[..., None, :]  # (S, L, B, 1, N)
     place = (joint * count).long().clamp(max=count - 1)  # which of the available ones
-    order = (~avail).to(torch.uint8).argsort(dim=-1, stable=True)  # the available ones first
+    order = avail.argsort(dim=-1, descending=True, stable=True)  # the available ones first
     action = order.gather(-1, place.movedim(-1, -2))  # (S, L, B, N, J)
     return q.gather(-1, action).movedim(-1, -2)
-
-
-def gap(weights, q, action, avail, log_beta, joint, args):
-    """Q(s, a) of the recorded actions (S, L, B, N), and Eq. 5, both (S, L, B).
-
-    Args:
-        weights: the mixer's; q, avail, log_beta: (S, L, B, N, A).
-        joint: (S, L, B, J, N) numbers in [0, 1) for MACQL, else None.
-    """
-    taken = chosen(q, action)
-    Q = mix(weights, taken[..., None, :])[..., 0]
-    if not args.cql:  # QMIX
-        return Q, torch.zeros_like(Q)
-    if joint is not None:  # MACQL
-        drawn = mix(weights, random_values(q, avail, joint))  # (S, L, B, J)
-        return Q, drawn.logsumexp(-1) - math.log(drawn.shape[-1]) - Q
-    replaced = mix_replaced(weights, q, taken).masked_fill(~avail, ILLEGAL)
-    u = agent_weights(replaced, log_beta, args.tau_lambda)
-    return Q, (u * replaced.logsumexp(-1)).sum(-1) - Q
 
 
 @torch.no_grad()
@@ -436,19 +415,31 @@ def losses(team, data, log_beta, rows, joint, args):
     q = unroll(team.value.agents, data, rows)  # (S, L, B, N, A)
     G = targets(team.target, data, rows, q.argmax(-1), args)
     now = rows[:, :-1]  # where a step can begin
-    log_beta = torch.stack([table[own] for table, own in zip(log_beta, now)])  # (S, L - 1, B, N, A)
+    q, avail, acted = q[:, :-1], data.avail[now], data.acted[now]
     weights = team.value.weights(data.state[now])
-    Q, C = gap(weights, q[:, :-1], data.action[now], data.avail[now], log_beta, joint, args)
-    acted = data.acted[now]
-    return mean_over_steps(0.5 * (Q - G) ** 2, acted), mean_over_steps(C, acted)
+    taken = chosen(q, data.action[now])
+    Q = mix(weights, taken[..., None, :])[..., 0]  # (S, L - 1, B)
+    squared = mean_over_steps(0.5 * (Q - G) ** 2, acted)
+    if not args.cql:  # QMIX
+        return squared, torch.zeros_like(squared)
+    if args.joint_cql:  # MACQL
+        drawn = mix(weights, random_values(q, avail, joint))  # (S, L - 1, B, J)
+        top = drawn.logsumexp(-1) - math.log(drawn.shape[-1])
+    else:
+        replaced = mix_replaced(weights, q, taken).masked_fill(~avail, ILLEGAL)
+        log_beta = torch.stack([table[own] for table, own in zip(log_beta, now)])
+        u = agent_weights(replaced, log_beta, args.tau_lambda)
+        top = (u * replaced.logsumexp(-1)).sum(-1)
+    return squared, mean_over_steps(top - Q, acted)  # Eq. 5
 
 
 def clone_loss(behaviour, data, rows):
     """Eq. 7 for each seed, (S,), summed over agents."""
     now = rows[:, :-1]
+    acted, action = data.acted[now], data.action[now]
     log_beta = F.log_softmax(unroll(behaviour, data, now), -1)
-    taken = chosen(log_beta, data.action[now]).sum(-1)  # (S, L - 1, B)
-    return -(data.acted[now] * taken).sum((1, 2)) / data.acted[now].sum((1, 2))
+    log_taken = chosen(log_beta, action).sum(-1)  # (S, L - 1, B)
+    return -(acted * log_taken).sum((1, 2)) / acted.sum((1, 2))
 
 
 # ---------------------------------------------------------------- update
@@ -477,7 +468,7 @@ def descend(adam, module, losses, max_grad_norm):
 
 
 def update(team, adam, data, log_beta, rows, joint, args):
-    """One update of all seeds' teams; returns diagnostics, (S,) tensors.
+    """One update of all seeds' teams; returns logs, (S,).
 
     Args:
         adam: of team.value's parameters; log_beta: the table (S, R, N, A) of `clone`.
@@ -487,8 +478,8 @@ def update(team, adam, data, log_beta, rows, joint, args):
     logs = {"q_loss": squared.detach(), "gap": C.detach()}
     descend(adam, team.value, squared + args.cql * C, args.max_grad_norm)
     with torch.no_grad():
-        slow, quick = list(team.target.parameters()), list(team.value.parameters())
-        torch._foreach_lerp_(slow, quick, args.tau)
+        for slow, quick in zip(team.target.parameters(), team.value.parameters()):
+            slow.lerp_(quick, args.tau)
     return logs
 
 
@@ -497,25 +488,23 @@ def clone_update(behaviour, adam, data, rows, args):
     descend(adam, behaviour, clone_loss(behaviour, data, rows), args.max_grad_norm)
 
 
-def clone(team, data, generators, args, clone_update=clone_update):
-    """Learn the behaviour, if any u_i of Eq. 4 depends on it, and return it as `tabulate` does."""
-    adam = torch.optim.Adam(team.behaviour.parameters(), args.clone_lr, fused=True)
+def clone(behaviour, data, generators, args, clone_update=clone_update):
+    """Learn the behaviour, if any u_i of Eq. 4 depends on it; returns its table."""
     needed = args.cql and args.tau_lambda and not args.joint_cql
+    adam = torch.optim.Adam(behaviour.parameters(), args.clone_lr, fused=True)
     for _ in range(args.clone_steps if needed else 0):
-        rows = draw_rows(generators, data, args)
-        clone_update(team.behaviour, adam, data, rows, args)
-    return tabulate(team.behaviour, data)
+        clone_update(behaviour, adam, data, draw_rows(generators, data, args), args)
+    return tabulate(behaviour, data)
 
 
 @torch.no_grad()
 def tabulate(behaviour, data):
-    """log beta_i of every row, (S, R, N, A), as it never changes again."""
+    """log beta_i of every row, (S, R, N, A), as it never changes again; at least -12."""
     table = data.obs.new_zeros(behaviour.S, *data.avail.shape)
-    for sequences in data.sequences.split(100):  # not too many at once
+    for sequences in data.sequences.split(100):  # all at once might be too large
         rows = sequences.mT.expand(behaviour.S, -1, -1)  # (S, L, B)
-        log_beta = F.log_softmax(unroll(behaviour, data, rows), -1)
-        table[:, sequences.mT] = log_beta.clamp(min=-12)
-    return table
+        table[:, rows[0]] = F.log_softmax(unroll(behaviour, data, rows), -1)
+    return table.clamp(min=-12)
 
 
 # ---------------------------------------------------------------- run
@@ -557,7 +546,7 @@ def main(args):
     if run.begin(team=team, adam=adam, generators=generators):
         log_beta = tabulate(team.behaviour, data)
     else:
-        log_beta = clone(team, data, run.streams(1), args, run.compile(clone_update))
+        log_beta = clone(team.behaviour, data, run.streams(1), args, run.compile(clone_update))
     play = player(team.value.agents, encode)
     for step in run.steps(play):
         adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)

@@ -217,15 +217,13 @@ class GRU(nn.Module):
         self.input, self.state, self.input_bias, self.state_bias = parts
 
     def forward(self, x, first, h):
-        """From memories h (Q, B, H) along x (Q, L, B, I), forgetting where first: (Q, L, B, H)."""
-        Q, L, B, _ = x.shape
+        """Memories (Q, L, B, H) along x (Q, L, B, I), from h (Q, B, H), and 0 before a `first`."""
         sizes = [2 * h.shape[-1], h.shape[-1]]  # reset and update; new
         gates = torch.baddbmm(self.input_bias, x.flatten(1, 2), self.input)
-        gates, news = gates.view(Q, L, B, -1).split(sizes, -1)
-        keep = (~first)[..., None].to(x.dtype)
+        gates, news = gates.unflatten(1, x.shape[1:3]).split(sizes, -1)
         states = []
-        for gate, new, kept in zip(gates.unbind(1), news.unbind(1), keep.unbind(1)):
-            h = h * kept
+        for gate, new, begins in zip(gates.unbind(1), news.unbind(1), first.unbind(1)):
+            h = h.masked_fill(begins[..., None], 0)
             past, past_new = torch.baddbmm(self.state_bias, h, self.state).split(sizes, -1)
             reset, update = (gate + past).sigmoid().chunk(2, -1)
             h = torch.lerp((new + reset * past_new).tanh(), h, update)
@@ -288,13 +286,13 @@ def unroll(agents, data, rows):
 
 
 def values(critics, data, rows):
-    """What both critics of all agents say of all actions in the rows (S, L, B): (S, L, B, N, 2, A)."""
+    """What C critics of all agents say of all actions in rows (S, L, B): (S, L, B, N, C, A)."""
     obs = data.obs[rows]  # (S, L, B, N, I)
     S, L, B, N, _ = obs.shape
     state = data.state[rows][..., None, :].expand(-1, -1, -1, N, -1)
     x = torch.cat([state, obs], -1).movedim(3, 1).flatten(0, 1).flatten(1, 2)  # (Q, L B, D + I)
-    both = [critic(x).view(S, N, L, B, -1) for critic in critics]
-    return torch.stack(both, 4).movedim(1, 3)
+    said = [critic(x).view(S, N, L, B, -1) for critic in critics]
+    return torch.stack(said, 4).movedim(1, 3)
 
 
 def chosen(values, action):
@@ -340,11 +338,11 @@ def policy_loss(log_pi, q, action, avail, omar):
     """Eq. 4 for each step, (S, L, B), summed over agents.
 
     Args:
-        log_pi, avail, q: (S, L, B, N, A), the last of the first critics, without gradients.
+        log_pi, avail, q: (S, L, B, N, A), the last of the first critics and without gradients.
         action: (S, L, B, N).
     """
     pi = log_pi.exp()
-    advantage = (chosen(q, action) - (pi * q).sum(-1)).detach()  # Eq. 3
+    advantage = chosen(q, action) - (pi.detach() * q).sum(-1)  # Eq. 3
     best = F.one_hot(q.masked_fill(~avail, ILLEGAL).argmax(-1), q.shape[-1])
     away = ((pi - best) ** 2).mean(-1)
     log_taken = (chosen(pi, action) + 1e-5).log()  # a negative advantage pushes it down: bounded
@@ -358,18 +356,6 @@ def targets(critics, data, rows, best, args):
     value = chosen(q, best[..., None].expand(q.shape[:-1]))
     reward, done, acted = (x[rows][..., None, None] for x in (data.reward, data.done, data.acted))
     return td_lambda(reward, done, acted, value, args.gamma, args.td_lambda).amin(-1)
-
-
-def losses(team, data, rows, args):
-    """Eqs. 2 and 4 for each seed, (S,) each, on the sequences `rows` (S, L, B)."""
-    now = rows[:, :-1]  # where a step can begin
-    action, avail, acted = data.action[now], data.avail[now], data.acted[now]
-    log_pi = F.log_softmax(unroll(team.policies, data, rows), -1)
-    q = values(team.critics, data, now)
-    y = targets(team.targets, data, rows, log_pi.argmax(-1), args)
-    critics = critic_loss(q, y, action, avail, args.cql)
-    policies = policy_loss(log_pi[:, :-1], q[..., 0, :].detach(), action, avail, args.omar)
-    return mean_over_steps(critics, acted), mean_over_steps(policies, acted)
 
 
 # ---------------------------------------------------------------- update
@@ -407,12 +393,21 @@ def optimizers(team, args):
 
 def update(team, adams, data, rows, args):
     """One update of all networks on the sequences `rows` (S, L, B); returns logs, (S,)."""
-    q_loss, pi_loss = losses(team, data, rows, args)
-    q_loss = descend(adams["critics"], team.critics, q_loss, args.max_grad_norm)
-    pi_loss = descend(adams["policies"], team.policies, pi_loss, args.max_grad_norm)
+    now = rows[:, :-1]  # where a step can begin
+    action, avail, acted = data.action[now], data.avail[now], data.acted[now]
+    log_pi = F.log_softmax(unroll(team.policies, data, rows), -1)  # (S, L, B, N, A)
+    best = log_pi.argmax(-1)  # a*
     with torch.no_grad():
-        slow, quick = list(team.targets.parameters()), list(team.critics.parameters())
-        torch._foreach_lerp_(slow, quick, args.tau)
+        q = values(team.critics[:1], data, now)[..., 0, :]
+    loss = mean_over_steps(policy_loss(log_pi[:, :-1], q, action, avail, args.omar), acted)
+    pi_loss = descend(adams["policies"], team.policies, loss, args.max_grad_norm)
+
+    q, y = values(team.critics, data, now), targets(team.targets, data, rows, best, args)
+    loss = mean_over_steps(critic_loss(q, y, action, avail, args.cql), acted)
+    q_loss = descend(adams["critics"], team.critics, loss, args.max_grad_norm)
+    with torch.no_grad():
+        for slow, quick in zip(team.targets.parameters(), team.critics.parameters()):
+            slow.lerp_(quick, args.tau)
     return {"policy_loss": pi_loss, "q_loss": q_loss}
 
 
