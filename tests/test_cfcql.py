@@ -120,7 +120,7 @@ def slow_gap(mix, q, action, legal, log_beta, joint, args):
     if args.joint_cql:
         total = 0
         for numbers in joint.tolist():
-            drawn = [own[int(u * len(own))] for own, u in zip(legal, numbers)]
+            drawn = [own[min(int(u * len(own)), len(own) - 1)] for own, u in zip(legal, numbers)]
             total = total + mix([q[i][a] for i, a in enumerate(drawn)]).exp()
         return (total / len(joint)).log() - mix(taken)
     sums, strengths = [], []
@@ -187,12 +187,10 @@ def follow(copies, networks, share):
             slow.copy_((1 - share) * slow + share * quick)
 
 
-def assert_same(one, other, start):
-    """Two teams have the same parameters, and none but the frozen are where they started."""
-    for (name, p), q, r in zip(one.named_parameters(), other.parameters(), start.parameters()):
+def assert_same(one, other):
+    """Two modules have the same parameters."""
+    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=0, atol=1e-9), name
-        for s in range(S):
-            assert "behaviour" in name or not torch.equal(*(x.view(S, -1)[s] for x in (p, r)))
 
 
 WAYS = [
@@ -208,13 +206,15 @@ WAYS = [
 def test_two_updates_by_hand(float64, flags):
     """The limit on gradients bites in the first only."""
     args, data, team = made(tau=0.1, lr=0.01, **dict(cql=0.7) | flags)
-    start, other = copy.deepcopy(team), copy.deepcopy(team)
+    other = copy.deepcopy(team)
     adams = [torch.optim.Adam(x.value.parameters(), args.lr) for x in (team, other)]
     log_beta, generators = cfcql.tabulate(team.behaviour, data), streams()
     for limit in (0.1, 1e3):
         args.max_grad_norm = limit
         rows = cfcql.draw_rows(generators, data, args)
         joint = cfcql.draw_joint(generators, data, args)
+        if args.joint_cql:
+            joint[..., 0, :] = 1  # rounding may give that
         squared, C = slow_losses(other, data, log_beta, rows, joint, args)
         lengths = hand_step(adams[1], other.value, squared + args.cql * C, limit)
         assert all((length > limit) == (limit < 1) for length in lengths)
@@ -222,7 +222,7 @@ def test_two_updates_by_hand(float64, flags):
         logs = cfcql.update(team, adams[0], data, log_beta, rows, joint, args)
         assert torch.allclose(logs["q_loss"], squared, rtol=1e-9)
         assert torch.allclose(logs["gap"], C, rtol=1e-9)
-    assert_same(team, other, start)
+    assert_same(team, other)
 
 
 def test_cloning_by_hand_and_its_table(float64):
@@ -247,8 +247,7 @@ def test_cloning_by_hand_and_its_table(float64):
         losses = [torch.stack(steps).mean() for steps in losses]
         assert min(hand_step(adam, other, losses, args.max_grad_norm)) > args.max_grad_norm
     table = cfcql.clone(team.behaviour, data, streams(), args)
-    for p, q in zip(team.behaviour.parameters(), other.parameters()):
-        assert torch.allclose(p, q, rtol=0, atol=1e-9)
+    assert_same(team.behaviour, other)
     assert ((table == -12) & data.avail).any()
     for s, sequence, i in itertools.product(range(S), data.sequences, range(N)):
         for _, episode in episodes_in(sequence, data):
@@ -270,17 +269,6 @@ def test_padding_and_how_episodes_are_laid_out_do_not_matter(float64):
         assert torch.allclose(torch.stack(found), torch.stack(kept), atol=1e-12)
 
 
-def test_the_teams_value_grows_with_each_local_one(float64):
-    """So the best joint action is what every agent finds alone."""
-    args, data, team = made()
-    rows = cfcql.draw_rows(streams(), data, args)
-    q = torch.randn(*rows.shape, N, A)
-    joint = torch.cartesian_prod(*[torch.arange(A)] * N)  # (J, N)
-    values = torch.stack([q[..., i, joint[:, i]] for i in range(N)], -1)  # (S, L, B, J, N)
-    best = cfcql.mix(team.value.weights(data.state[rows]), values).argmax(-1)
-    assert torch.equal(joint[best], q.argmax(-1))
-
-
 def test_with_one_agent_it_is_cql(float64):
     args, data, team = made(some_data(num_agents=1), tau_lambda=100.0)
     rows = cfcql.draw_rows(streams(), data, args)
@@ -292,16 +280,6 @@ def test_with_one_agent_it_is_cql(float64):
     gap = torch.logsumexp(values, -1) - cfcql.chosen(values, data.action[now][..., 0])
     wanted = [gap[s][data.acted[now][s] > 0].mean() for s in range(S)]
     assert torch.allclose(C, torch.stack(wanted), atol=1e-12)
-
-
-def test_random_joint_actions_are_available_ones_in_equal_parts():
-    torch.manual_seed(0)
-    avail = torch.tensor([[True, False, True, True], [False, False, False, True]])
-    q, numbers = torch.arange(8.0).view(1, 1, 1, 2, 4), torch.rand(1, 1, 1, 30_000, 2)
-    numbers[..., 0, :] = 1  # rounding may give that
-    values = cfcql.random_values(q, avail.expand(1, 1, 1, 2, 4), numbers)[0, 0, 0]
-    assert set(values[:, 1].tolist()) == {7} and set(values[:, 0].tolist()) == {0, 2, 3}
-    assert all(abs((values[:, 0] == x).float().mean() - 1 / 3) < 0.015 for x in (0, 2, 3))
 
 
 # ---------------------------------------------------------------- play
@@ -333,54 +311,38 @@ def test_a_team_plays_as_it_learned(float64, recurrent):
 
 
 # ---------------------------------------------------------------- what it can do, and what it cannot
-def one_step(actions, rewards):
-    """Games of one step, as often as they are listed, in which nothing is seen."""
-    M, n = len(actions), len(actions[0])
-    ones, row = torch.ones(2 * M + 1), torch.arange(2 * M + 1)
-    acted = (row % 2 == 0) * (row < 2 * M) * 1.0
-    action, reward = torch.zeros(2 * M + 1, n).long(), 0 * ones
-    action[: 2 * M : 2], reward[: 2 * M : 2] = torch.tensor(actions), torch.tensor(rewards)
-    avail = torch.ones(2 * M + 1, n, 1 + action.max()).bool()
-    obs, sequences = ones[:, None, None].expand(-1, n, 1), row[:-1].view(M, 2)
-    parts = obs, ones[:, None], avail, action, reward, acted, acted, row % 2 == 0, sequences
-    return cfcql.Data(*parts)
-
-
-def learned(data, steps, **flags):
-    """What the agents of each seed would do, best action first: (S, n, A)."""
-    args = cfcql.Args(num_seeds=5, hidden=16, sequences=32, lr=1e-2, clone_steps=100, **flags)
-    generators = streams(5)
-    team = cfcql.Team(data, args, generators)
-    adam = torch.optim.Adam(team.value.parameters(), args.lr, fused=True)
-    log_beta = cfcql.clone(team.behaviour, data, generators, args)
-    for _ in range(steps):
-        rows, joint = (
-            cfcql.draw_rows(generators, data, args),
-            cfcql.draw_joint(generators, data, args),
-        )
-        cfcql.update(team, adam, data, log_beta, rows, joint, args)
-    q = cfcql.unroll(team.value.agents, data, torch.zeros(5, 1, 1).long())[:, 0, 0]
-    return q.argsort(-1, descending=True)
-
-
-@pytest.mark.parametrize("flags", [{}, {"joint_cql": True}])
-def test_the_conservative_term_pushes_down_what_is_not_recorded(flags):
-    """Where all payoffs are alike the recorded actions, and only these, end up on top."""
-    data = one_step([(0, 0), (0, 1), (1, 0), (1, 1), *[(1, 1)] * 12], [1.0] * 16)
-    avail = data.avail[..., :1].expand(-1, -1, 3)  # a third action, which nobody took
-    orders = [learned(data._replace(avail=avail), 100, cql=cql, **flags) for cql in (1.0, 0.0)]
-    assert (orders[0] == torch.tensor([1, 0, 2])).all() and not torch.equal(*orders)
-
-
-@pytest.mark.parametrize("flags", [{}, {"joint_cql": True}, {"cql": 0.0}])
-def test_a_monotone_value_cannot_order_xor(flags):
-    """From AA, AB and BA all teams end at BB: to the fit, B is better for each."""
-    best = learned(one_step([(0, 0), (0, 1), (1, 0)], [0.0, 1.0, 1.0]), 200, **flags)[..., 0]
-    assert (best == 1).all()
+def test_the_conservative_term_pushes_down_what_is_not_recorded():
+    gaps = []
+    for cql in (0.0, 1.0):
+        args, data, team = made(cql=cql)
+        adam, generators = torch.optim.Adam(team.value.parameters(), 0.01), streams()
+        log_beta = cfcql.clone(team.behaviour, data, generators, args)
+        rows = data.sequences.mT.expand(S, -1, -1)
+        for _ in range(30):
+            cfcql.update(team, adam, data, log_beta, rows, None, args)
+        args.cql = 1.0
+        gaps.append(cfcql.losses(team, data, log_beta, rows, None, args)[1])
+    assert (gaps[1] < gaps[0] - 0.1).all()
 
 
 def train(folder, words):
     return cfcql.main(cfcql.parse([*words.split(), "--out-dir", str(folder)]))
+
+
+@pytest.mark.parametrize("words", ["", "--joint-cql --joint-samples 20", "--cql 0"])
+def test_a_monotone_value_cannot_order_xor(tmp_path, words):
+    """From AA, AB and BA all teams end at BB: to the fit, B is better for each."""
+    few = "--dataset aa-ab-ba --steps 300 --eval-every 300 --clone-steps 30 --hidden 32"
+    assert not any(train(tmp_path / "run", f"{few} {words}")["return"]["per_seed"])
+
+
+@pytest.mark.parametrize("task, dataset, best", [("xor", "ab", 1), ("m-ne", "balanced", 20)])
+@pytest.mark.long
+def test_one_convention_and_the_best_of_equally_likely_ones_are_found(
+    tmp_path, task, dataset, best
+):
+    words = f"--task {task} --dataset {dataset} --steps 500 --eval-every 500 --sequences 32"
+    assert train(tmp_path / "run", words)["return"]["per_seed"] == [best] * 10
 
 
 @pytest.mark.parametrize("cql, fewest, most", [(1, 6, 10), (0, 0, 0)])
@@ -388,7 +350,7 @@ def train(folder, words):
 def test_bridge_is_crossed_on_optimal_data_by_the_weight_of_the_penalty(
     tmp_path, cql, fewest, most
 ):
-    """How many of 10 seeds come near the best, -1.2355: a heavy penalty makes the greedy team do
+    """How many of 10 seeds come near -1.2355. A heavy penalty makes the greedy team do
     what was done most often, and that is consistent in these data."""
     words = f"--env bridge --dataset optimal --num-seeds 10 --steps 1000 --cql {cql}"
     returns = train(tmp_path / "run", words)["return"]["per_seed"]
