@@ -113,6 +113,7 @@ PRESETS = {  # what differs from the values above; "" is a game that is not ours
         num_seeds=5, normalize=False, one_hot=True, batch_size=128, lr=2e-3, eval_episodes=32
     ),
     "smac": dict(
+        task="5m_vs_6m",
         num_seeds=3,
         normalize=False,
         steps=2000,

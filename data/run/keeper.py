@@ -33,6 +33,12 @@ from data.run.team import save_team
 
 MAY_CHANGE = {"resume", "out_dir", "device", "threads", "compile", "track"}  # by --resume
 
+GRAPHS = {  # how torch.compile makes them
+    "trace_autograd_ops": True,  # gradients are part of a graph
+    "nested_graph_breaks": True,  # a graph may end inside a function: at an optimiser's step
+    "recompile_limit": 64,  # each agent's networks make graphs of their own
+}
+
 
 class Run:
     """The folder of one run, and what it needs to go on after a kill as if nothing had happened.
@@ -126,7 +132,7 @@ class Run:
         self.actions = 0 if continuous else dataset.avail_actions.shape[-1]
         self.learned_from["the dataset"] = dataset.fingerprint()
         episodes, steps = len(dataset.returns), int(dataset.mask.sum())
-        self.say(f"{episodes} episodes, {steps} steps, mean return {dataset.returns.mean():.2f}")
+        self.say(f"{episodes} episodes, {steps} steps, mean return {dataset.returns.mean().item():.2f}")
         return dataset
 
     def streams(self, purpose, device=None):
@@ -142,9 +148,8 @@ class Run:
         """
         if not self.args.compile:
             return function
-        torch._dynamo.config.trace_autograd_ops = True  # gradients are part of the graph
-        torch._dynamo.config.nested_graph_breaks = True  # at an optimiser's step inside a function
-        torch._dynamo.config.recompile_limit = 64  # one for each agent's networks
+        for name, value in GRAPHS.items():
+            setattr(torch._dynamo.config, name, value)
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         graph = torch.compile(function, dynamic=False, mode=mode)
         if self.device.type != "cuda":
@@ -282,7 +287,8 @@ class Run:
     def _show(self, count, values):
         words = [f"{self.act or 'step'} {count:6d}"]
         for name in self.scores or values:
-            words.append(f"{name.replace('_', ' ')} {values[name].double().mean():9.4f}")
+            mean = values[name].double().mean().item()
+            words.append(f"{name.replace('_', ' ')} {mean:9.4f}")
         if self.timed:
             words.append(f"{self.speed:7.1f} updates/s")
         self.say("   ".join(words))
