@@ -17,7 +17,6 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is loaded, Ctrl-C ends the program without a traceback
@@ -28,58 +27,7 @@ import tyro
 if __name__ == "__main__":  # let `python envs/play.py` find the packages beside its own folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-
-class Played(NamedTuple):
-    """What came of B games."""
-
-    returns: torch.Tensor  # (B,) float64, undiscounted
-    won: torch.Tensor | None  # (B,) bool; None where games cannot be won
-    film: dict | None  # if asked for, what happened, zero behind each game's end, under the names of a dataset:
-    # obs (B, T+1, N, O), state (B, T+1, D), avail_actions (B, T+1, N, A) or None, actions (B, T, N) or (B, T, N, A),
-    # reward, terminated, mask (B, T); T is the longest game's length
-
-
-@torch.no_grad()
-def play(game, act, memory=None, seed=None, film=False):
-    """Play all games of `game` once, from a reset to their ends.
-
-    Args:
-        game: one of our environments, with B games.
-        act: function of (obs, info, memory) as the environment gives them, which returns the actions (B, N) or
-            (B, N, A) and the memory for the next step. A game that is over goes on being asked, and ignores the answer.
-        memory: what `act` gets at first.
-        seed: of the environment.
-    Raises:
-        FloatingPointError: a simulation became unstable.
-    """
-    obs, info = game.reset(seed=seed)
-    running = torch.ones(game.num_envs, dtype=torch.bool, device=game.device)
-    total = torch.zeros(game.num_envs, dtype=torch.float64, device=game.device)
-    seen = ["state"] + ["avail_actions"] * ("avail_actions" in info)
-    before, after = [(obs, *(info[name] for name in seen))], []
-
-    def alive(x):  # zero behind the end
-        return x * running.view(-1, *[1] * (x.dim() - 1))
-
-    # To ask whether all games are over means to wait for the device: on a GPU that is done eight times, not each step.
-    look = 1 if game.device.type == "cpu" else -(-game.time_limit // 8)
-    for t in range(1, game.time_limit + 1):
-        actions, memory = act(obs, info, memory)
-        obs, reward, terminated, truncated, info = game.step(actions)
-        total += reward
-        if film:
-            before.append([alive(x) for x in (obs, *(info[name] for name in seen))])
-            after.append((alive(actions), reward, terminated & running, running))
-        running = running & ~(terminated | truncated)
-        if t % look == 0 and not running.any():
-            break
-    if film:
-        steps = int(torch.stack([mask.any() for *_, mask in after]).sum())  # without those that no game took
-        obs, state, *avail = (torch.stack(x[: steps + 1], 1) for x in zip(*before))
-        actions, reward, terminated, mask = (torch.stack(x[:steps], 1) for x in zip(*after))
-        film = {"obs": obs, "state": state, "avail_actions": avail[0] if avail else None, "actions": actions,
-                "reward": reward, "terminated": terminated, "mask": mask}  # fmt: skip
-    return Played(total, info.get("won"), film or None)
+from envs.rollout import Played, play  # noqa: E402, F401
 
 
 # ---------------------------------------------------------------- a kept team

@@ -18,15 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box
-from gymnasium.vector import VectorEnv
-from gymnasium.vector.utils import batch_space
 from matplotlib.figure import Figure
 
-from envs.common import METADATA, games_to_reset, pixels
+from envs.common import OneStep, describe, pixels
 
 A, B, C = 1, 4, 5  # of twin peaks, as in the paper's figures
-PEAK = math.sqrt((C - 2 * A) / (2 * B))  # 0.612: there both slopes of twin peaks are 0, and both curvatures negative
+PEAK = math.sqrt(
+    (C - 2 * A) / (2 * B)
+)  # 0.612: there both slopes of twin peaks are 0, and both curvatures negative
 
 
 class Game(NamedTuple):
@@ -37,7 +36,9 @@ class Game(NamedTuple):
 
 GAMES = {
     "twin-peaks": Game(
-        lambda x, y: -A * (x**2 + y**2) - B * (x * y) ** 2 + C * x * y, (C - 2 * A) ** 2 / (4 * B), PEAK
+        lambda x, y: -A * (x**2 + y**2) - B * (x * y) ** 2 + C * x * y,
+        (C - 2 * A) ** 2 / (4 * B),
+        PEAK,
     ),
     "sign-agreement": Game(lambda x, y: x * y, 1.0, 1.0),
     "action-agreement": Game(lambda x, y: -((x - y) ** 2), 0.0, 1.0),
@@ -45,73 +46,27 @@ GAMES = {
 }
 
 
-class Polynomial(VectorEnv):
-    """B one-step games with a constant observation 1 and state 1; actions (B, 2, 1) in [-1, 1].
-
-    Args:
-        task: a key of `GAMES`.
-    Raises:
-        ValueError: an unknown task; in `step`, actions of a wrong shape or, on a CPU, not in [-1, 1].
-    """
-
-    metadata = METADATA
+class Polynomial(OneStep):
+    """B games of one task, a key of `GAMES`; actions (B, 2, 1) in [-1, 1]."""
 
     def __init__(self, task="twin-peaks", num_envs=1, device="cpu"):
-        if task not in GAMES:
-            raise ValueError(f"polynomial has no task {task!r}: choose one of {', '.join(GAMES)}")
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, not {num_envs}")
-        self.task, (self.reward, self.best_return, self.peak) = task, GAMES[task]
-        self.num_envs, self.device, self.time_limit = num_envs, torch.device(device), 1
-        self.num_agents, self.num_actions, self.obs_dim, self.state_dim = 2, 1, 1, 1
-        self.single_observation_space = Box(-np.inf, np.inf, (2, 1))
-        self.single_action_space = Box(-1, 1, (2, 1))
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.task, (self.reward, best, self.peak) = task, GAMES[task]
+        describe(self, num_envs, device, 2, 1, 1, 1, time_limit=1, best_return=best, discrete=False)
         self.over = torch.ones(num_envs, dtype=torch.bool, device=device)
 
-    def reset(self, *, seed=None, options=None):
-        return self._begin(games_to_reset(self, options))
-
-    def step(self, actions):
-        shape = (self.num_envs, 2, 1)
-        if actions.shape != shape or not actions.is_floating_point():
-            told = f"{actions.dtype} of shape {tuple(actions.shape)}"
-            raise ValueError(f"actions must be floating-point numbers of shape {shape}, not {told}")
-        # Values are read on a CPU only: for those on a GPU the host would have to wait.
-        if actions.device.type == "cpu" and (wrong := ~(actions.abs() <= 1)).any():  # also NaN
-            b, i, _ = wrong.nonzero()[0].tolist()
-            raise ValueError(f"actions must lie in [-1, 1]; that of agent {i} in game {b} is {actions[b, i, 0]}")
-        return self._play(actions)
-
-    def compile(self, compiler):
-        """Let `compiler`, a function of functions, make one graph of what a step computes and one of a reset."""
-        torch._dynamo.mark_static_address(self.over)  # a CUDA graph may write there
-        self._play, self._begin = compiler(self._play), compiler(self._begin)
+    def pay(self, actions):
+        x, y = actions[..., 0].float().unbind(1)  # (B,) each
+        return self.reward(x, y)
 
     def picture(self, actions=None):
-        """The reward over all joint actions, and as a star what the first game's agents did: (height, width, 3)."""
+        """The reward over all joint actions, and the first game's as a star: (height, width, 3)."""
         figure = Figure(figsize=(3, 3), layout="constrained")
         axis = figure.subplots()
         surface(axis, self.reward, self.task, name="a")
         if actions is not None:
-            axis.plot(*actions[0, :, :1].tolist(), "*", ms=13, mfc="#c0392b", mec="white", mew=0.8)
+            x, y = actions[0, :, 0].tolist()
+            axis.plot(x, y, "*", ms=13, mfc="#c0392b", mec="white", mew=0.8)
         return pixels(figure)
-
-    def _begin(self, mask):
-        self.over.logical_and_(~mask)
-        return self._observe()
-
-    def _play(self, actions):
-        reward = self.reward(*actions[..., 0].float().unbind(1))  # (B,)
-        reward = torch.where(self.over, 0.0, reward)
-        self.over.fill_(True)
-        obs, info = self._observe()
-        return obs, reward, self.over.clone(), torch.zeros_like(self.over), info
-
-    def _observe(self):
-        ones = torch.ones(self.num_envs, 2, 1, device=self.device)
-        return ones, {"state": ones[:, 0].clone()}
 
 
 # ---------------------------------------------------------------- pictures

@@ -16,7 +16,7 @@ from test_readers import as_vault
 import data
 import data.collect
 import envs
-from data.collect import BENDS, EPISODES, NOISE, TEAMS, WEIGHTLESS, block_seed, play_body, read_behaviour
+from data.recipes import BENDS, EPISODES, NOISE, TEAMS, WEIGHTLESS, block_seed, play_body, read_behaviour
 from data.dataset import TENSORS
 from data.describe import describe
 from envs.mamujoco import VIEWS
@@ -44,8 +44,8 @@ def save_team(folder, env, name, task=None, seed=0, push=(), info={}, **change):
 def teams(tmp_path, monkeypatch):
     """Small random teams in place of those that ship, short episodes, and few of them for the references."""
     folder = tmp_path / "behaviour"
-    monkeypatch.setattr(data.collect, "BEHAVIOUR", folder)
-    monkeypatch.setattr(data.collect, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(data.recipes, "BEHAVIOUR", folder)
+    monkeypatch.setattr(data.recipes, "CACHE", tmp_path / "cache")
     for k in range(3):
         save_team(folder, "halfcheetah", f"good-{k}", seed=k)
         save_team(folder, "halfcheetah", f"medium-{k}", seed=10 + k)
@@ -53,9 +53,9 @@ def teams(tmp_path, monkeypatch):
         save_team(folder, "reacher", f"{way}-0", push=(BENDS[way],), weight1=np.zeros((8, 1)))
     for k, name in enumerate(["expert", "medium", "replay-0", "replay-2", "replay-10"]):
         save_team(folder, "ant", name, seed=k)
-    make, few = envs.make, {env: found | {"episodes": 4} for env, found in data.collect.REFERENCES.items()}
-    monkeypatch.setattr(data.collect, "REFERENCES", few)
-    monkeypatch.setattr(data.collect, "GAMES", 3)
+    make, few = envs.make, {env: found | {"episodes": 4} for env, found in data.recipes.REFERENCES.items()}
+    monkeypatch.setattr(data.recipes, "REFERENCES", few)
+    monkeypatch.setattr(data.recipes, "GAMES", 3)
 
     def shorter(env, task="", num_envs=1, device="cpu", **options):
         limit = {"time_limit": LIMIT} if env in TEAMS and "time_limit" not in options else {}
@@ -91,7 +91,7 @@ def replays(part, env, task, team, seed, start):
 def test_the_teams_that_should_ship_do():
     for env, datasets in TEAMS.items():
         for pattern in {pattern for patterns in datasets.values() for pattern in patterns} - set(WEIGHTLESS):
-            assert list((data.collect.BEHAVIOUR / env).glob(f"{pattern}.npz")), (env, pattern)
+            assert list((data.recipes.BEHAVIOUR / env).glob(f"{pattern}.npz")), (env, pattern)
 
 
 def test_the_reachers_that_ship_bend_as_they_are_called():
@@ -120,7 +120,7 @@ def test_a_dataset_has_the_sizes_of_its_task(teams, env, task, name):
     assert same(found, data.load(env, task, name, episodes=7))  # from the cache
     if task == SEEN[env]:
         assert same(found, data.load(env, "", name, episodes=7))
-        assert len(list(data.collect.CACHE.iterdir())) == 1
+        assert len(list(data.recipes.CACHE.iterdir())) == 1
         other = data.load(env, task, name, episodes=7, seed=1)
         assert not torch.equal(other.obs[:, 0], found.obs[:, 0])
 
@@ -170,7 +170,7 @@ FINGERPRINT = """
 import functools, hashlib, sys
 sys.path.insert(0, sys.argv[1])
 import envs
-from data.collect import collect_dataset, play_body
+from data.recipes import collect_dataset, play_body
 print("battles", collect_dataset("smac", "2s3z", "mixed", episodes=200).fingerprint())
 envs.make = functools.partial(envs.make, time_limit=60)
 for env, task, team in (("halfcheetah", "2x3", "good-0"), ("reacher", "independent", "clockwise-0"), ("ant", "full", "medium")):
@@ -283,7 +283,7 @@ def test_full_replay_plays_all_snapshots_in_order(teams):
     found = data.collect_dataset("ant", "partial", "full-replay", episodes=8)
     assert found.info["behaviour"].startswith("2 by replay-0 (mappo after 64 steps), 3 by replay-2")
     assert "3 by replay-10" in found.info["behaviour"] and "sampled" in found.info["behaviour"]
-    assert list(data.collect._shares("ant", ("replay-*",), 2)) == ["replay-0", "replay-2", "replay-10"]
+    assert list(data.recipes.share_out("ant", ("replay-*",), 2)) == ["replay-0", "replay-2", "replay-10"]
 
 
 def test_random_ants_act_uniformly_and_may_fall(teams):
@@ -296,10 +296,10 @@ def test_random_ants_act_uniformly_and_may_fall(teams):
 
 
 def test_a_fallen_ant_terminates_its_episode(teams, monkeypatch):
-    made = data.collect.envs.make
+    made = data.recipes.envs.make
     monkeypatch.setattr(envs, "make", lambda *a, **k: made(*a, **k, time_limit=400))
     parts, *_ = play_body("ant", "partial", "random", 6, seed=1)
-    found = data.collect.concatenate(parts).check()
+    found = data.recipes.concatenate(parts).check()
     fell = found.terminated.any(1)
     assert fell.any() and torch.equal(fell, ~found.truncated)
     last = found.lengths - 1
@@ -314,9 +314,9 @@ def test_a_fallen_ant_terminates_its_episode(teams, monkeypatch):
 
 def test_references_are_measured_as_stated(teams):
     for env in TEAMS:
-        found, name = data.collect.references(env), list(TEAMS[env])[-1]
-        assert found == data.collect.references(env) == data.collect_dataset(env, "", name, 7, 3).info["references"]
-        game, shares = envs.make(env, num_envs=3), data.collect._shares(env, data.collect.REFERENCES[env]["expert"], 4)
+        found, name = data.recipes.references(env), list(TEAMS[env])[-1]
+        assert found == data.recipes.references(env) == data.collect_dataset(env, "", name, 7, 3).info["references"]
+        game, shares = envs.make(env, num_envs=3), data.recipes.share_out(env, data.recipes.REFERENCES[env]["expert"], 4)
         assert sum(shares.values()) == 4
         game = envs.make(env, num_envs=3)
         game.reset(seed=block_seed(env, "random", "reference", 0))
@@ -329,11 +329,11 @@ def test_references_are_measured_as_stated(teams):
     still, *_ = play_body("reacher", "independent", "still", 4, "reference")
     assert not torch.cat([part.actions for part in still]).any()
     mean = torch.cat([part.returns for part in still]).double().mean()
-    assert data.collect.references("reacher")["random"] == float(mean)
+    assert data.recipes.references("reacher")["random"] == float(mean)
     greedy = [play_body("ant", "full", "expert", 4, "reference", greedy=True)[0] for _ in range(2)]
     assert all(map(same, *greedy))
     mean = torch.cat([part.returns for part in greedy[0]]).double().mean()
-    assert data.collect.references("ant")["expert"] == float(mean)
+    assert data.recipes.references("ant")["expert"] == float(mean)
 
 
 def test_normalized_returns(teams):
@@ -379,7 +379,7 @@ def test_describe_prints_the_scores_of_table_2(teams, tmp_path):
     ("ant", "partial", "full-replay", "expert", "--env ant --task full"),
 ])  # fmt: skip
 def test_without_the_teams_one_line_says_what_to_do(tmp_path, monkeypatch, teams, env, task, name, team, flags):
-    monkeypatch.setattr(data.collect, "BEHAVIOUR", tmp_path)
+    monkeypatch.setattr(data.recipes, "BEHAVIOUR", tmp_path)
     with pytest.raises(ValueError) as error:
         data.load(env, task, name)
     assert str(error.value) == (

@@ -12,7 +12,7 @@ from conftest import ROOT, SHARED, command, complains
 import data
 import data.collect
 import envs
-from data.collect import MATRIX_BEHAVIOURS
+from data.recipes import MATRIX_BEHAVIOURS
 from data.dataset import TENSORS
 
 
@@ -222,7 +222,7 @@ def test_a_dataset_of_another_task_is_refused(small, tmp_path):
 
 
 def test_a_name_is_collected_once_and_a_damaged_cache_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.collect, "CACHE", tmp_path)
+    monkeypatch.setattr(data.recipes, "CACHE", tmp_path)
     first = data.load("matrix", "m-ne", "imbalanced")
     (cached,) = tmp_path.iterdir()
     before = cached.stat().st_mtime_ns
@@ -235,7 +235,7 @@ def test_a_name_is_collected_once_and_a_damaged_cache_again(tmp_path, monkeypatc
 
 
 def test_cached_files_never_meet(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.collect, "CACHE", tmp_path)
+    monkeypatch.setattr(data.recipes, "CACHE", tmp_path)
     wide, tall = "[[1, 2, 3], [4, 5, 6]]", "[[1, 2], [3, 4], [5, 6]]"
     first = data.load("matrix", "[[5, 20], [20, 1]]", "uniform")
     second = data.load("matrix", "[[5, -20], [-20, 1]]", "uniform")
