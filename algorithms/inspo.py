@@ -261,20 +261,15 @@ class Data(NamedTuple):
     log_mu_others: list = ()  # and (S, R): log mu(a_-i|s,a_i) of the recorded joint actions
 
 
-def uniform(generators, *shape):
-    """Uniform numbers in [0, 1), (S, *shape), each seed's from its own generator."""
-    return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
+def uniform(generators, count):
+    """Uniform numbers in [0, 1), (S, count), each seed's from its own generator."""
+    return torch.stack([torch.rand(count, generator=g, device=g.device) for g in generators])
 
 
-def draw(generators, count, sequences):
-    """`count` (B') of the sequences (Q, L) for each seed: row numbers (S, L, B')."""
-    noise = uniform(generators, count)
+def draw(generators, sequences, batch, args):
+    """B' of the sequences (Q, L) for each seed, without a memory a `batch`: rows (S, L, B')."""
+    noise = uniform(generators, args.sequences if args.recurrent else batch)
     return sequences[noise.mul(len(sequences)).long()].mT
-
-
-def draw_minibatch(generators, data, args):
-    count = args.sequences if args.recurrent else args.batch_size
-    return draw(generators, count, data.sequences)
 
 
 # ---------------------------------------------------------------- networks
@@ -626,7 +621,7 @@ def update(team, adam, data, shared, generators, step, args, turn=turn, look=loo
     logs = []
     for t, i in enumerate(movers):
         if t == 0 or not args.recurrent:
-            rows = draw_minibatch(generators, data, args)
+            rows = draw(generators, data.sequences, args.batch_size, args)
             log_pi = look(range(len(order)), seen, rows, data, improve)
         elif args.sequential and improve:
             last = movers[t - 1]  # only the last one to act has moved
@@ -671,7 +666,7 @@ def semi_greedy(team, data, shared, generators, args):
     minibatch and all seeds of |Q'_i(s,a_i) - E_pi Q'_i(s,.)|. The others go to agents at random.
     """
     remaining = random_order(team, data, shared, generators, args)
-    rows = draw_minibatch(generators, data, args)[:, :-1]
+    rows = draw(generators, data.sequences, args.batch_size, args)[:, :-1]
     begin, advantages = rows.flatten(1), []  # (S, K)
     for i, log_pi in enumerate(unroll(team.policies, range(len(remaining)), rows, data)):
         q = team.targets[i](data.state[begin])  # (S, K, A)
@@ -730,7 +725,8 @@ def hold_back(data, share, most=5000):
     if share == 0 or len(names) == 1:
         return data.sequences, data.sequences[:0]
     every = max(2, round(1 / min(share, most / len(number))))
-    return data.sequences[number % every > 0], data.sequences[number % every == 0]
+    held = number % every == 0
+    return data.sequences[~held], data.sequences[held]
 
 
 @torch.no_grad()
@@ -747,7 +743,7 @@ def clone(team, data, generators, args, clone_update=clone_update):
     checks = torch.zeros_like(best)  # since the best one
     even = torch.linspace(0, 0.999, args.clone_batch, device=best.device).expand(S, -1)
     for step in range(1, args.clone_steps + 1):
-        rows = draw(generators, args.sequences if args.recurrent else args.clone_batch, learned)
+        rows = draw(generators, learned, args.clone_batch, args)
         noise = uniform(generators, args.clone_batch) if args.recurrent else None
         clone_update(team, adam, data, rows, args, noise)
         if len(held) and (step % 250 == 0 or step == args.clone_steps):
@@ -821,14 +817,15 @@ def player(policies, encode):
 
 @torch.no_grad()
 def draw_policy(run, team, data, film):
-    """The team as a picture: on Bridge a film strip, of two agents in one state a table."""
+    """Pictures of the team: on Bridge film strips, of two agents in one state a table."""
     if film:
         greedy, _, _, cloned_sampled = film
-        return draw_strips({"cloned team": cloned_sampled, "InSPO": greedy})
+        return {"policy.png": draw_strips({"cloned team": cloned_sampled, "InSPO": greedy})}
     if run.args.env == "matrix" and len(team.policies) == 2:
         row = data.sequences[None, :1, :1].expand(len(run.seeds), -1, -1)  # all are the same
         pi = unroll(team.policies, range(2), row, data)[:, :, 0].exp()  # (N, S, A)
-        return draw_policies(pi, run.dataset, run.seeds)[0]
+        return {"policy.png": draw_policies(pi, run.dataset, run.seeds)[0]}
+    return {}
 
 
 def main(args):
@@ -848,8 +845,7 @@ def main(args):
         run.logs = update(team, adam, data, shared, generators, step, args, **compiled)
     film = [] if args.env == "bridge" else None
     scores, cloned_scores = run.score(learner, film), run.score(cloned, film)
-    figure = draw_policy(run, team, data, film)
-    figures = {"policy.png": figure} if figure else {}
+    figures = draw_policy(run, team, data, film)
     others = {"behavioural cloning": ("cloned_", cloned_scores)}
     return run.finish("InSPO", learner, scores, others, figures)
 
