@@ -9,7 +9,7 @@ The four games of PJAP (Tilbury et al., 2024, sections 3 and 4), each played as 
 
 They are where offline learning with continuous actions fails first: each agent answers what the other one did in the
 data, and in the first two the answer is wrong as soon as the data lie elsewhere than the policies. What follows from
-that in closed form is algorithms/polygames.py, whose pictures are drawn by the second half of this file.
+that in closed form is algorithms/polygames.py.
 """
 
 import math

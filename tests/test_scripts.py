@@ -46,7 +46,7 @@ RUNS = {  # name: (script, flags), one small run of everything that makes a diff
     "maiql-ft": ("iql", LOOP + "--team mixed --finetune 1"),
     "matd3+bc": ("td3_bc", REACHER + "--mixing"),
     "iomar": ("td3_bc", REACHER + "--bc 0 --cql 1 --omar 0.9"),
-    "maddpg": ("maddpg_cql_pjap", REACHER + "--window 3 --policy-hidden 8"),
+    "maddpg": ("maddpg_cql_pjap", REACHER.replace("--hidden", "--policy-hidden") + "--window 3"),
     "mappo": (
         "mappo",
         EVERY + "--env bridge --num-envs 4 --rollout 100 --steps 1200 --eval-every 400 "
