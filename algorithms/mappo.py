@@ -217,7 +217,7 @@ def mlp(inputs, outputs, gain, args, generators):
 class Scale(nn.Module):
     """With --normalize, inputs in units of the mean and spread of all that each seed has seen."""
 
-    def __init__(self, inputs, seeds, on=True):
+    def __init__(self, inputs, seeds, on):
         super().__init__()
         self.on = on
         self.register_buffer("seen", torch.zeros(seeds, 1, 1))
@@ -328,10 +328,10 @@ class Team(nn.Module):
         value = self.critic(state.flatten(1, 2))[..., 0] * std + mean  # (S, M)
         return value.unflatten(1, state.shape[1:3])
 
-    def watch(self, returns, decay=0.99):
+    def watch(self, returns):
         """Move the running mean and spread towards those of `returns` (S, M)."""
         now = torch.stack([torch.ones_like(returns), returns, returns**2])
-        self.moments.lerp_(now.mean(2, keepdim=True), 1 - decay)
+        self.moments.lerp_(now.mean(2, keepdim=True), 0.01)
 
 
 # ---------------------------------------------------------------- playing
