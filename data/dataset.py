@@ -265,9 +265,8 @@ def as_tensor(array, name, mask=None):
         tensor = array.detach()
     else:
         try:
-            array = np.asarray(array)
-            native = array.dtype.newbyteorder("=")
-            tensor = torch.from_numpy(np.require(array, native, "CWO"))
+            array = np.require(np.asarray(array), requirements="CWO")
+            tensor = torch.from_numpy(array)
         except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, texts, objects
             raise ValueError(f"{name} is no array of numbers ({error})") from None
     insist(not tensor.is_complex(), f"{name} holds complex numbers")
@@ -312,15 +311,18 @@ def read_episodes(episodes, time_limit=None):
     for e, episode in enumerate(episodes):
         try:
             parts.append(read_episode(episode, time_limit))
-            for name in {**parts[0], **parts[e]}:
-                found, wanted = (
-                    (*part[name].shape[1:], part[name].dtype) if name in part else "none"
-                    for part in (parts[e], parts[0])
-                )
-                insist(found == wanted, f"{name} of a step is {found}, of episode 0 {wanted}")
+            steps, first = shapes(parts[e]), shapes(parts[0])
+            insist(steps == first, f"a step of it is {steps}, one of episode 0 {first}")
         except ValueError as error:
             raise ValueError(f"episode {e}: {error}") from None
     return parts
+
+
+def shapes(part):
+    """What each step of an episode consists of, in words."""
+    words = [f"{name} {tuple(part[name].shape[1:])}" for name in sorted(part)]
+    kind = str(part["actions"].dtype).removeprefix("torch.")
+    return f"{', '.join(words)} ({kind} actions)"
 
 
 def read_episode(given, time_limit=None):

@@ -37,7 +37,7 @@ def read(path, time_limit=None, task=""):
         raise FileNotFoundError(f"no dataset file {path}")
     try:
         return read_any(path, time_limit, task).check()
-    except (ValueError, OSError, RuntimeError, LookupError, TypeError) as error:
+    except (ValueError, OSError, RuntimeError, LookupError, TypeError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(" [source")[0]
         raise ValueError(f"{path} cannot be read, or is damaged: {reason}") from None
 
@@ -183,36 +183,29 @@ def ant_team(episodes, task, info):
             rewards (T,), terminated (T,)).
     """
     game = envs.make("ant", task)
-    dealt, beyond, entries = [], 0, 0
+    motors = torch.as_tensor(game.motors)  # (N, 2)
+    dealt = []
     for observations, actions, rewards, terminated in episodes:
         widths = observations.shape[1], actions.shape[1]
         if widths[0] not in ANT_WIDTHS or widths[1] != 8:
-            known = ", ".join(map(str, ANT_WIDTHS))
             sizes = f"observations have {widths[0]} entries and actions {widths[1]}"
-            raise ValueError(f"{sizes}; of this format only Ant's are read ({known}, and 8)")
+            raise ValueError(f"{sizes}: of this format only Ant is read ({ANT_WIDTHS}, and 8)")
         state = as_tensor(observations[:, :27], "state")
-        actions = as_tensor(actions, "actions")
-        beyond += int((actions.abs() > 1).sum())
-        entries += actions.numel()
-        dealt.append({
-            "obs": views(state, game),  # (T+1, N, O)
-            "state": state,
-            "actions": clip(actions)[:, torch.as_tensor(game.motors)],  # (T, N, 2)
-            "reward": rewards,
-            "terminated": terminated,
-        })  # fmt: skip
-    if beyond:
-        info["clipped"] = told_clipped(beyond / entries)
+        steps = {"reward": rewards, "terminated": terminated}
+        steps["actions"] = as_tensor(actions, "actions")[:, motors]  # (T, N, 2)
+        dealt.append({"obs": views(state, game), "state": state, **steps})
+    clip([steps["actions"] for steps in dealt], info)
     return Dataset.from_episodes(dealt, env="ant", task=task or "full", **info)
 
 
-def clip(actions):
-    """Continuous actions cut to [-1, 1], as MuJoCo's motors do; what is not finite stays."""
-    return torch.where(actions.isfinite(), actions.clamp(-1, 1), actions)
-
-
-def told_clipped(share):
-    return f"{100 * share:.3g} % of the actions' entries, which lay outside [-1, 1]"
+def clip(actions, info):
+    """Cut continuous actions, a list of tensors, to [-1, 1] as MuJoCo's motors do; `info` is told."""
+    beyond = torch.cat([part.abs().flatten() > 1 for part in actions]).double().mean()
+    if beyond:
+        share = f"{100 * beyond:.3g} % of the actions' entries"
+        info["clipped"] = f"{share}, which lay outside [-1, 1]"
+    for part in actions:
+        part.clamp_(-1, 1)
 
 
 # ---------------------------------------------------------------- OG-MARL
@@ -257,10 +250,7 @@ def read_vault(folder, time_limit=None):
     arrays = {"obs": leaf("observations")[:M], "state": leaf("infos.state")[:M]}
     info = {"name": folder.resolve().name, "behaviour": "OG-MARL vault"}
     if actions.is_floating_point():
-        beyond = (actions.abs() > 1).double().mean().item()
-        if beyond:
-            info["clipped"] = told_clipped(beyond)
-        actions = clip(actions)
+        clip([actions], info)
     else:
         arrays["avail_actions"] = leaf("infos.legals")[:M]
     sizes = (*arrays["obs"].shape[1:], *arrays["state"].shape[1:], *actions.shape[2:])

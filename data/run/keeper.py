@@ -6,7 +6,7 @@ A script's `main` holds the loop and learns; a `Run` keeps what must not get los
     data = arrange(run.load(), args)
     ...                                                    # make the networks
     run.begin(policies=policies, adam=adam, generators=generators)
-    for step in run.steps(player):                         # evaluates, records, keeps where it is due
+    for step in run.steps(player):                         # evaluates and keeps where it is due
         run.logs = update(...)
     run.finish("BC", player)                               # team.pt2, summary.json, pictures, table
 """
@@ -114,11 +114,9 @@ class Run:
         dataset = recipes.load(*names, self.device, episodes=args.episodes, options=made, **options)
         continuous = dataset.actions.is_floating_point()
         if discrete is not None and discrete == continuous:
-            kinds = ("continuous", "discrete") if continuous else ("discrete", "continuous")
+            kind, wanted = ("continuous", "discrete") if continuous else ("discrete", "continuous")
             raise ValueError(
-                "{0} holds {1} actions; {3} is for {2} ones".format(
-                    args.dataset, *kinds, self.script
-                )
+                f"{args.dataset} holds {kind} actions; this method needs {wanted} ones"
             )
         rewards = dataset.info.get("team_reward", args.team_reward)
         if ":" in args.env and rewards != args.team_reward:
@@ -132,7 +130,9 @@ class Run:
         self.actions = 0 if continuous else dataset.avail_actions.shape[-1]
         self.learned_from["the dataset"] = dataset.fingerprint()
         episodes, steps = len(dataset.returns), int(dataset.mask.sum())
-        self.say(f"{episodes} episodes, {steps} steps, mean return {dataset.returns.mean().item():.2f}")
+        self.say(
+            f"{episodes} episodes, {steps} steps, mean return {dataset.returns.mean().item():.2f}"
+        )
         return dataset
 
     def streams(self, purpose, device=None):

@@ -1,4 +1,4 @@
-"""How teams play, and a team to keep: the greedy teams of all seeds as one program for torch alone."""
+"""How teams play, and a team to keep: all seeds' greedy teams as one program for torch alone."""
 
 import io
 import json
@@ -76,7 +76,8 @@ def remembering(think, encode, N, A, H, modules, sampled=True):
 
 # ---------------------------------------------------------------- writing
 class Teams(nn.Module):
-    """The program: (obs (B, N, O), avail (B, N, A) if discrete, memory (S, B, N, W)) -> actions, memory.
+    """The program: (obs (B, N, O), avail (B, N, A) if discrete, memory (S, B, N, W)) ->
+    actions, memory.
 
     All S teams see the same B games, and each says what it would do: (S, B, N) or (S, B, N, A). At
     a game's start its memory is 0; the buffer `start` (S, 1, N, W) is that of one game.
