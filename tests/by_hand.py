@@ -32,6 +32,28 @@ def step(adam, module, losses, limit):
     return longer
 
 
+def streams(seeds=(0, 1)):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def begins_well(Linear, policies):
+    """Assert that layers begin as torch's own do, a policy's head small, networks differently."""
+    layer, head = Linear(100, 50, streams()), Linear(100, 50, streams(), scale=0.1)
+    assert 0.099 < layer.weight.abs().max() <= 0.1 and 0.09 < layer.bias.abs().max() <= 0.1
+    assert layer.weight.mean().abs() < 1e-3 and not torch.equal(*layer.weight)
+    assert torch.allclose(head.weight, 0.1 * layer.weight) and not head.bias.any()
+    head = policies.body[-1]
+    assert 0.08 < head.weight.abs().max() * head.weight.shape[1] ** 0.5 < 0.1
+
+
+def draws_well(draw_rows, data, args):
+    """Assert that minibatches are of steps, all of them, and each seed's own."""
+    args.batch_size = 100
+    rows = draw_rows(streams(), data, args)
+    assert torch.equal(draw_rows(streams([1]), data, args)[0], rows[1])
+    assert set(rows[0].tolist()) == set(data.steps.tolist()) and not torch.equal(*rows)
+
+
 @torch.no_grad()
 def follow(targets, networks, tau):
     """Move copies (parameters) by tau to what they are copies of."""

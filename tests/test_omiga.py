@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from by_hand import follow, one, same, step, stir
+from by_hand import begins_well, draws_well, follow, one, same, step, stir, streams
 from conftest import load_script
 
 from data import load
@@ -31,12 +31,9 @@ def made(discrete=True, shared=False, **flags):
     args = omiga.Args(hidden=8, batch_size=B, shared=shared, **flags)
     data = omiga.Data(obs, state, avail, action, reward, done, STARTS)
     team = omiga.Team(data, args, streams())
+    begins_well(omiga.Linear, team.policies)
     stir(team)
     return data, args, team
-
-
-def streams(seeds=range(S)):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def log_prob(policies, q, i, obs, avail, action):
@@ -118,24 +115,11 @@ def test_a_huge_alpha_clones(float64):
     assert torch.allclose(weight, torch.ones(S, N, B), atol=1e-9)
 
 
-def test_minibatches_are_of_steps_and_each_seeds_own(float64):
-    data, args, _ = made()
-    args.batch_size = 100
-    rows = omiga.draw_rows(streams(), data, args)
-    assert torch.equal(omiga.draw_rows(streams([1]), data, args)[0], rows[1])
-    assert set(rows[0].tolist()) == set(STARTS.tolist()) and not torch.equal(*rows)
-
-
-def test_networks_begin_as_they_should(float64):
-    layer = omiga.Linear(100, 50, streams())
-    assert 0.099 < layer.weight.abs().max() <= 0.1 and 0.09 < layer.bias.abs().max() <= 0.1
-    assert abs(layer.weight.mean()) < 1e-3 and not torch.equal(*layer.weight)
-    head = omiga.Linear(100, 50, streams(), scale=0.1)
-    assert torch.allclose(head.weight, 0.1 * layer.weight) and not head.bias.any()
-    x = torch.randn(S, 3, 100)
-    assert torch.allclose(layer(x)[1], x[1] @ layer.weight[1] + layer.bias[1])
+def test_everything_begins_as_it_should(float64):
     data, args, _ = made(discrete=False)
+    draws_well(omiga.draw_rows, data, args)
     team = omiga.Team(data, args, streams())
+    begins_well(omiga.Linear, team.policies)
     assert same(team.targets, torch.nn.ModuleList([team.critic, team.v]))
     spread = data.action[STARTS].std(0, correction=0)
     assert torch.allclose(team.policies.log_spread[:, 0], spread.log())
