@@ -26,7 +26,7 @@ from test_layout import by_hand
 import data
 import envs
 from data import runs
-from data.collect import record
+from data.record import record
 from envs.smac import random as random_play
 
 inspo = load_script("inspo")
@@ -1556,7 +1556,7 @@ def test_ctrl_c_while_data_are_collected_names_no_folder(tmp_path, monkeypatch, 
     game = type(envs.make("smac", "3m", 1))
     step = game.step
     monkeypatch.setattr(game, "step", interrupted)
-    monkeypatch.setattr(data.collect, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(data.recipes, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(runs, "owned", None)  # other tests had runs in this process
     words = ["--env", "smac", "--task", "3m", "--episodes", "123", "--out-dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as end:
