@@ -372,15 +372,15 @@ class Team(nn.Module):
         self.critics = nn.ModuleList(critics)  # Q_i(s, .), one output an action
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.policies = copy.deepcopy(self.mus)
-        log_alpha = torch.full((len(generators), 1), math.log(args.alpha))
-        self.log_alpha = nn.Parameter(log_alpha)  # (S, 1)
+        log_alpha = torch.full((len(generators), 1), math.log(args.alpha))  # (S, 1)
+        self.log_alpha = nn.ParameterList([log_alpha])
         # Set anew before each sweep by `schedule`: the entropy's weight, and a factor of alpha, cql
         self.register_buffer("beta", torch.zeros(()), persistent=False)
         self.register_buffer("fade", torch.ones(()), persistent=False)
 
     def alpha(self, args):
         """The weight of the KL divergence now, (S, 1)."""
-        return self.log_alpha.detach().exp() * (1 if args.auto_alpha else self.fade)
+        return self.log_alpha[0].detach().exp() * (1 if args.auto_alpha else self.fade)
 
 
 def chosen(values, action):
@@ -503,7 +503,7 @@ def policy_loss(log_pi, log_mu, action, weight, valid):
 # ---------------------------------------------------------------- update
 def optimizer(team):
     """Adam. In a turn only the networks of one agent have gradients, so only these move."""
-    parts = team.critics, team.policies, nn.ParameterList([team.log_alpha])
+    parts = team.critics, team.policies, team.log_alpha
     return torch.optim.Adam([{"params": part.parameters()} for part in parts], fused=True)
 
 
@@ -515,12 +515,12 @@ def take_step(adam, parameters, gradients):
     adam.zero_grad()
 
 
-def descend(adam, parameters, losses):
+def descend(adam, module, losses):
     """One step down the losses (S,) of independent seeds; returns them, detached.
 
     Their sum leaves each seed the gradient that it would have alone.
     """
-    parameters = list(parameters)
+    parameters = list(module.parameters())
     gradients = torch.autograd.grad(losses.sum(), parameters)
     losses = losses.detach()
     take_step(adam, parameters, gradients)
@@ -547,7 +547,7 @@ def evaluation(i, team, adam, data, rows, places, log_pi, args):
     )
     action, avail = data.actions[begin, i], data.avail[begin, i]
     loss = critic_loss(critic(data.state[begin]), y, action, avail, args.cql * team.fade)
-    loss = descend(adam, critic.parameters(), loss)
+    loss = descend(adam, critic, loss)
     with torch.no_grad():
         for slow, fast in zip(target.parameters(), critic.parameters()):
             slow.lerp_(fast, args.tau)
@@ -569,9 +569,10 @@ def improvement(i, team, adam, data, rows, places, args):
         args.weight_cap,
     )
     loss, kl = policy_loss(log_pi, log_mu, action, weight, data.acted[begin])
-    loss = descend(adam, team.policies[i].parameters(), loss)
+    loss = descend(adam, team.policies[i], loss)
     if args.auto_alpha:  # Eq. 25
-        descend(adam, [team.log_alpha], team.log_alpha.exp()[:, 0] * (args.kl_target - kl))
+        alpha = team.log_alpha[0].exp()[:, 0]
+        descend(adam, team.log_alpha, alpha * (args.kl_target - kl))
     return {"policy_loss": loss, "kl": kl}
 
 
@@ -705,13 +706,9 @@ def clone_loss(team, data, rows, args, noise=None):
     return loss
 
 
-def behaviour_models(team):
-    return [*team.mus.parameters(), *team.teammates.parameters()]
-
-
 @torch.enable_grad()
-def clone_update(team, adam, data, rows, args, noise=None):
-    return descend(adam, behaviour_models(team), clone_loss(team, data, rows, args, noise))
+def clone_update(team, models, adam, data, rows, args, noise=None):
+    return descend(adam, models, clone_loss(team, data, rows, args, noise))
 
 
 def hold_back(data, share, most=5000):
@@ -736,26 +733,27 @@ def clone(team, data, generators, args, clone_update=clone_update):
     With --hold-back each seed keeps the models that make the held-back episodes likeliest. These
     are asked every 250 updates; once 4 times in a row they are no likelier, a seed is done.
     """
-    models, S = behaviour_models(team), args.num_seeds
-    adam = torch.optim.Adam(models, args.clone_lr, fused=True)
+    models, S = nn.ModuleList([team.mus, team.teammates]), args.num_seeds
+    parameters = list(models.parameters())
+    adam = torch.optim.Adam(parameters, args.clone_lr, fused=True)
     learned, held = hold_back(data, args.hold_back)
-    best, kept = models[0].new_full((S,), torch.inf), [model.clone() for model in models]
+    best, kept = data.reward.new_full((S,), torch.inf), [x.clone() for x in parameters]
     checks = torch.zeros_like(best)  # since the best one
     even = torch.linspace(0, 0.999, args.clone_batch, device=best.device).expand(S, -1)
     for step in range(1, args.clone_steps + 1):
         rows = draw(generators, learned, args.clone_batch, args)
         noise = uniform(generators, args.clone_batch) if args.recurrent else None
-        clone_update(team, adam, data, rows, args, noise)
+        clone_update(team, models, adam, data, rows, args, noise)
         if len(held) and (step % 250 == 0 or step == args.clone_steps):
             loss = clone_loss(team, data, held.mT.expand(S, -1, -1), args, even)
             better = (loss < best) & (checks < 4)
             best, checks = torch.where(better, loss, best), torch.where(better, 0, checks + 1)
-            for old, new in zip(kept, models):
+            for old, new in zip(kept, parameters):
                 old[better] = new[better]
             if (checks >= 4).all():
                 break
     if len(held):
-        torch._foreach_copy_(models, kept)
+        torch._foreach_copy_(parameters, kept)
     team.policies.load_state_dict(team.mus.state_dict())  # a good place to start from
     return tabulate(team, data, args)
 
