@@ -11,7 +11,7 @@ from conftest import command, complains
 import data
 import data.collect
 import envs
-from data.collect import BEHAVIOUR, SMAC_DATASETS, read_behaviour
+from data.recipes import BATTLES, BEHAVIOUR, read_behaviour
 
 MAPS = sorted(folder.name for folder in BEHAVIOUR.iterdir() if folder.name in envs.TASKS["smac"])
 
@@ -41,7 +41,7 @@ def test_each_team_fits_its_map_and_keeps_its_word(task):
     assert len(steps) == len(set(steps)) and min(steps) == 0 and max(steps) == medium
 
 
-@pytest.mark.parametrize("name", SMAC_DATASETS)
+@pytest.mark.parametrize("name", BATTLES)
 def test_a_dataset_replays(name):
     """Its seed and its actions give the same observations, rewards and ends in the environment."""
     found = data.collect_dataset("smac", "3m", name, seed=2, episodes=12).check()
@@ -111,8 +111,8 @@ def test_describe_prints_the_win_rate(tmp_path):
 
 
 def test_without_the_teams_one_line_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.collect, "BEHAVIOUR", tmp_path)
-    for name in SMAC_DATASETS:
+    monkeypatch.setattr(data.recipes, "BEHAVIOUR", tmp_path)
+    for name in BATTLES:
         with pytest.raises(ValueError, match="ships? with the repository"):
             data.collect_dataset("smac", "3m", name, episodes=4)
     shutil.copytree(BEHAVIOUR / "3m", tmp_path / "3m")

@@ -6,19 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command, complains
-from test_readers import as_vault
 
 import data
 import data.collect
 import envs
-from data.collect import BENDS, EPISODES, NOISE, TEAMS, WEIGHTLESS, block_seed, play_body, read_behaviour
+from data.recipes import BENDS, EPISODES, NOISE, TEAMS, WEIGHTLESS, block_seed, play_body, read_behaviour
 from data.dataset import TENSORS
-from data.describe import describe
 from envs.mamujoco import VIEWS
 
 LIMIT = 12  # steps of an episode, where a test says nothing else
@@ -44,8 +41,8 @@ def save_team(folder, env, name, task=None, seed=0, push=(), info={}, **change):
 def teams(tmp_path, monkeypatch):
     """Small random teams in place of those that ship, short episodes, and few of them for the references."""
     folder = tmp_path / "behaviour"
-    monkeypatch.setattr(data.collect, "BEHAVIOUR", folder)
-    monkeypatch.setattr(data.collect, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(data.recipes, "BEHAVIOUR", folder)
+    monkeypatch.setattr(data.recipes, "CACHE", tmp_path / "cache")
     for k in range(3):
         save_team(folder, "halfcheetah", f"good-{k}", seed=k)
         save_team(folder, "halfcheetah", f"medium-{k}", seed=10 + k)
@@ -53,9 +50,9 @@ def teams(tmp_path, monkeypatch):
         save_team(folder, "reacher", f"{way}-0", push=(BENDS[way],), weight1=np.zeros((8, 1)))
     for k, name in enumerate(["expert", "medium", "replay-0", "replay-2", "replay-10"]):
         save_team(folder, "ant", name, seed=k)
-    make, few = envs.make, {env: found | {"episodes": 4} for env, found in data.collect.REFERENCES.items()}
-    monkeypatch.setattr(data.collect, "REFERENCES", few)
-    monkeypatch.setattr(data.collect, "GAMES", 3)
+    make, few = envs.make, {env: found | {"episodes": 4} for env, found in data.recipes.REFERENCES.items()}
+    monkeypatch.setattr(data.recipes, "REFERENCES", few)
+    monkeypatch.setattr(data.recipes, "GAMES", 3)
 
     def shorter(env, task="", num_envs=1, device="cpu", **options):
         limit = {"time_limit": LIMIT} if env in TEAMS and "time_limit" not in options else {}
@@ -91,7 +88,7 @@ def replays(part, env, task, team, seed, start):
 def test_the_teams_that_should_ship_do():
     for env, datasets in TEAMS.items():
         for pattern in {pattern for patterns in datasets.values() for pattern in patterns} - set(WEIGHTLESS):
-            assert list((data.collect.BEHAVIOUR / env).glob(f"{pattern}.npz")), (env, pattern)
+            assert list((data.recipes.BEHAVIOUR / env).glob(f"{pattern}.npz")), (env, pattern)
 
 
 def test_the_reachers_that_ship_bend_as_they_are_called():
@@ -120,7 +117,7 @@ def test_a_dataset_has_the_sizes_of_its_task(teams, env, task, name):
     assert same(found, data.load(env, task, name, episodes=7))  # from the cache
     if task == SEEN[env]:
         assert same(found, data.load(env, "", name, episodes=7))
-        assert len(list(data.collect.CACHE.iterdir())) == 1
+        assert len(list(data.recipes.CACHE.iterdir())) == 1
         other = data.load(env, task, name, episodes=7, seed=1)
         assert not torch.equal(other.obs[:, 0], found.obs[:, 0])
 
@@ -170,7 +167,7 @@ FINGERPRINT = """
 import functools, hashlib, sys
 sys.path.insert(0, sys.argv[1])
 import envs
-from data.collect import collect_dataset, play_body
+from data.recipes import collect_dataset, play_body
 print("battles", collect_dataset("smac", "2s3z", "mixed", episodes=200).fingerprint())
 envs.make = functools.partial(envs.make, time_limit=60)
 for env, task, team in (("halfcheetah", "2x3", "good-0"), ("reacher", "independent", "clockwise-0"), ("ant", "full", "medium")):
@@ -283,7 +280,7 @@ def test_full_replay_plays_all_snapshots_in_order(teams):
     found = data.collect_dataset("ant", "partial", "full-replay", episodes=8)
     assert found.info["behaviour"].startswith("2 by replay-0 (mappo after 64 steps), 3 by replay-2")
     assert "3 by replay-10" in found.info["behaviour"] and "sampled" in found.info["behaviour"]
-    assert list(data.collect._shares("ant", ("replay-*",), 2)) == ["replay-0", "replay-2", "replay-10"]
+    assert list(data.recipes.share_out("ant", ("replay-*",), 2)) == ["replay-0", "replay-2", "replay-10"]
 
 
 def test_random_ants_act_uniformly_and_may_fall(teams):
@@ -296,10 +293,10 @@ def test_random_ants_act_uniformly_and_may_fall(teams):
 
 
 def test_a_fallen_ant_terminates_its_episode(teams, monkeypatch):
-    made = data.collect.envs.make
+    made = data.recipes.envs.make
     monkeypatch.setattr(envs, "make", lambda *a, **k: made(*a, **k, time_limit=400))
     parts, *_ = play_body("ant", "partial", "random", 6, seed=1)
-    found = data.collect.concatenate(parts).check()
+    found = data.recipes.concatenate(parts).check()
     fell = found.terminated.any(1)
     assert fell.any() and torch.equal(fell, ~found.truncated)
     last = found.lengths - 1
@@ -314,9 +311,9 @@ def test_a_fallen_ant_terminates_its_episode(teams, monkeypatch):
 
 def test_references_are_measured_as_stated(teams):
     for env in TEAMS:
-        found, name = data.collect.references(env), list(TEAMS[env])[-1]
-        assert found == data.collect.references(env) == data.collect_dataset(env, "", name, 7, 3).info["references"]
-        game, shares = envs.make(env, num_envs=3), data.collect._shares(env, data.collect.REFERENCES[env]["expert"], 4)
+        found, name = data.recipes.references(env), list(TEAMS[env])[-1]
+        assert found == data.recipes.references(env) == data.collect_dataset(env, "", name, 7, 3).info["references"]
+        game, shares = envs.make(env, num_envs=3), data.recipes.share_out(env, data.recipes.REFERENCES[env]["expert"], 4)
         assert sum(shares.values()) == 4
         game = envs.make(env, num_envs=3)
         game.reset(seed=block_seed(env, "random", "reference", 0))
@@ -329,11 +326,11 @@ def test_references_are_measured_as_stated(teams):
     still, *_ = play_body("reacher", "independent", "still", 4, "reference")
     assert not torch.cat([part.actions for part in still]).any()
     mean = torch.cat([part.returns for part in still]).double().mean()
-    assert data.collect.references("reacher")["random"] == float(mean)
+    assert data.recipes.references("reacher")["random"] == float(mean)
     greedy = [play_body("ant", "full", "expert", 4, "reference", greedy=True)[0] for _ in range(2)]
     assert all(map(same, *greedy))
     mean = torch.cat([part.returns for part in greedy[0]]).double().mean()
-    assert data.collect.references("ant")["expert"] == float(mean)
+    assert data.recipes.references("ant")["expert"] == float(mean)
 
 
 def test_normalized_returns(teams):
@@ -379,7 +376,7 @@ def test_describe_prints_the_scores_of_table_2(teams, tmp_path):
     ("ant", "partial", "full-replay", "expert", "--env ant --task full"),
 ])  # fmt: skip
 def test_without_the_teams_one_line_says_what_to_do(tmp_path, monkeypatch, teams, env, task, name, team, flags):
-    monkeypatch.setattr(data.collect, "BEHAVIOUR", tmp_path)
+    monkeypatch.setattr(data.recipes, "BEHAVIOUR", tmp_path)
     with pytest.raises(ValueError) as error:
         data.load(env, task, name)
     assert str(error.value) == (
@@ -460,344 +457,3 @@ def test_unknown_names_are_refused(teams):
     with pytest.raises(ValueError, match="at least one episode, not -2"):
         data.load("halfcheetah", "2x3", "good", episodes=-2)
     complains(command("data/collect.py", "--env", "ant", "--dataset", "poor"), "no dataset 'poor'", "full-replay")
-
-
-# ---------------------------------------------------------------- other authors' files
-LENGTHS = [4, 6, 1, 5]
-FALLS = [True, False, True, False]
-
-
-def ants(width=27, lengths=LENGTHS, seed=0):
-    """Random episodes of one agent: observations also after the last step, actions in the order of Ant's motors."""
-    rng = np.random.default_rng(seed)
-    return [
-        {
-            "observations": rng.normal(size=(L + 1, width)),
-            "actions": rng.uniform(-1, 1, (L, 8)).astype(np.float32),
-            "rewards": rng.normal(size=L),
-        }
-        for L in lengths
-    ]
-
-
-def as_d4rl(path, episodes, falls=FALLS, following=True, tail=2, change=None):
-    """Write episodes as D4RL does, one row for each step; the last one starts again and is cut off after `tail`."""
-    rows = episodes + [{key: value[: tail + (key == "observations")] for key, value in episodes[-1].items()}]
-    ends = [np.arange(len(e["rewards"])) == len(e["rewards"]) - 1 for e in episodes] + [np.zeros(tail, bool)]
-    arrays = {
-        "observations": np.concatenate([e["observations"][:-1] for e in rows]).astype(np.float32),
-        "next_observations": np.concatenate([e["observations"][1:] for e in rows]).astype(np.float32),
-        "actions": np.concatenate([e["actions"] for e in rows]),
-        "rewards": np.concatenate([e["rewards"] for e in rows]).astype(np.float32),
-        "terminals": np.concatenate([end & fell for end, fell in zip(ends, [*falls, False])]),
-        "timeouts": np.concatenate([end & (not fell) for end, fell in zip(ends, [*falls, False])]),
-    }
-    if not following:
-        del arrays["next_observations"]
-    if change:
-        change(arrays)
-    with h5py.File(path, "w") as file:
-        for name, array in arrays.items():
-            file.create_dataset(name, data=array, compression="gzip")
-        file["infos/qpos"] = np.zeros((3, 15))
-        file["metadata/algorithm"] = "SAC"
-    return path
-
-
-def as_minari(path, episodes, falls=FALLS, change=None):
-    """Write episodes as Minari does, a group for each, with observations T + 1."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        for k, (episode, fell) in enumerate(zip(episodes, falls)):
-            end = np.arange(len(episode["rewards"])) == len(episode["rewards"]) - 1
-            group = file.create_group(f"episode_{k}")
-            for name, array in {**episode, "terminations": end & fell, "truncations": end & (not fell)}.items():
-                group.create_dataset(name, data=array)
-            group.create_group("infos")
-        file.attrs["total_episodes"] = len(episodes)
-        if change:
-            change(file)
-    return path
-
-
-def ants_agree(found, episodes, task, following=True, falls=FALLS):
-    """Assert that a dataset holds these episodes; joints are compared by name, through a body that stands so."""
-    game = envs.make("ant", task)
-    motors = [game.model.joint(i).name for i in game.model.actuator_trnid[:, 0]]
-    sees = VIEWS["ant"][task]
-    names = envs.mamujoco.BODIES["ant"].entries.split()
-    assert found.avail_actions is None and found.mask.shape == (len(episodes), max(len(e["rewards"]) for e in episodes))
-    for e, (episode, fell) in enumerate(zip(episodes, falls)):
-        L = len(episode["rewards"])
-        rows = list(range(L)) + [L if following else L - 1]
-        wanted = torch.as_tensor(episode["observations"][rows, :27]).float()
-        assert torch.equal(found.state[e, : L + 1], wanted) and not found.state[e, L + 1 :].any()
-        for n, (joints, view) in enumerate(sees):
-            for k, joint in enumerate(joints.split()):
-                torque = torch.as_tensor(episode["actions"][:, motors.index(joint)])
-                assert torch.equal(found.actions[e, :L, n, k], torque)
-            columns = [names.index(name) for name in view.split()]
-            assert torch.equal(found.obs[e, : L + 1, n, : len(columns)], wanted[:, columns])
-            assert not found.obs[e, :, n, len(columns) :].any()
-        assert not found.actions[e, L:].any() and not found.obs[e, L + 1 :].any()
-        assert torch.equal(found.reward[e, :L], torch.as_tensor(episode["rewards"]).float())
-        assert found.mask[e].tolist() == [t < L for t in range(found.mask.shape[1])]
-        assert found.terminated[e].tolist() == [fell and t == L - 1 for t in range(found.mask.shape[1])]
-
-
-@pytest.mark.parametrize("task", VIEWS["ant"])
-@pytest.mark.parametrize("width", [27, 111])
-def test_d4rl_file_gives_the_episodes(tmp_path, task, width):
-    path = as_d4rl(tmp_path / "ant_medium-v2.hdf5", ants(width))
-    found = data.load("ant", task, str(path))
-    ants_agree(found, ants(width), task)
-    assert found.info == {
-        "env": "ant", "task": task, "name": "ant_medium-v2", "behaviour": "published with D4RL",
-        "references": {"random": -325.6, "expert": 3879.7},
-    }  # fmt: skip
-    assert found.normalize(-325.6) == 0 and found.normalize(3879.7) == 1
-    found = data.read(as_d4rl(path, ants(width), following=False), task=task)
-    ants_agree(found, ants(width), task, following=False)  # a copy of the last observation stands in
-    assert data.read(path).info["task"] == "full"
-    with pytest.raises(ValueError, match="another task than halfcheetah 2x3: use --env ant --task 'full'"):
-        data.load("halfcheetah", "2x3", str(path))
-
-
-@pytest.mark.parametrize("task", VIEWS["ant"])
-@pytest.mark.parametrize("width", [27, 105])
-def test_minari_file_gives_the_episodes(tmp_path, task, width):
-    path = as_minari(tmp_path / "mujoco" / "ant" / "medium-v0" / "data" / "main_data.hdf5", ants(width))
-    for way in (path, path.parent, path.parents[1]):
-        found = data.load("ant", task, str(way))
-        ants_agree(found, ants(width), task)
-        assert found.info == {"env": "ant", "task": task, "name": "ant/medium-v0", "behaviour": "published with Minari"}
-    many = ants(27, [2] * 12)  # episode_10 comes after episode_9
-    ants_agree(data.read(as_minari(tmp_path / "a.hdf5", many, [True] * 12)), many, "full", falls=[True] * 12)
-    assert data.read(tmp_path / "a.hdf5").info["name"] == "a"
-
-
-def test_actions_beyond_the_motors_range_are_cut(tmp_path):
-    episodes = ants()
-    episodes[0]["actions"][0, 0] = 1.5
-    found = data.read(as_d4rl(tmp_path / "a.hdf5", episodes))
-    assert found.actions.abs().max() == 1 and (found.actions == 1).sum() == 1
-    assert found.info["clipped"] == "0.694 % of the actions' entries, which lay outside [-1, 1]"  # 1 of 8 x 18
-    episodes[0]["actions"][0, 0] = np.inf
-    with pytest.raises(ValueError, match="actions holds NaN or infinite numbers"):
-        data.read(as_d4rl(tmp_path / "a.hdf5", episodes))
-
-
-def swap(name, value):
-    def change(arrays):
-        arrays[name] = value(arrays[name])
-
-    return change
-
-
-BAD_D4RL = {
-    "a missing key": (lambda a: a.pop("timeouts"), "not one of D4RL's datasets: it lacks timeouts"),
-    "fewer rewards": (swap("rewards", lambda x: x[:-1]), "rewards has the shape"),
-    "a reward in a column": (swap("rewards", lambda x: x[:, None]), "rewards has the shape"),
-    "no end": (swap("terminals", np.zeros_like), None),
-    "half an end": (swap("terminals", lambda x: x * 0.5), "terminals must hold 0 and 1 only"),
-    "NaN": (swap("observations", lambda x: x * np.nan), "obs holds NaN or infinite numbers"),
-    "text": (swap("rewards", lambda x: x.astype("S4")), "rewards holds"),
-    "narrow next": (swap("next_observations", lambda x: x[:, :20]), "next_observations has the shape"),
-    "a cheetah": (
-        lambda a: a.update({k: a[k][:, :n] for k, n in (("observations", 17), ("next_observations", 17), ("actions", 6))}),
-        "observations have 17 entries and actions 6, but ant has 27, 105 or 111, and 8, .*; 17 is the size of "
-        "halfcheetah's state",
-    ),
-    "another body": (
-        lambda a: a.update({k: a[k][:, :13] for k in ("observations", "next_observations")}),
-        "observations have 13 entries and actions 8, but ant has 27, 105 or 111, and 8, .* only ant's data are read$",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD_D4RL)
-def test_a_damaged_d4rl_file_is_refused(tmp_path, name):
-    change, words = BAD_D4RL[name]
-    if words is None:
-        change, words = lambda a: (a["terminals"].fill(0), a["timeouts"].fill(0)), "no episode in it ever ends"
-    path = as_d4rl(tmp_path / "bad.hdf5", ants(), change=change)
-    with pytest.raises(ValueError, match=words) as error:
-        data.read(path)
-    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
-
-
-def replace(name, value):
-    def change(file):
-        array = value(file[name][()])
-        del file[name]
-        if array is not None:
-            file[name] = array
-
-    return change
-
-
-BAD_MINARI = {
-    "a missing key": (replace("episode_1/rewards", lambda x: None), "Minari's datasets: episode_1 lacks rewards"),
-    "no last observation": (replace("episode_2/observations", lambda x: x[:-1]), "observations of episode_2 has the sh"),
-    "other widths": (replace("episode_3/observations", lambda x: x[:, :20]), "observations have 20 entries and actions 8"),
-    "no steps": (
-        lambda file: [replace(f"episode_0/{name}", lambda x: x[:0])(file) for name in ("actions", "rewards")],
-        "observations of episode_0 has the shape",
-    ),
-    "an end in the middle": (replace("episode_1/terminations", np.ones_like), "episode_1 goes on after its end"),
-    "a discrete game": (replace("episode_0/actions", lambda x: x[:, 0]), "actions of episode_0 has the shape"),
-    "a dictionary": (
-        lambda file: (replace("episode_0/observations", lambda x: None)(file), file.create_group("episode_0/observations")),
-        "observations of episode_0 has the shape",
-    ),
-    "NaN": (replace("episode_1/rewards", lambda x: x * np.nan), "reward holds NaN"),
-    "17 entries": (
-        lambda file: [replace(f"episode_{k}/observations", lambda x: x[:, :17])(file) for k in range(4)],
-        "observations have 17 entries and actions 8, .* 17 is the size of halfcheetah's state",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD_MINARI)
-def test_a_damaged_minari_file_is_refused(tmp_path, name):
-    change, words = BAD_MINARI[name]
-    path = as_minari(tmp_path / "bad.hdf5", ants(), change=change)
-    with pytest.raises(ValueError, match=words) as error:
-        data.read(path)
-    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
-
-
-def test_vast_files_of_ants_are_refused(tmp_path):
-    vast = "declares arrays of [0-9,]+ GB, more than this machine's memory"
-    for path in (as_d4rl(tmp_path / "a.hdf5", ants()), as_minari(tmp_path / "b.hdf5", ants())):
-        with h5py.File(path, "a") as file:
-            group = file if "observations" in file else file["episode_2"]
-            for name in list(group):
-                if isinstance(group[name], h5py.Dataset):  # terabytes, in a few bytes
-                    rows, kind = 10**11 + (name == "observations" and "episode_0" in file), group[name].dtype
-                    shape = (rows, *group[name].shape[1:])
-                    del group[name]
-                    group.create_dataset(name, shape, kind, chunks=True)
-        with pytest.raises(ValueError, match=vast):
-            data.read(path)
-
-
-def test_describe_reads_both(tmp_path):
-    for path in (as_d4rl(tmp_path / "a.hdf5", ants()), as_minari(tmp_path / "b.hdf5", ants())):
-        lines = {line[:14].strip(): line[15:] for line in describe(data.read(path))}
-        assert lines["transitions"] == "16" and lines["terminals"] == "2" and lines["truncations"] == "2"
-        assert lines["obs"].startswith("(4, 7, 4, 27)") and ("normalised %" in lines) == (path.stem == "a")
-    path.write_bytes(path.read_bytes()[:3000])
-    complains(command("data/describe.py", path), "b.hdf5", "damaged")
-
-
-def cheetahs(episodes=3, steps=5):
-    """A vault of 2halfcheetah (M, ...) in OG-MARL's sizes, each end a terminal; `steps` of each episode."""
-    rng, M = np.random.default_rng(0), episodes * steps
-    ends = np.arange(M) % steps == steps - 1
-    state = rng.normal(size=(M, 17)).astype(np.float32)
-    x, nothing = rng.normal(size=(M, 1)).astype(np.float32), np.zeros((M, 1), np.float32)
-    return {
-        "observations": np.concatenate([x, state, nothing], 1)[:, envs.make("halfcheetah").columns],  # (M, 2, 13)
-        "actions": rng.uniform(-1, 1, (M, 2, 3)).astype(np.float32),
-        "rewards": rng.normal(size=(M, 1)).astype(np.float32).repeat(2, 1),
-        "terminals": ends[:, None].repeat(2, 1),
-        "truncations": np.zeros((M, 2), bool),
-        "infos.state": state,
-    }
-
-
-def test_a_vault_of_cheetahs(tmp_path):
-    leaves = cheetahs(steps=1000, episodes=2)
-    folder = as_vault(tmp_path / "2halfcheetah.vlt" / "Good", leaves)
-    found = data.load("halfcheetah", "2x3", str(folder.parent))
-    assert found.obs.shape == (2, 1001, 2, 13) and found.actions.dtype == torch.float32
-    assert torch.equal(found.actions.flatten(0, 1), torch.as_tensor(leaves["actions"]))
-    assert torch.equal(found.obs[:, :-1].flatten(0, 1), torch.as_tensor(leaves["observations"]))
-    assert torch.equal(found.obs[:, -1], found.obs[:, -2]) and torch.equal(found.state[:, -1], found.state[:, -2])
-    assert torch.equal(found.state[:, :-1].flatten(0, 1), torch.as_tensor(leaves["infos.state"]))
-    assert torch.equal(found.reward.flatten(), torch.as_tensor(leaves["rewards"][:, 0]))
-    assert not found.terminated.any() and found.references is None  # terminals at 1,000 steps: a time limit
-    assert same(found, data.read(folder))  # as it is known by its sizes
-    assert found.info == {"env": "halfcheetah", "task": "2x3", "name": "Good", "behaviour": "OG-MARL vault"}
-    stored = data.load("halfcheetah", "2x3", str(folder), limit_terminates=True)  # as OG-MARL takes them
-    assert stored.terminated[:, -1].all() and stored.terminated.sum() == 2
-    assert data.read(folder, time_limit=1001).terminated.sum() == 2
-
-
-def test_a_vault_of_cheetahs_with_wild_actions_or_sizes(tmp_path):
-    leaves = cheetahs()
-    leaves["actions"][0, 0, 0] = -1.25
-    found = data.read(as_vault(tmp_path / "a", leaves))
-    assert found.actions.min() == -1 and found.info["clipped"].startswith("1.11 % of the actions")  # 1 of 90
-    assert found.terminated.sum() == 3  # ends before the limit are what the vault says
-    leaves = cheetahs()
-    leaves["observations"] = leaves["observations"][..., :7].copy()  # OG-MARL's later layout
-    with pytest.raises(
-        ValueError, match=r"does not fit halfcheetah 2x3: it has .* = \(2, 7, 17, 3\), .* no environment"
-    ):
-        data.load("halfcheetah", "2x3", str(as_vault(tmp_path / "b", leaves)))
-    leaves = cheetahs()
-    leaves["actions"][0, 0, 0] = np.nan
-    with pytest.raises(ValueError, match="actions holds NaN"):
-        data.read(as_vault(tmp_path / "c", leaves))
-
-
-def test_a_vault_of_cheetahs_needs_tensorstore(tmp_path, monkeypatch):
-    (tmp_path / "metadata.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, "tensorstore", None)
-    with pytest.raises(ValueError) as error:
-        data.load("halfcheetah", "2x3", str(tmp_path))
-    assert str(error.value) == f"{tmp_path}: reading an OG-MARL vault needs tensorstore: pip install tensorstore"
-
-
-@pytest.mark.filterwarnings("ignore")  # Minari misses an author and a link
-def test_files_that_minari_wrote(tmp_path, monkeypatch):
-    minari = pytest.importorskip("minari")  # only where it is installed; the layout above is written without it
-    import gymnasium
-    from minari.data_collector import EpisodeBuffer
-
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    episodes = ants(105)
-    buffers = [
-        EpisodeBuffer(
-            id=k,
-            observations=list(episode["observations"]),
-            actions=list(episode["actions"]),
-            rewards=episode["rewards"].tolist(),
-            terminations=[fell and t == len(episode["rewards"]) - 1 for t in range(len(episode["rewards"]))],
-            truncations=[not fell and t == len(episode["rewards"]) - 1 for t in range(len(episode["rewards"]))],
-        )
-        for k, (episode, fell) in enumerate(zip(episodes, FALLS))
-    ]
-    box = gymnasium.spaces.Box
-    minari.create_dataset_from_buffers(
-        "mujoco/ant/ours-v0",
-        buffers,
-        action_space=box(-1, 1, (8,), np.float32),
-        observation_space=box(-np.inf, np.inf, (105,), np.float64),
-        data_format="hdf5",
-    )
-    (file,) = tmp_path.rglob("main_data.hdf5")
-    ants_agree(data.load("ant", "partial", str(file)), episodes, "partial")
-
-
-def test_a_vault_of_cheetahs_that_flashbax_wrote(tmp_path):
-    flashbax = pytest.importorskip("flashbax")
-    from flashbax.vault import Vault
-
-    leaves = cheetahs()
-    tree = {k: v for k, v in leaves.items() if "." not in k} | {"infos": {"state": leaves["infos.state"]}}
-
-    def each(function, tree):
-        return {k: each(function, v) if isinstance(v, dict) else function(v) for k, v in tree.items()}
-
-    buffer = flashbax.make_trajectory_buffer(
-        add_batch_size=1, sample_batch_size=1, sample_sequence_length=1, period=1, min_length_time_axis=1, max_size=64
-    )
-    state = buffer.add(buffer.init(each(lambda leaf: leaf[0], tree)), each(lambda leaf: leaf[None], tree))
-    vault = Vault("2halfcheetah.vlt", experience_structure=state.experience, rel_dir=str(tmp_path), vault_uid="Good")
-    assert vault.write(state) == 15
-    found = data.read(tmp_path / "2halfcheetah.vlt")
-    assert same(found, data.read(as_vault(tmp_path / "plain", leaves)))
-    assert "warning" not in " ".join(describe(found))

@@ -11,7 +11,7 @@ from pretended_gpu import AWAY, PretendedGPU
 
 import data
 import envs
-from data.collect import collect_dataset, is_path, names
+from data.recipes import collect_dataset, is_path, names
 from envs.polynomial import GAMES, PEAK
 
 TASKS = list(GAMES)
@@ -202,7 +202,7 @@ def test_mean_returns_are_those_of_the_readme(name):
 
 
 def test_a_name_is_cached(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.collect, "CACHE", tmp_path)
+    monkeypatch.setattr(data.recipes, "CACHE", tmp_path)
     first, again = data.load("polynomial", "", "peak-0.25"), data.load("polynomial", "twin-peaks", "peak-0.25")
     assert first.fingerprint() == again.fingerprint() and len([*tmp_path.iterdir()]) == 1
     other = data.load("polynomial", "sign-agreement", "peak-0.25")
