@@ -84,11 +84,12 @@ def test_two_updates_by_hand(float64, flags):
     """The limit on gradients bites in the first only."""
     args, data, team = made(tau=0.1, lr=0.01, **dict(cql=0.7) | flags)
     other, generators, adams = copy.deepcopy(team), streams(), omar.optimizers(team, args)
-    by_hand = [torch.optim.Adam(x.parameters(), 0.01) for x in (other.critics, other.policies)]
+    modules = other.critics, other.policies
+    by_hand = [torch.optim.Adam(module.parameters(), 0.01) for module in modules]
     for limit in (0.02, 1e3):
         args.max_grad_norm = limit
         rows = omar.draw_rows(generators, data, args)
-        slow, modules = slow_losses(other, data, rows, args), (other.critics, other.policies)
+        slow = slow_losses(other, data, rows, args)
         for adam, module, losses in zip(by_hand, modules, slow):
             parameters = copy.deepcopy(module.state_dict())
             lengths = hand_step(adam, module, losses, limit)
