@@ -17,6 +17,7 @@ from test_cfcql import (
     alone,
     along,
     assert_same,
+    begin_as_in_torch,
     episodes_in,
     follow,
     hand_step,
@@ -115,6 +116,11 @@ def test_padding_and_how_episodes_are_laid_out_do_not_matter(float64):
         assert torch.allclose(losses, kept, atol=1e-12)
 
 
+def test_weights_begin_as_in_torch():
+    agents = omar.Agents(some_data(), omar.Args(recurrent=True), streams(9))
+    assert begin_as_in_torch(agents)
+
+
 # ---------------------------------------------------------------- identities
 def some_steps():
     torch.manual_seed(0)
@@ -174,7 +180,7 @@ def test_a_team_plays_as_it_learned(float64, recurrent):
     assert not torch.equal(pi.argmax(-1), actions) and play.clocks == (-1, N, A)
 
 
-# ---------------------------------------------------------------- what it can do, and what it cannot
+# ---------------------------------------------------------------- what it can and cannot do
 def train(folder, words):
     return omar.main(omar.parse([*words.split(), "--out-dir", str(folder)]))
 
