@@ -165,18 +165,15 @@ def test_observations_state_masks_and_rewards_by_hand(task):
     divisor, seen = SIZES[task][-1], Counter()
     game = Smac(task, 24)
     game.reset(seed=3)
-    game.health[game.num_agents :, ::2] *= (
-        0.3  # weak enemies in every other battle, so that some fall
-    )
+    game.health[game.num_agents :, ::2] *= 0.3  # weak enemies, so that some fall
     obs, info = look(game)
     actions = torch.full((24, game.num_agents), -1)
     over = [False] * 24
     for t in range(60):
         for b in range(24) if t % 6 == 0 else ():
             agents, enemies = units_of(game, b)
-            o, s, a = by_hand(
-                agents, enemies, actions[b].tolist(), MAPS[task].walkable, task == "2s3z"
-            )
+            last, ground = actions[b].tolist(), MAPS[task].walkable
+            o, s, a = by_hand(agents, enemies, last, ground, task == "2s3z")
             torch.testing.assert_close(obs[b], torch.tensor(o), atol=1e-5, rtol=0)
             torch.testing.assert_close(info["state"][b], torch.tensor(s), atol=1e-5, rtol=0)
             assert info["avail_actions"][b].tolist() == a
@@ -195,12 +192,8 @@ def test_observations_state_masks_and_rewards_by_hand(task):
             raw, alive = 0.0, sum(unit[3] > 0 for unit in agents)
             for old, new in zip(before[b], enemies):
                 if old[3] > 0:
-                    raw += (
-                        old[3]
-                        + old[4]
-                        - (new[3] + new[4] if new[3] > 0 else 0)
-                        + 10 * (new[3] == 0)
-                    )
+                    left = new[3] + new[4] if new[3] > 0 else -10
+                    raw += old[3] + old[4] - left
             won = alive > 0 and all(unit[3] == 0 for unit in enemies)
             pay = 0.0 if over[b] else (abs(raw) + 200 * won) / divisor
             assert reward[b].item() == pytest.approx(pay, abs=1e-4)
@@ -233,17 +226,7 @@ def test_attack_reaches_6_and_sight_ends_before_9():
         [("marine", 10, 16)], [("marine", 16, 16), ("marine", 16.001, 16), ("marine", 19, 16)]
     )
     obs, info = look(game)
-    assert info["avail_actions"][0, 0].tolist() == [
-        False,
-        True,
-        True,
-        True,
-        True,
-        True,
-        True,
-        False,
-        False,
-    ]
+    assert info["avail_actions"][0, 0, 6:].tolist() == [True, False, False]
     blocks = obs[0, 0, 4:19].view(3, 5)
     assert blocks[0].tolist() == pytest.approx([1, 6 / 9, 6 / 9, 0, 1])
     assert blocks[1, 0] == 0 and blocks[1, 1] > 0 and blocks[2].tolist() == [0] * 5
@@ -268,11 +251,8 @@ BLOWS = [
 @pytest.mark.parametrize("attacker, victim, on_shield, on_health, on_both", BLOWS)
 @pytest.mark.parametrize("side", [0, 1])
 def test_one_attack(attacker, victim, on_shield, on_health, on_both, side):
-    for shield, shield_lost, health_lost in (
-        (40, on_shield, 0),
-        (0, 0, on_health),
-        (5, *(on_both or (0, 0))),
-    ):
+    cases = (40, on_shield, 0), (0, 0, on_health), (5, *(on_both or (0, 0)))
+    for shield, shield_lost, health_lost in cases:
         if shield and on_shield is None:
             continue
         first, second = [(attacker, 16, 16)], [(victim, 16.9, 16)]
@@ -361,19 +341,15 @@ def test_who_has_fired_stands_still_for_a_moment():
 
 
 def test_noise_moves_the_start_and_the_period():
-    game = Smac(
-        Map({"stalker": 1}, {"marine": 1}, 60, start=(16.0, 16.0), enemy_start=(20.0, 16.0)), 512
-    )
+    battle = Map({"stalker": 1}, {"marine": 1}, 60, start=(16.0, 16.0), enemy_start=(20.0, 16.0))
+    game = Smac(battle, 512)
     game.reset(seed=0)
     for place, centre in ((game.x, 16), (game.y, 16)):
         assert (place[0] - centre).abs().max() <= 0.1 + 1e-5 and place[0].std() > 0.05
     game.step(torch.full((512, 1), ATTACK))
     period = game.cooldown[0] + 8 / 16  # it fired in the first substep
-    assert (
-        (period - 1.87).min() >= -1 / 16 - 1e-5
-        and (period - 1.87).max() <= 2 / 16 + 1e-5
-        and period.std() > 0.04
-    )
+    late = period - 1.87
+    assert late.min() >= -1 / 16 - 1e-5 and late.max() <= 2 / 16 + 1e-5 and late.std() > 0.04
 
 
 # ---------------------------------------------------------------- the enemies' rule
@@ -381,9 +357,7 @@ def test_enemies_keep_their_first_target():
     game = scene([("marine", 12, 16), ("marine", 1, 1)], [("zealot", 16, 16)])
     act(game, STOP, STOP)
     assert game.target[2].item() == 0
-    game.x[:, 0], game.y[:, 0] = torch.tensor(
-        [[11.0, 17.5, 16.0], [16.0, 16.0, 16.0]]
-    )  # the other one comes nearer
+    game.x[:, 0], game.y[:, 0] = torch.tensor([[11.0, 17.5, 16.0], [16.0] * 3])  # 1 comes nearer
     act(game, STOP, STOP)
     assert game.target[2].item() == 0 and game.x[2] < 16  # it keeps its target and goes after it
     game.x[0] = game.x[2] - 5.9  # out of its sight, 5 from edge to edge
@@ -409,23 +383,21 @@ def test_enemies_need_3_tenths_of_a_second_for_a_new_target(monkeypatch):
     monkeypatch.setattr(smac, "SUBSTEPS", 1)  # a step of 1/16 s
     game = scene([("marine", 12, 16), ("marine", 12, 17)], [("marine", 16, 16)])
 
-    def hits():
-        """At which of the next substeps the agents lose health."""
-        found, life = [], game.health[:2].sum().item()
+    def first_hit():
+        """In which of the next substeps the agents lose health."""
+        life = game.health[:2].sum().item()
         for t in range(1, 15):
             act(game, STOP, STOP)
             if game.health[:2].sum().item() < life - 1:
-                found.append(t)
-            life = game.health[:2].sum().item()
-        return found
+                return t
 
-    assert hits()[0] == 6  # five substeps are 0.31 s
-    victim, other = (0, 1) if game.target[2] == 0 else (1, 0)
+    assert first_hit() == 6  # five substeps are 0.31 s
+    victim = game.target[2].item()
     game.cooldown[2] = 0
-    assert hits()[0] == 1  # the same target again: at once
+    assert first_hit() == 1  # the same target again: at once
     game.x[victim] = 1
     game.cooldown[2] = 0
-    assert hits()[0] == 6 and game.target[2].item() == other
+    assert first_hit() == 6 and game.target[2].item() == 1 - victim
 
 
 def test_an_enemy_answers_a_shot_from_out_of_its_sight():
@@ -481,30 +453,21 @@ def test_one_battle_equals_one_of_many(task):
 
 
 def test_finished_battles_stay_put_and_only_the_masked_ones_restart():
-    game = Smac(
-        MAPS["5m_vs_6m"]._replace(limit=21), 256
-    )  # some are lost by then, the rest run out of time
+    game = Smac(MAPS["5m_vs_6m"]._replace(limit=21), 128)  # some are lost, the rest run out of time
     fight(game, "focus")
     before = {name: getattr(game, name).clone() for name in MEMORY}
     obs, info = look(game)
-    for actions in (torch.zeros(256, 5, dtype=torch.int64), torch.randint(12, (256, 5))):
-        after, reward, terminated, truncated, more = game.step(actions)
-        assert (terminated ^ truncated).all() and terminated.any() and truncated.any()
-        assert (
-            (game.elapsed[truncated] == 21).all() and not reward.any() and torch.equal(after, obs)
-        )
-        assert all(torch.equal(more[key], info[key]) for key in info)
-        for name, value in before.items():
-            assert torch.equal(getattr(game, name), value), name
-    fresh = torch.arange(256) % 3 == 0
-    again, _ = game.reset(options={"reset_mask": fresh})
-    assert torch.equal(again[~fresh], obs[~fresh])
-    assert (game.elapsed == torch.where(fresh, 0, before["elapsed"])).all()
+    after, reward, terminated, truncated, more = game.step(torch.randint(12, (128, 5)))
+    assert (terminated ^ truncated).all() and terminated.any() and truncated.any()
+    assert (game.elapsed[truncated] == 21).all() and not reward.any() and torch.equal(after, obs)
+    assert all(torch.equal(more[key], info[key]) for key in info)
+    assert all(torch.equal(getattr(game, name), value) for name, value in before.items())
+    fresh = torch.arange(128) % 3 == 0
+    game.reset(options={"reset_mask": fresh})
     assert (game.health[:, fresh] == 45).all() and (game.last_action[:, fresh] == -1).all()
+    assert not game.elapsed[fresh].any()
     for name, value in before.items():
         assert torch.equal(getattr(game, name)[..., ~fresh], value[..., ~fresh]), name
-    reward = sum(game.step(POLICIES["focus"](game, look(game)[1]))[1] for _ in range(21))
-    assert (reward[fresh] > 0).all() and not reward[~fresh].any()
 
 
 def test_a_forbidden_action_is_named_or_harmless():
@@ -524,9 +487,9 @@ def test_a_forbidden_action_is_named_or_harmless():
         actions = torch.where(torch.rand(32, 6, generator=generator) < 0.01, wild, tame)
         for name in MEMORY:
             getattr(strict, name).copy_(getattr(lax, name))
-        number = actions.clamp(0, lax.num_actions - 1)
-        legal = (number == actions) & info["avail_actions"].gather(2, number[..., None])[..., 0]
-        if (legal | lax._over()[:, None]).all():
+        number = actions.clamp(0, lax.num_actions - 1)[..., None]
+        legal = (number == actions[..., None]) & info["avail_actions"].gather(2, number)
+        if (legal[..., 0] | lax._over()[:, None]).all():
             strict.step(actions)
         else:
             with pytest.raises(ValueError, match="game .*, agent .: action .* is not available"):
@@ -549,7 +512,8 @@ def test_a_map_of_ones_own():
     assert game.picture().shape[2] == 3
 
 
-def test_a_step_is_one_graph():
+def test_a_step_is_one_graph(monkeypatch):
+    monkeypatch.setattr(smac, "SUBSTEPS", 2)
     plain, graph = (Smac("2s3z", 4) for _ in range(2))
     torch._dynamo.reset()
     graph.compile(lambda f: torch.compile(f, fullgraph=True, dynamic=False, backend="eager"))
