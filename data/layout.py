@@ -1,7 +1,8 @@
 """Ways to lay out a `Dataset` as tensors that training scripts share; no gradient.
 
-Shapes: E episodes, R rows (observations, an episode's one more than its steps), M steps, Q sequences,
-L rows of a sequence, N agents, A actions (or entries of an action), O observation, D state, I inputs.
+Shapes: E episodes, R rows (observations, an episode's one more than its steps), M steps, Q
+sequences, L rows of a sequence, N agents, A actions (or entries of an action), O observation, D
+state, I inputs.
 """
 
 import torch
@@ -58,7 +59,7 @@ def episodes(lengths):
 
 
 def age(lengths):
-    """The steps since each row's episode began, and those still to come: lengths (E,) -> (R,), (R,)."""
+    """The steps since each row's episode began, and those to come: lengths (E,) -> (R,), (R,)."""
     begin = (lengths + 1).cumsum(0) - lengths - 1  # (E,) each episode's first row
     episode = episodes(lengths)  # (R,)
     since = torch.arange(len(episode), device=lengths.device) - begin[episode]
@@ -90,9 +91,9 @@ def pairs(start):
 def pack(lengths, empty):
     """Lay whole episodes of `lengths` (E,) rows end to end in sequences: (Q, L) row numbers.
 
-    L is the longest episode's length. Each sequence takes the longest episode that is left, then the
-    shortest ones as long as they fit. So little is padding (the row `empty`), and every update has
-    the same shape.
+    L is the longest episode's length. Each sequence takes the longest episode that is left, then
+    the shortest ones as long as they fit. So little is padding (the row `empty`), and every
+    update has the same shape.
     """
     begin = lengths.cumsum(0) - lengths
     waiting = sorted(zip(lengths.tolist(), begin.tolist()))
@@ -113,11 +114,10 @@ def teams(dataset, args, whole=True):
     Args:
         whole: sequences are whole episodes end to end, padded (`pack`); else each step's two rows.
     Returns:
-        Nine tensors: obs (R, N, I), with `args.recurrent` everybody's last action behind it; state
-        (R, D); avail_actions, actions, reward, done, acted and first as in `rows`, the last row
-        blank; sequences (Q, L) of row numbers.
-        The function that turns observations (..., N, O) and last actions, one-hot (..., N, A), 0 for
-        none, into obs.
+        Nine tensors: obs (R, N, I), with `args.recurrent` everybody's last action behind it;
+        state (R, D); avail_actions, actions, reward, done, acted and first as in `rows`, the last
+        row blank; sequences (Q, L) of row numbers. The function that turns observations (..., N,
+        O) and last actions, one-hot (..., N, A), 0 for none, into obs.
     """
     table = rows(dataset, blank=True)
     recurrent = getattr(args, "recurrent", False)
@@ -137,7 +137,7 @@ def teams(dataset, args, whole=True):
 
 # ---------------------------------------------------------------- inputs
 def scales(dataset):
-    """The spread of the returns, or 1 for none, and whether views and states are cells of a grid."""
+    """The spread of the returns, or 1 for none; whether views and states are cells of a grid."""
     spread = dataset.returns.std(correction=0).item() or 1.0
     whole = all(bool((x == x.round()).all()) for x in (dataset.obs, dataset.state))
     return spread, whole and len(dataset.obs.unique()) <= 20
@@ -162,7 +162,7 @@ def inputs(x, args, correction=0):
 
 
 def one_hot(x):
-    """A function (..., D) -> (..., I) with one column for each value that an entry of x (R, D) takes.
+    """A function (..., D) -> (..., I) with a column for each value that an entry of x (R, D) takes.
 
     An entry that never changes gets none, and a value that x does not hold becomes zeros.
     """

@@ -102,7 +102,8 @@ def windows(device):
     def draw():
         for _ in range(200):
             uniform = torch.rand(1, 64, device=device, dtype=torch.float64)
-            sampler.write(sampler.draw(uniform), torch.rand(1, 64, device=device))
+            distance = torch.rand(1, 64, device=device)
+            sampler.refresh(sampler.draw(uniform), distance, 4.0, script.Args())
 
     milliseconds = 1000 / median_speed(draw, 200, device)
     say(f"64 of a million windows drawn and renewed: {milliseconds:.2f} ms")

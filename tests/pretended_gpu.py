@@ -31,7 +31,9 @@ VIEWS = set(
     "view _unsafe_view reshape expand transpose t permute unsqueeze squeeze select slice detach alias split as_strided "
     "split_with_sizes unbind diagonal unfold view_as chunk movedim _reshape_alias lift_fresh unsafe_split".split()
 )
-WAITING = set("_local_scalar_dense nonzero masked_select _unique2 unique_dim unique_consecutive bincount equal".split())
+WAITING = set(
+    "_local_scalar_dense nonzero masked_select _unique2 unique_dim unique_consecutive bincount equal".split()
+)
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
 
 
@@ -42,8 +44,14 @@ class Away(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held):
-        place = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        tensor = torch.Tensor._make_wrapper_subclass(cls, held.size(), layout=held.layout, device=AWAY, **place)
+        place = {
+            "strides": held.stride(),
+            "storage_offset": held.storage_offset(),
+            "dtype": held.dtype,
+        }
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, held.size(), layout=held.layout, device=AWAY, **place
+        )
         tensor.held = held
         return tensor
 
@@ -58,7 +66,9 @@ class Away(torch.Tensor):
         if id(self) not in memo:
             copy = Away(self.held.detach().clone())
             kind = torch.nn.Parameter if isinstance(self, torch.nn.Parameter) else None
-            copy = kind(copy, self.requires_grad) if kind else copy.requires_grad_(self.requires_grad)
+            copy = (
+                kind(copy, self.requires_grad) if kind else copy.requires_grad_(self.requires_grad)
+            )
             memo[id(self)] = copy
         return memo[id(self)]
 
@@ -122,25 +132,45 @@ def as_tensor(value, dtype=None, device=None):
 
 def line_of_ours():
     """The innermost line of this project that led here."""
-    own = [f for f in traceback.extract_stack() if f.filename.startswith(ROOT) and f.filename != __file__]
-    return f"{own[-1].filename.removeprefix(ROOT)}:{own[-1].lineno}" if own else "backward or a library"
+    own = [
+        f
+        for f in traceback.extract_stack()
+        if f.filename.startswith(ROOT) and f.filename != __file__
+    ]
+    return (
+        f"{own[-1].filename.removeprefix(ROOT)}:{own[-1].lineno}"
+        if own
+        else "backward or a library"
+    )
 
 
 class PretendedGPU(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.waits, self.ops, self.patches = collections.Counter(), collections.Counter(), contextlib.ExitStack()
+        self.waits, self.ops, self.patches = (
+            collections.Counter(),
+            collections.Counter(),
+            contextlib.ExitStack(),
+        )
 
     def __enter__(self):
         global current
         current = self
-        for name, pretended in {"Generator": Generator, "tensor": make_tensor, "as_tensor": as_tensor}.items():
+        for name, pretended in {
+            "Generator": Generator,
+            "tensor": make_tensor,
+            "as_tensor": as_tensor,
+        }.items():
             self.patches.enter_context(mock.patch.object(torch, name, pretended))
-        for module in (sys.modules[f"torch.optim.{name}"] for name in ("optimizer", "adam", "rmsprop")):
+        for module in (
+            sys.modules[f"torch.optim.{name}"] for name in ("optimizer", "adam", "rmsprop")
+        ):
             for kind in ("capturable", "fused_kernels", "foreach_kernels"):
                 name = f"_get_{kind}_supported_devices"
                 if hasattr(module, name):  # the optimisers ask on which devices they may run
-                    self.patches.enter_context(mock.patch.object(module, name, lambda *_, **__: [AWAY, "cuda", "cpu"]))
+                    self.patches.enter_context(
+                        mock.patch.object(module, name, lambda *_, **__: [AWAY, "cuda", "cpu"])
+                    )
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         return super().__enter__()
 
@@ -176,14 +206,24 @@ class PretendedGPU(TorchDispatchMode):
             if stays != isinstance(args[1], Away) and (not stays or args[1].dim() > 0):
                 self.wait("copy to the device" if stays else "copy to the host")
         elif here and away:
-            if name in INDEXING and isinstance(args[0], Away) and all(x is not args[0] for x in here):
+            if (
+                name in INDEXING
+                and isinstance(args[0], Away)
+                and all(x is not args[0] for x in here)
+            ):
                 self.wait("an index from the host")
             elif any(x.dim() > 0 for x in here) or not any(x.dim() > 0 for x in away):
-                raise RuntimeError(f"mixed devices in {name} at {line_of_ours()}: {[tuple(x.shape) for x in here]}")
+                raise RuntimeError(
+                    f"mixed devices in {name} at {line_of_ours()}: {[tuple(x.shape) for x in here]}"
+                )
         if name in WAITING or name == "repeat_interleave" and kwargs.get("output_size") is None:
             self.wait(name)
-        if name in INDEXING and any(getattr(x, "dtype", None) in (torch.bool, torch.uint8) for x in args[1]):
-            if name in ("index", "_unsafe_index") or args[2].numel() != 1:  # to put one number is a fill
+        if name in INDEXING and any(
+            getattr(x, "dtype", None) in (torch.bool, torch.uint8) for x in args[1]
+        ):
+            if (
+                name in ("index", "_unsafe_index") or args[2].numel() != 1
+            ):  # to put one number is a fill
                 self.wait("a mask as an index")
         if name not in VIEWS:
             self.ops[name] += 1
