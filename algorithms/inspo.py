@@ -28,18 +28,24 @@ T = alpha + beta. E is the mean over recorded steps, E_rho the mean over steps r
   Eq. 23  rho_i    = ( prod_{j != i} pi_j(a_j|s) / mu(a_-i|s,a_i) )^(1/(N-1))
   Eq. 24  L(Q_i)   = Eq. 15 + cql E_rho [ logsumexp_a Q_i(s,a) - Q_i(s,a_i) ]
   Eq. 25  L(alpha) = -alpha E [ KL(pi_i || mu_i) - target ]      only with --auto-alpha
-One update of a run is a sweep: each agent's turn once, first its Q_i (Eq. 24), then its pi_i
-(Eq. 20). mu_i and mu (Eqs. 21, 22) are fitted before the sweeps and never change again.
+Eq. 23 divides by how recorded teammates act given a_i, not by the product of their mu_j: so, after
+resampling, they act by pi_-i whatever a_i is. Its root, a geometric mean, keeps ratios of many
+teammates tame; with two agents there is none. To draw steps again instead of weighting them keeps
+the gradient's variance low. Eq. 20 needs no resampling: it is about a_i alone, and Q_i knows the
+teammates. One update of a run is a sweep: each agent's turn once, first its Q_i (Eq. 24), then its
+pi_i (Eq. 20). mu_i and mu (Eqs. 21, 22) are fitted before the sweeps and never change again.
 
 Commands, and the return to expect (mean of all seeds; seconds on one CPU core):
-  python algorithms/inspo.py                                           Bridge, mixed data, 50 s:
-      greedy -1.2355, the best possible, in 5 of 5 seeds; sampled -1.24; data -9.31, cloning -13.6
-  python algorithms/inspo.py --env matrix --task xor --num-seeds 10    17 s:
-      1 in 10 of 10 seeds; cloning 0.45; with --no-resampling 0
-  python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10   32 s:
-      20 in 10 of 10 seeds; cloning 3.6; with --beta 0 5, the data's local optimum
-  python algorithms/inspo.py --env smac --num-seeds 5                  5m_vs_6m, 8 min:
-      sampled it wins 28 % of the battles, cloning 2 %, the data 9 %; greedily both win 48 %
+  python algorithms/inspo.py
+      Bridge, mixed data, 50 s: greedy -1.2355, the best possible, in 5 of 5 seeds
+      sampled -1.24; the data -9.31, cloning -13.6
+  python algorithms/inspo.py --env matrix --task xor --num-seeds 10
+      17 s: 1 in 10 of 10 seeds; cloning 0.45; with --no-resampling 0
+  python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10
+      32 s: 20 in 10 of 10 seeds; cloning 3.6; with --beta 0 5, the data's local optimum
+  python algorithms/inspo.py --env smac --num-seeds 5
+      5m_vs_6m, 8 min: sampled it wins 28 % of the battles, cloning 2 %, the data 9 %
+      greedily both win 48 %
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, inspo
@@ -83,8 +89,9 @@ formulas: the equations follow from its words.
 Policies with a memory (--recurrent, the preset in battles). Then pi_i and mu_i are GRUs that see
 agent i's views and last actions, while the Q-functions still see the state. A minibatch consists of
 whole episodes, laid end to end in sequences of one length; single steps are resampled from it, as
-Eq. 23 is a ratio of single steps. One minibatch serves a whole sweep. Without a memory the same
-code runs on "sequences" of two rows, an observation and the next, drawn anew for each turn.
+Eq. 23 is a ratio of single steps. One minibatch serves a whole sweep, as it is dear to unroll all
+policies: after a turn only the agent that moved is unrolled again. Without a memory the same code
+runs on "sequences" of two rows, an observation and the next, drawn anew for each turn.
 
 Shapes: S seeds, B' sequences of a minibatch, L rows of a sequence, K = (L - 1) B' places where a
 step may begin, B resampled steps, N agents, A actions, I inputs, D state, H memory, R rows.
@@ -416,9 +423,9 @@ def unroll(policies, agents, rows, data):
     """log pi of n agents along the sequences rows (S, L, B'): (n, S, L B', A)."""
     S, _, B = rows.shape
     h, first = data.obs.new_zeros(S, B, policies[0].hidden), data.first[rows]
-    rows, log_pi = rows.flatten(1), []
+    flat, log_pi = rows.flatten(1), []
     for i in agents:
-        along, _ = policies[i](data.obs[rows, i], data.avail[rows, i], first, h)
+        along, _ = policies[i](data.obs[flat, i], data.avail[flat, i], first, h)
         log_pi.append(along)
     return torch.stack(log_pi)
 
@@ -549,8 +556,8 @@ def evaluation(i, team, adam, data, rows, places, log_pi, args):
     loss = critic_loss(critic(data.state[begin]), y, action, avail, args.cql * team.fade)
     loss = descend(adam, critic, loss)
     with torch.no_grad():
-        for slow, fast in zip(target.parameters(), critic.parameters()):
-            slow.lerp_(fast, args.tau)
+        parts = list(target.parameters()), list(critic.parameters())
+        torch._foreach_lerp_(*parts, args.tau)
     return loss
 
 
@@ -587,7 +594,7 @@ def turn(i, team, adam, data, rows, log_pi, noise, improve, args):
         Diagnostics, (S,) each.
     """
     begin = rows[:, :-1].flatten(1)  # (S, K) where steps may begin, the first K of all places
-    places = torch.arange(begin.shape[1], device=rows.device).expand_as(begin)
+    every = torch.arange(begin.shape[1], device=rows.device).expand_as(begin)
     ratio = data.acted[begin]
     if args.resampling:
         # Eq. 23, with the teammates as they are now: this is what makes the method sequential
@@ -596,10 +603,10 @@ def turn(i, team, adam, data, rows, log_pi, noise, improve, args):
         log_pi_others = sum(chosen(log_pi[j][:, : begin.shape[1]], action[..., j]) for j in others)
         log_mu_others = data.log_mu_others[i].gather(1, begin)
         ratio *= importance_ratio(log_pi_others, log_mu_others, len(log_pi), args.ratio_cap)
-    drawn = resample(ratio, noise) if args.resampling or args.recurrent else places  # (S, B)
+    drawn = resample(ratio, noise) if args.resampling or args.recurrent else every  # (S, B)
     logs = {"q_loss": evaluation(i, team, adam, data, rows, drawn, log_pi[i], args)}
     if improve:
-        places = drawn if args.actor_data == "resampled" else places
+        places = drawn if args.actor_data == "resampled" else every
         logs |= improvement(i, team, adam, data, rows, places, args)
     return logs
 
