@@ -279,8 +279,7 @@ class Actor(nn.Module):
         if self.discrete:
             return out.gather(-1, action[..., None])[..., 0], -(out.exp() * out).sum(-1)
         log_std = self.log_std[:, None]  # (S, 1, 1, A)
-        deviation = (action - out) / log_std.exp()
-        log_density = -0.5 * deviation**2 - log_std - HALF_LOG_2PI
+        log_density = -0.5 * ((action - out) / log_std.exp()) ** 2 - log_std - HALF_LOG_2PI
         return log_density.sum(-1), (log_std + 0.5 + HALF_LOG_2PI).sum(-1)
 
     def noise(self, generators, *shape):
@@ -314,11 +313,11 @@ class Team(nn.Module):
         self.actor = Actor(inputs, A, discrete, args, generators)
         body = mlp(state_dim, 1, 1.0, args, generators)
         self.critic = nn.Sequential(Scale(state_dim, S, args.normalize), *body)
-        self.register_buffer("moments", torch.zeros(3, S, 1))  # decaying means of 1, R and R^2
+        self.register_buffer("moments", torch.zeros(S, 3))  # decaying means of 1, R and R^2
 
     def scale(self):
         """Mean and standard deviation of the returns, (S, 1) each: 0 and 1 before the first."""
-        weight, mean, square = self.moments / self.moments[0].clamp(min=1e-8)
+        weight, mean, square = (self.moments / self.moments[:, :1].clamp(min=1e-8)).split(1, 1)
         std = (square - mean**2).clamp(min=1e-4).sqrt()
         return mean, torch.where(weight > 0, std, 1.0)
 
@@ -330,8 +329,8 @@ class Team(nn.Module):
 
     def watch(self, returns):
         """Move the running mean and spread towards those of `returns` (S, M)."""
-        now = torch.stack([torch.ones_like(returns), returns, returns**2])
-        self.moments.lerp_(now.mean(2, keepdim=True), 0.01)
+        now = torch.stack([torch.ones_like(returns), returns, returns**2], 1)  # (S, 3, M)
+        self.moments.lerp_(now.mean(2), 0.01)
 
 
 # ---------------------------------------------------------------- playing
@@ -380,7 +379,6 @@ def estimate(team, rollout, args):
     returns = (advantage + value).flatten(1)  # (S, M)
     team.watch(returns)
     mean, std = team.scale()
-    returns = (returns - mean) / std
     alive = avail[..., 1:].any(-1) | (not team.actor.discrete)  # who is dead may play action 0 only
     alive = alive.to(x.dtype)  # (S, L, B, N)
 
@@ -390,7 +388,7 @@ def estimate(team, rollout, args):
     spread = (weight * advantage**2).sum((1, 2), keepdim=True).sqrt()
     advantage = advantage / (spread + 1e-5)
     fields = x, avail, action, log_prob, alive, state, advantage
-    return Batch(*(field.flatten(1, 2) for field in fields), returns)
+    return Batch(*(field.flatten(1, 2) for field in fields), (returns - mean) / std)
 
 
 # ---------------------------------------------------------------- losses
