@@ -57,7 +57,8 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = cfcql.Team(data, args, generators)
   adam = torch.optim.Adam(team.value.parameters(), args.lr, fused=True)
-  log_beta = cfcql.clone(team.behaviour, data, generators, args)
+  cfcql.clone(team.behaviour, data, generators, args)
+  log_beta = cfcql.tabulate(team.behaviour, data)
   for step in range(200):
       rows = cfcql.draw_rows(generators, data, args)
       joint = cfcql.draw_joint(generators, data, args)
@@ -75,8 +76,8 @@ Differences from the authors' code, and choices made here:
      counter that grows by 8 an update, which is every 25 updates.
   7. One network of the state gives all of Eq. 1's weights and biases. Theirs are four.
   8. beta_i is cloned for a fixed number of updates, theirs until 20 minibatches bring
-     no lower loss. In Eq. 3 log beta_i is at least -12. Theirs adds 1e-5 to both
-     probabilities.
+     no lower loss. In Eq. 3 log beta_i is at least -12, so that K_i is bounded. Theirs
+     adds 1e-5 to both probabilities.
   9. In battles q_i and beta_i are GRUs that see their agent's last action, as theirs.
      Elsewhere they have no memory. Inputs are in units of the data's mean and spread,
      or one-hot (Bridge's cells), or as they are (battles).
@@ -109,7 +110,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ILLEGAL = -1e10  # the value of an action that is not available
+ILLEGAL = -1e10  # of an action that is not available; finite, as 0 times it must be 0
 
 
 # ---------------------------------------------------------------- arguments
@@ -121,7 +122,7 @@ class Args:
     dataset: str = ""  # a dataset's name, or the path of a file; by default the usual one
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
     env_kwargs: str = ""  # more for the environment, as JSON
-    team_reward: Literal["sum", "mean"] = "sum"  # of the agents' rewards, if not ours
+    team_reward: Literal["sum", "mean"] = "sum"  # of agents' rewards, in a game not ours
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 10  # how many seeds train, all at once
@@ -199,7 +200,7 @@ class Data(NamedTuple):
     reward: torch.Tensor  # (R,)
     done: torch.Tensor  # (R,) 1 where the game ended by its own rules with this step
     acted: torch.Tensor  # (R,) 1 where a step begins
-    first: torch.Tensor  # (R,) bool: an episode begins
+    first: torch.Tensor  # (R,) bool: an episode begins, or it is padding
     sequences: torch.Tensor  # (M, L) row numbers: whole episodes end to end, padded
 
 
@@ -463,7 +464,7 @@ def losses(team, data, log_beta, rows, joint, args):
         top = drawn.logsumexp(-1) - math.log(drawn.shape[-1])
     else:
         replaced = mix_replaced(weights, q, taken).masked_fill(~avail, ILLEGAL)
-        log_beta = torch.stack([table[own] for table, own in zip(log_beta, now)])
+        log_beta = torch.stack([table[row] for table, row in zip(log_beta, now)])
         u = agent_weights(replaced, log_beta, args.tau_lambda)
         top = (u * replaced.logsumexp(-1)).sum(-1)
     return squared, mean_over_steps(top - Q, acted)  # Eq. 5
@@ -508,7 +509,7 @@ def update(team, adam, data, log_beta, rows, joint, args):
 
     Args:
         adam: of team.value's parameters.
-        log_beta: (S, R, N, A), the table of `clone`.
+        log_beta: (S, R, N, A) of `tabulate`.
         rows, joint: of `draw_rows` and `draw_joint`.
     """
     squared, C = losses(team, data, log_beta, rows, joint, args)
@@ -526,12 +527,11 @@ def clone_update(behaviour, adam, data, rows, args):
 
 
 def clone(behaviour, data, generators, args, clone_update=clone_update):
-    """Learn the behaviour, if any u_i of Eq. 4 depends on it; returns its table."""
+    """Learn the behaviour, if any u_i of Eq. 4 depends on it."""
     needed = args.cql and args.tau_lambda and not args.joint_cql
     adam = torch.optim.Adam(behaviour.parameters(), args.clone_lr, fused=True)
     for _ in range(args.clone_steps if needed else 0):
         clone_update(behaviour, adam, data, draw_rows(generators, data, args), args)
-    return tabulate(behaviour, data)
 
 
 @torch.no_grad()
@@ -581,11 +581,9 @@ def main(args):
     adam = torch.optim.Adam(team.value.parameters(), args.lr, fused=True)
     generators = run.streams(2)
     learn = run.compile(update)
-    if run.begin(team=team, adam=adam, generators=generators):
-        log_beta = tabulate(team.behaviour, data)
-    else:
-        clone_step = run.compile(clone_update)
-        log_beta = clone(team.behaviour, data, run.streams(1), args, clone_step)
+    if not run.begin(team=team, adam=adam, generators=generators):
+        clone(team.behaviour, data, run.streams(1), args, run.compile(clone_update))
+    log_beta = tabulate(team.behaviour, data)
     play = player(team.value.agents, encode)
     for step in run.steps(play):
         adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)

@@ -101,7 +101,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ILLEGAL = -1e10  # the value of an action that is not available
+ILLEGAL = -1e10  # of an action that is not available; finite, as 0 times it must be 0
 
 
 # ---------------------------------------------------------------- arguments
@@ -113,7 +113,7 @@ class Args:
     dataset: str = ""  # a dataset's name, or the path of a file; by default the usual one
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
     env_kwargs: str = ""  # more for the environment, as JSON
-    team_reward: Literal["sum", "mean"] = "sum"  # of the agents' rewards, if not ours
+    team_reward: Literal["sum", "mean"] = "sum"  # of agents' rewards, in a game not ours
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 10  # how many seeds train, all at once
@@ -184,7 +184,7 @@ class Data(NamedTuple):
     reward: torch.Tensor  # (R,)
     done: torch.Tensor  # (R,) 1 where the game ended by its own rules with this step
     acted: torch.Tensor  # (R,) 1 where a step begins
-    first: torch.Tensor  # (R,) bool: an episode begins
+    first: torch.Tensor  # (R,) bool: an episode begins, or it is padding
     sequences: torch.Tensor  # (M, L) row numbers: whole episodes end to end, padded
 
 
@@ -431,8 +431,8 @@ def update(team, adams, data, rows, args):
     now = rows[:, :-1]  # where a step can begin
     action, avail, acted = data.action[now], data.avail[now], data.acted[now]
     log_pi = F.log_softmax(unroll(team.policies, data, rows), -1)  # (S, L, B, N, A)
-    best = log_pi.argmax(-1)  # a*
-    with torch.no_grad():
+    best = log_pi.argmax(-1)  # a*, before the policies' step
+    with torch.no_grad():  # the critics, before theirs
         q = values(team.critics[:1], data, now)[..., 0, :]
     loss = policy_loss(log_pi[:, :-1], q, action, avail, args.omar)
     loss = mean_over_steps(loss, acted)

@@ -246,7 +246,8 @@ def test_cloning_by_hand_and_its_table(float64):
                     losses[s].append(-sum(x[t, a] for x, a in zip(each, data.action[row])))
         losses = [torch.stack(steps).mean() for steps in losses]
         assert min(hand_step(adam, other, losses, args.max_grad_norm)) > args.max_grad_norm
-    table = cfcql.clone(team.behaviour, data, streams(), args)
+    cfcql.clone(team.behaviour, data, streams(), args)
+    table = cfcql.tabulate(team.behaviour, data)
     assert_same(team.behaviour, other)
     assert ((table == -12) & data.avail).any()
     for s, sequence, i in itertools.product(range(S), data.sequences, range(N)):
@@ -327,8 +328,8 @@ def test_the_conservative_term_pushes_down_what_is_not_recorded():
     gaps = []
     for cql in (0.0, 1.0):
         args, data, team = made(cql=cql)
-        adam, generators = torch.optim.Adam(team.value.parameters(), 0.01), streams()
-        log_beta = cfcql.clone(team.behaviour, data, generators, args)
+        adam = torch.optim.Adam(team.value.parameters(), 0.01)
+        log_beta = cfcql.tabulate(team.behaviour, data)
         rows = data.sequences.mT.expand(S, -1, -1)
         for _ in range(30):
             cfcql.update(team, adam, data, log_beta, rows, None, args)
