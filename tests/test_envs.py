@@ -50,17 +50,15 @@ def test_is_a_gymnasium_vector_environment(env, task):
     assert game.observation_space.contains(obs.numpy())
     actions = torch.as_tensor(game.action_space.sample())
     obs, reward, terminated, truncated, info = game.step(actions)
-    B, N, A = 4, game.num_agents, game.num_actions
-    assert obs.shape == (B, N, game.obs_dim) and info["state"].shape == (B, game.state_dim)
-    assert reward.shape == terminated.shape == truncated.shape == (B,)
+    assert obs.shape == (4, game.num_agents, game.obs_dim)
+    assert info["state"].shape == (4, game.state_dim)
     assert obs.dtype == reward.dtype == info["state"].dtype == torch.float32
+    assert reward.shape == terminated.shape == truncated.shape == (4,)
     assert terminated.dtype == truncated.dtype == torch.bool
     if env == "polynomial":  # continuous
-        assert game.single_action_space.shape == (N, A) and "avail_actions" not in info
+        assert "avail_actions" not in info
     else:
-        assert (
-            info["avail_actions"].shape == (B, N, A) and info["avail_actions"].dtype == torch.bool
-        )
+        assert info["avail_actions"].shape == (4, game.num_agents, game.num_actions)
 
 
 def test_matrix_game_pays_its_table_once():
@@ -179,17 +177,16 @@ def test_play_keeps_what_happened_until_each_games_end():
     played = play(game, act, memory=0, seed=0, film=True)
     film, lengths = played.film, played.film["mask"].sum(1)
     assert film["mask"].shape[1] == lengths.max() > lengths.min() and len(played.won.unique()) == 2
+    names = ("obs", "state", "avail_actions")
     for b, length in enumerate(lengths.tolist()):
         obs, info = single.reset()
-        total = 0.0
         for t in range(length):
-            assert torch.equal(film["obs"][b, t], obs[0])
-            for name in ("state", "avail_actions"):
-                assert torch.equal(film[name][b, t], info[name][0])
+            seen = {"obs": obs} | info
+            assert all(torch.equal(film[name][b, t], seen[name][0]) for name in names)
             obs, reward, terminated, truncated, info = single.step(film["actions"][b, t][None])
             assert film["reward"][b, t] == reward and film["terminated"][b, t] == terminated
-            total += reward.double().item()
         assert (terminated | truncated).all() and torch.equal(film["obs"][b, length], obs[0])
+        total = film["reward"][b].sum().item()
         assert played.won[b] == info["won"] and played.returns[b].item() == pytest.approx(total)
         assert not film["obs"][b, length + 1 :].any() and not film["mask"][b, length:].any()
 

@@ -160,32 +160,6 @@ def test_the_state_of_a_reacher_tells_its_bend(bend):
     assert np.sign((tip - elbow)[1]) == bend  # upper arm along +x: counter-clockwise is +y
 
 
-def trajectory(game, actions, seed):
-    """Observations, states and rewards of a game for these actions, from a reset on."""
-    obs, info = game.reset(seed=seed)
-    rows = [(obs, info["state"], torch.zeros(len(obs)))]
-    for action in actions:
-        obs, reward, _, _, info = game.step(action)
-        rows.append((obs, info["state"], reward))
-    return [torch.stack(column, 1) for column in zip(*rows)]
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b))
-
-
-@pytest.mark.parametrize("body", PLAIN)
-def test_same_seed_same_games_in_a_batch_of_any_size(body):
-    many, one = envs.make(body, num_envs=8), envs.make(body)
-    stream = random_actions(many)
-    actions = [next(stream) for _ in range(40)]
-    first = trajectory(many, actions, seed=3)
-    assert same(first, trajectory(many, actions, seed=3))
-    assert same([x[:1] for x in first], trajectory(one, [a[:1] for a in actions], seed=3))
-    assert len(first[1][:, 0].unique(dim=0)) == 8  # every game starts elsewhere
-    assert not torch.equal(first[1][:, 0], many.reset(seed=4)[1]["state"])
-
-
 @pytest.mark.parametrize("body", PLAIN)
 def test_a_partial_reset_leaves_the_others_alone(body):
     left, right = (envs.make(body, num_envs=3, time_limit=30) for _ in range(2))

@@ -17,35 +17,26 @@ from envs.sc2 import StarCraft2
 STAND_IN = """
 import os
 import numpy as np
-
-
 class StarCraft2Env:
     def __init__(self, map_name="8m", seed=None, continuing_episode=False):
         if map_name != "3m":
             raise KeyError(map_name)
         self.seed, self.games, self.over, self.tell = seed or 0, 0, True, continuing_episode
-
     def get_env_info(self):
         return dict(state_shape=7, obs_shape=5, n_actions=8, n_agents=3, episode_limit=6)
-
     def reset(self):
         self.games, self.steps, self.over = self.games + 1, 0, False
         self.agents, self.enemies = [1] * 3, [2] * 2
-
     def get_obs(self):
         first = [self.seed, self.games, self.steps]
         return [np.array([*first, n, alive]) for n, alive in enumerate(self.agents)]  # float64
-
     def get_state(self):
         return np.array([*self.agents, *self.enemies, self.steps, os.getpid() % 10000])
-
     def get_avail_actions(self):
         mine = [0, 1, 0, 1, 0, 1, *(int(health > 0) for health in self.enemies)]
         return [mine if alive else [1] + [0] * 7 for alive in self.agents]
-
     def step(self, actions):
         assert not self.over, "the game is over"
-        assert type(actions) is list and all(type(a) is int for a in actions)
         assert all(avail[a] == 1 for avail, a in zip(self.get_avail_actions(), actions))
         self.steps += 1
         if 5 in actions:
@@ -65,10 +56,8 @@ WAIT, FALL, SPLIT = [1, 1, 1], [3, 3, 3], [6, 7, 1]
 
 @pytest.fixture(scope="module")
 def games(tmp_path_factory):
-    """Three games on the stand-in, on the parent's path, which spawned workers inherit."""
     folder = tmp_path_factory.mktemp("sc2")
     (folder / "smac").mkdir()
-    (folder / "smac" / "__init__.py").write_text("")
     (folder / "smac" / "env.py").write_text(STAND_IN)
     (folder / "Versions").mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -80,7 +69,6 @@ def games(tmp_path_factory):
 
 
 def play(env, *steps):
-    """Step with each of the joint actions, (N,) for all games or (B, N): the last result."""
     return [env.step(torch.tensor(actions).expand(3, 3)) for actions in steps][-1]
 
 

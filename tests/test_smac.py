@@ -221,17 +221,6 @@ def test_a_win_over_marines_pays_20():
     assert total[~won].max() < 20 - 200 / SIZES["3m"][-1] + 1e-4  # the 200 are lacking
 
 
-def test_attack_reaches_6_and_sight_ends_before_9():
-    game = scene(
-        [("marine", 10, 16)], [("marine", 16, 16), ("marine", 16.001, 16), ("marine", 19, 16)]
-    )
-    obs, info = look(game)
-    assert info["avail_actions"][0, 0, 6:].tolist() == [True, False, False]
-    blocks = obs[0, 0, 4:19].view(3, 5)
-    assert blocks[0].tolist() == pytest.approx([1, 6 / 9, 6 / 9, 0, 1])
-    assert blocks[1, 0] == 0 and blocks[1, 1] > 0 and blocks[2].tolist() == [0] * 5
-
-
 # ---------------------------------------------------------------- the fight
 # One attack on 40 points of shield, on a broken shield, and on 5 points: then armour counts for
 # what comes through.
@@ -422,34 +411,11 @@ def test_equal_sides_win_equally_often(task):
 
 def test_skill_pays():
     def rate(task, policy):
-        return fight(Smac(task, 128), policy)[0].float().mean().item()
+        return fight(Smac(task, 48), policy)[0].float().mean().item()
 
     assert rate("3s_vs_5z", "kite") > rate("3s_vs_5z", "focus") + 0.8
     assert rate("2s3z", "focus") > rate("2s3z", "nearest") + 0.5
     assert rate("2s3z", "random") == rate("3m", "idle") == 0
-
-
-def test_same_seed_same_battle():
-    def film(seed):
-        game = Smac("2s3z", 16)
-        return play(game, lambda obs, info, _: (mixed(game, info), None), seed=seed, film=True).film
-
-    first, again, other = film(1), film(1), film(2)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["obs"][:, 0], other["obs"][:, 0])
-
-
-@pytest.mark.parametrize("task", ["2s3z", "6h_vs_8z"])
-def test_one_battle_equals_one_of_many(task):
-    many, one = Smac(task, 64, noise=False), Smac(task, 1, noise=False)
-    (obs, info), (single, _) = many.reset(seed=0), one.reset()
-    assert torch.equal(obs[:1], single) and torch.equal(obs[0], obs[63])
-    for _ in range(60):
-        actions = mixed(many, info)
-        *together, info = many.step(actions)
-        *alone, extra = one.step(actions[:1])
-        for x, y in zip([*together, *info.values()], [*alone, *extra.values()]):
-            assert torch.equal(x[:1], y)
 
 
 def test_finished_battles_stay_put_and_only_the_masked_ones_restart():
@@ -476,31 +442,28 @@ def test_a_forbidden_action_is_named_or_harmless():
         low = (8 <= y) & (y < 20) & (10 <= x) & (x < 20)
         return low | ((10 <= y) & (y < 18) & (8 <= x) & (x < 22))
 
-    strict, lax = Smac("6h_vs_8z", 32), Smac("6h_vs_8z", 32, check=False)
-    _, info = lax.reset(seed=0)
+    game = Smac("6h_vs_8z", 32)
+    _, info = game.reset(seed=0)
     generator, refused = torch.Generator().manual_seed(0), 0
     for t in range(90):
-        wild = torch.randint(-3, lax.num_actions + 3, (32, 6), generator=generator)
-        tame = mixed(lax, info)
+        actions = mixed(game, info)
         if t % 8 > 3:  # all make for one wall, whether they may or not
-            tame = torch.where(info["avail_actions"][..., 1], 2 + t % 4, tame)
-        actions = torch.where(torch.rand(32, 6, generator=generator) < 0.01, wild, tame)
-        for name in MEMORY:
-            getattr(strict, name).copy_(getattr(lax, name))
-        number = actions.clamp(0, lax.num_actions - 1)[..., None]
+            actions = torch.where(info["avail_actions"][..., 1], 2 + t % 4, actions)
+        wild = torch.randint(-3, game.num_actions + 3, (32, 6), generator=generator)
+        actions = torch.where(torch.rand(32, 6, generator=generator) < 0.01, wild, actions)
+        number = actions.clamp(0, game.num_actions - 1)[..., None]
         legal = (number == actions[..., None]) & info["avail_actions"].gather(2, number)
-        if (legal[..., 0] | lax._over()[:, None]).all():
-            strict.step(actions)
-        else:
+        game.check = True
+        if not (legal[..., 0] | game._over()[:, None]).all():
             with pytest.raises(ValueError, match="game .*, agent .: action .* is not available"):
-                strict.step(actions)
-            refused += 1
-        obs, reward, terminated, truncated, info = lax.step(actions)
-        alive = (lax.health > 0) & ~(terminated | truncated)
-        assert inside(lax.x, lax.y)[alive].all() and (lax.health <= lax.unit.health).all()
+                game.step(actions)
+            refused, game.check = refused + 1, False
+        obs, reward, terminated, truncated, info = game.step(actions)
+        alive = (game.health > 0) & ~(terminated | truncated)
+        assert inside(game.x, game.y)[alive].all() and (game.health <= game.unit.health).all()
         assert obs.abs().max() <= 1 and info["avail_actions"].any(-1).all() and (reward >= 0).all()
         if t % 30 == 29:
-            _, info = lax.reset(options={"reset_mask": terminated | truncated})
+            _, info = game.reset(options={"reset_mask": terminated | truncated})
     assert 20 < refused < 80
 
 
