@@ -38,7 +38,7 @@ def command(*words, **options):
 
 
 def complains(process, *words, code=1):
-    """Assert that a command ended with one clear line that holds `words`, and with this exit code."""
+    """Assert that a command ended with one clear line with `words`, and with this exit code."""
     lines = process.stderr.strip().splitlines()
     assert process.returncode == code, process.stderr
     assert len(lines) == 1 and "Traceback" not in process.stderr, process.stderr

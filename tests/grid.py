@@ -149,7 +149,7 @@ def words(cell, folder, resume):
 
 
 def commit():
-    """The commit's short name, with a "+" if files differ from it that this script does not write."""
+    """The commit's short name, with a "+" if files that this script does not write differ."""
     others = [f":!{file}" for file in WRITTEN]
     changed = files.git("status", "--porcelain", "--untracked-files=no", "--", ".", *others)
     return files.git("rev-parse", "--short", "HEAD") + "+" * bool(changed)

@@ -28,7 +28,7 @@ SEEN = {
 
 
 def save_team(folder, env, name, task=None, seed=0, push=(), info={}, **change):
-    """Write a small random network as `mappo.py --save-snapshots` does, with output biases `push`."""
+    """Write a small network as `mappo.py --save-snapshots` does; `push` are its output's biases."""
     task = task or SEEN[env]
     game, rng = envs.make(env, task), np.random.default_rng(seed)
     sizes = [game.obs_dim + game.num_agents, 8, game.num_actions]
@@ -202,7 +202,7 @@ def test_actions_follow_the_network(teams, env):
 
 
 def test_cheetahs_play_their_most_likely_actions_with_noise(teams):
-    """Far from the bounds the noise is N(0, 0.2^2), fresh in each entry; near them it is clipped."""
+    """Far from bounds the noise is N(0, 0.2^2), fresh in each entry; near them it is clipped."""
     for k in range(3):
         save_team(teams, "halfcheetah", f"good-{k}", weight1=np.zeros((8, 3)), push=(0.0, 0.3, 3.0))
     found = data.collect_dataset("halfcheetah", "2x3", "good", episodes=60)
@@ -329,9 +329,6 @@ BAD_TEAMS = {
     "ant": lambda path: save_team(path.parents[1], "ant", "x").rename(path),
     "6x1": lambda path: save_team(
         path.parents[1], path.parent.name, "good-0", info={"task": "6x1"}
-    ),
-    "finite": lambda path: save_team(
-        path.parents[1], path.parent.name, "good-0", bias0=np.full(8, 1e9)
     ),
 }
 
