@@ -78,8 +78,6 @@ def test_the_ratio_is_equation_23(float64):
         product = math.prod((log_pi[s, b] - log_mu[s, b]).exp().tolist())
         assert found[s, b].item() == pytest.approx(min(product ** (1 / 3), 1.5), rel=1e-12)
     assert (found == 1.5).any() and (found < 1.5).any()
-    never = inspo.importance_ratio(torch.tensor([[-1e10]]), torch.zeros(1, 1), 4, cap=1.5)
-    assert never.item() == 1e-10  # a minibatch without any hope can still be resampled
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3, 1e-6, 7e5])
@@ -423,18 +421,16 @@ def test_cloning_is_a_slow_loop(float64, recurrent):
 
 # ---------------------------------------------------------------- early stopping
 def test_whole_episodes_are_held_back(float64):
-    _, data, _ = make_team(lengths=(1, 2) * 10)
+    _, data, _ = make_team(lengths=(1, 2) * 10)  # 30 steps
     episode = (data.first.cumsum(0) - 1)[data.sequences[:, 0]]
-    learned, held = inspo.hold_back(data, 0.25)
-    assert torch.equal(held, data.sequences[episode % 4 == 0])
-    assert torch.equal(learned, data.sequences[episode % 4 > 0])
-    _, few = inspo.hold_back(data, 0.25, most=3)  # of 30 steps
-    assert torch.equal(few, data.sequences[episode % 10 == 0])
-    _, most = inspo.hold_back(data, 0.9)
-    assert torch.equal(most, data.sequences[episode % 2 == 0])
-    assert [len(part) for part in inspo.hold_back(data, 0.0)] == [30, 0]
+    for share, most, every in ((0.25, 5000, 4), (0.25, 3, 10), (0.9, 5000, 2)):
+        learned, held = inspo.hold_back(data, share, most)
+        assert torch.equal(held, data.sequences[episode % every == 0])
+        assert torch.equal(learned, data.sequences[episode % every > 0])
     _, single, _ = make_team(lengths=(4,))
-    assert [len(part) for part in inspo.hold_back(single, 0.5)] == [4, 0]
+    for given, share in ((data, 0.0), (single, 0.5)):
+        learned, held = inspo.hold_back(given, share)
+        assert torch.equal(learned, given.sequences) and len(held) == 0
 
 
 def test_each_seed_keeps_the_clones_that_held_back_episodes_like_best(monkeypatch):
@@ -468,8 +464,6 @@ def test_networks_begin_as_torchs_own():
     for parameter in (*layer.parameters(), *gru.parameters()):
         assert 0.9 / 4 < parameter.abs().max() <= 1 / 4 and parameter.std() > 0.5 / 4
         assert not torch.equal(parameter[0], parameter[1])
-    one = inspo.Linear(16, 300, streams(1, 1))  # seed 1 on its own
-    assert torch.equal(one.weight[0], layer.weight[1])
 
 
 def test_beta_is_held_and_falls_and_the_end_cools():
@@ -482,8 +476,8 @@ def test_beta_is_held_and_falls_and_the_end_cools():
         assert team.alpha(args)[0, 0].item() == pytest.approx(0.02 * team.fade.item())
         assert rates[2] == 1e-3 and rates[1] / args.policy_lr == pytest.approx(found[step][2])
     betas, fades, paces = zip(*found.values())
-    assert betas == pytest.approx((0.5, 0.5, 0.5 * 0.04 ** (1 / 3), 0.1, 0.5 * 0.04 ** (2 / 3),
-                                   0.5 * 0.04 ** (5 / 6), 0.02))  # fmt: skip
+    logs = [math.log(beta / 0.5) / math.log(0.04) for beta in betas]
+    assert logs == pytest.approx([0, 0, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1], abs=1e-6)
     assert fades == pytest.approx((1, 1, 1, 0.1 ** (9.4 / 20.2), 0.1 ** (19.4 / 20.2), 0.1, 0.1))
     assert paces == pytest.approx((1, 1, 1, 1, 1, 11 / 20.2, 1 / 20.2))
     inspo.schedule(team, adam, 0, inspo.Args(cooldown=0, beta=0, steps=1))
@@ -627,14 +621,12 @@ def test_matrix_games_end_as_the_page_says(tmp_path, words, reward):
     assert train(tmp_path, TEN + words)["return"]["per_seed"] == [reward] * 10
 
 
-REAL = SHARED / "alberdice_bridge_optimal"
+DATASETS = ["optimal", "mixed", *map(str, SHARED.glob("alberdice_bridge_optimal"))]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("dataset", ["optimal", "mixed", str(REAL)])
+@pytest.mark.parametrize("dataset", DATASETS)
 def test_bridge_is_crossed_by_five_of_five_seeds(tmp_path, dataset):
-    if dataset == str(REAL) and not REAL.exists():
-        pytest.skip("the real dataset is not here")
     summary = train(tmp_path, f"--dataset {dataset}")
     assert all(value >= -1.2355 - 0.06 for value in summary["return"]["per_seed"])
     assert all(value >= -1.2355 - 0.1 for value in summary["sampled_return"]["per_seed"])
