@@ -161,18 +161,16 @@ class Args:
     dataset: str = ""  # a dataset's name, or the path of a file
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
     env_kwargs: str = ""  # more for the environment, as JSON
-    team_reward: Literal["sum", "mean"] = (
-        "sum"  # of the agents' rewards, in a game that is not ours
-    )
+    team_reward: Literal["sum", "mean"] = "sum"  # of rewards in games that are not ours
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 10  # how many seeds train, all at once
     steps: int = 20  # updates of MAPPO, each with its own rollouts
     eval_every: int = 5  # updates between evaluations; each writes a checkpoint
-    eval_episodes: int = 10  # games per seed and evaluation; 0 to train without an environment
+    eval_episodes: int = 10  # games per seed and evaluation; 0: no environment
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # CPU threads
-    compile: bool = torch.cuda.is_available()  # compile updates and rehearsals with torch.compile
+    compile: bool = torch.cuda.is_available()  # with torch.compile
     out_dir: str = ""  # the run's folder; by default a new one in runs/moma_ppo
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
@@ -183,39 +181,37 @@ class Args:
     model_hidden: int = 32  # units per hidden layer of what predicts the state
     reward_hidden: int = 32  # and of what predicts the reward and the end
     model_layers: int = 2  # hidden layers
-    end_from: Literal["step", "state"] = "step"  # what tells the end: s and a, or the next state s'
-    beta_nll: float = 0.0  # how much steps of large sigma count: 0 likelihood, 1 squared errors
+    end_from: Literal["step", "state"] = "step"  # what tells the end: (s, a) or s'
+    beta_nll: float = 0.0  # 0: likelihood; 1: squared errors, whatever sigma
     model_lr: float = 3e-3  # Adam's step size, which falls linearly to 0
     members: int = 7  # how many models are learned
     elites: int = 5  # how many of them, the best, are kept
-    holdout: float = 0.1  # the share of the episodes to judge them by; with 0, all that they learn
+    holdout: float = 0.1  # the share of the episodes to judge them by
     # --- act 2, rollouts in it
     rollouts: int = 256  # rollouts at once
     horizon: int = 1  # k, their steps
-    first: float = 0.0  # the share of them that begin where an episode did, the others anywhere
-    penalty: Literal["epistemic", "aleatoric"] = (
-        "epistemic"  # what lowers r: Eq. 4, or MOPO's spread
-    )
+    first: float = 0.0  # the share of them that begin where an episode did
+    penalty: Literal["epistemic", "aleatoric"] = "epistemic"  # Eq. 4, or MOPO's spread
     reward_penalty: float = 0.0  # lambda_r, weight of eps_r
     state_penalty: float = 0.0  # lambda_g, weight of eps_g
     limit: float = 2.0  # l, the most that eps_r and eps_g count
-    aleatoric: float = 1.0  # weight of the largest spread a member predicts (--penalty aleatoric)
+    aleatoric: float = 1.0  # weight of the largest predicted spread
     adaptive: bool = True  # and rollouts stop where eps_g reaches it
     box: bool = True  # clip states and rewards to the range of the data
-    box_margin: float = 0.0  # it is wider by this share on either side, for rewards below only
+    box_margin: float = 0.0  # it is wider by this share; for rewards below only
     bound_values: bool = False  # keep V(s') from rising far above the data's returns
-    sample_states: bool = False  # draw the next state from the member's Gaussian, not its mean
+    sample_states: bool = False  # draw the next state, do not take the mean
     # --- act 2, MAPPO
-    warmup: int = 0  # updates of cloning before the first rehearsal; the critic learns, too
+    warmup: int = 0  # updates of cloning before the first rehearsal
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.98  # how far advantages look past the critic
-    clip: float = 0.2  # how far the joint action's ratio, and the value, may move in an update
+    clip: float = 0.2  # how far the joint ratio, and V, may move in an update
     action_penalty: float = 1.0  # weight of mean actions beyond [-1, 1]
     least_entropy: float = -2.0  # H_least, of the joint action: below it, a bonus grows
     epochs: int = 5  # passes over the rollouts
     batch_size: int = 64  # steps in a minibatch
     lr: float = 1e-3  # Adam's step size, which falls linearly to 0 after the warm-up
-    max_grad_norm: float = 1.0  # longest gradient of a seed's agents, or of a member of the model
+    max_grad_norm: float = 1.0  # longest gradient of a team, or of a member
     hidden: int = 64  # units of the two hidden layers of policies, values and mixer
     memory: int = 0  # how many steps an agent remembers; 0 for none
     width: int = 32  # of the memory's attention
@@ -275,8 +271,8 @@ PRESETS = {  # what differs from the values above; "" is a game that is not ours
 class Data(NamedTuple):
     """The dataset as R rows, one for each observation: episodes end to end.
 
-    In an episode's last row no step begins. A state holds each distinct entry of all that there is
-    to see once; what the agents see is picked from it.
+    In an episode's last row no step begins. A state holds each distinct entry of all that
+    there is to see once; what the agents see is picked from it.
     """
 
     state: Tensor  # (R, D)
@@ -313,7 +309,7 @@ class Units(nn.Module):
 
 
 class Noise(NamedTuple):
-    """All that a rehearsal draws: given it, k steps in B places for each seed hold no chance.
+    """All that a rehearsal draws; given it, there is no chance in it.
 
     The noise of one step has the same shapes without k.
     """
@@ -325,7 +321,7 @@ class Noise(NamedTuple):
 
 
 def draw(generators, how, *shape):
-    """Random numbers (S, *shape), each seed's own: uniform_, normal_ or exponential_ ones."""
+    """Random numbers (S, *shape), each seed's own."""
     draws = [torch.empty(shape, device=g.device) for g in generators]
     return torch.stack([getattr(x, how)(generator=g) for x, g in zip(draws, generators)])
 
@@ -334,10 +330,14 @@ def draw_noise(generators, data, args):
     """The `Noise` of one rehearsal."""
     (N, A), k, B = data.action.shape[1:], args.horizon, args.rollouts
     where = draw(generators, "uniform_", k, B)
-    rows = data.start[(where * len(data.start)).long()]
+
+    def pick(rows):
+        return rows[(where * len(rows)).long()]
+
+    rows = pick(data.start)
     if args.first:
-        opening = data.openings[(where * len(data.openings)).long()]
-        rows = torch.where(draw(generators, "uniform_", k, B) < args.first, opening, rows)
+        first = draw(generators, "uniform_", k, B) < args.first
+        rows = torch.where(first, pick(data.openings), rows)
     member = (draw(generators, "uniform_", k, B) * args.elites).long()
     action = draw(generators, "normal_" if data.avail is None else "exponential_", k, N, B, A)
     state = action.new_zeros(*rows.shape, data.state.shape[1])
@@ -358,7 +358,7 @@ def draw_batches(generators, data, args):
 
 
 def draw_orders(generators, count, args):
-    """In which order each epoch goes over the `count` steps of a rehearsal: (epochs, S, count)."""
+    """The order in which each epoch goes over a rehearsal: (epochs, S, count)."""
     epochs = []
     for _ in range(args.epochs):
         orders = [torch.randperm(count, generator=g, device=g.device) for g in generators]
@@ -368,7 +368,7 @@ def draw_orders(generators, count, args):
 
 # ---------------------------------------------------------------- networks
 class Linear(nn.Module):
-    """Independent linear layers as one batched product; each generator initialises one of them."""
+    """Independent linear layers as one batched product, one for each generator."""
 
     def __init__(self, inputs, outputs, generators, scale=1.0):
         super().__init__()
@@ -393,7 +393,7 @@ def mlp(inputs, outputs, hidden, layers, generators, scale=1.0):
 
 
 class Guess(NamedTuple):
-    """What U models predict of a step, in the data's own numbers. U may also stand as (S, n)."""
+    """What U models predict of a step: raw numbers, not in units of the data."""
 
     state: Tensor  # (U, B, D) the mean of the next state
     state_std: Tensor  # (U, B, D)
@@ -403,9 +403,9 @@ class Guess(NamedTuple):
 
 
 class Model(nn.Module):
-    """n models for each seed: Gaussians of the next state and the reward, and the chance of an end.
+    """n models for each seed: of the next state, the reward and the end.
 
-    Networks see and predict numbers in units of the data; `forward` returns them as they are.
+    Networks see and predict in units of the data; `forward` returns raw numbers.
     """
 
     def __init__(self, data, args, generators):
@@ -419,14 +419,15 @@ class Model(nn.Module):
         self.for_reward = mlp(inputs, 2, args.reward_hidden, layers, each)
         self.for_end = mlp(judged, 1, args.reward_hidden, 2, each)
         self.state = Units(data.state, 1e-3)
-        self.move = Units(data.state[data.start + 1] - data.state[data.start])  # what steps change
+        self.move = Units(data.state[data.start + 1] - data.state[data.start])
         self.action = Units(action, 1e-3)
         self.reward = Units(data.reward[data.start])
 
     def forward(self, state, action, next_state=None):
         """(U, B, D), (U, B, X) -> `Guess`.
 
-        With --end-from state the end is told by next_state (U, B, D), or by the predicted one.
+        With --end-from state the end is told by next_state (U, B, D), or, where
+        there is none, by the predicted one.
         """
         x = torch.cat([self.state(state), self.action(action)], -1)
         move, log_std = self.for_state(x).chunk(2, -1)  # (U, B, D) each
@@ -481,7 +482,7 @@ class Memory(nn.Module):
 
 
 class Agents(nn.Module):
-    """All that S teams learn by rehearsal: N memories, policies and values each, and a mixer.
+    """What S teams learn: N memories, policies and values each, and a mixer.
 
     Agents share nothing. Their networks are Q = S N, and see (Q, B, ...).
     """
@@ -528,14 +529,14 @@ class Agents(nn.Module):
         return out.unflatten(0, (self.S, self.N)).transpose(1, 2)
 
     def remember(self, obs, history):
-        """The inputs of policies and values: an agent's memory of its last H steps, and its view.
+        """What policies and values see: an agent's memory of H steps, and its view.
 
         (S, B, N, O), (S, B, N, H, O + A) -> (S, B, N, inputs).
         """
         return torch.cat([self.each(self.memory, history), obs], -1) if self.H else obs
 
     def policy(self, x):
-        """Log-probabilities of all actions (S, B, N, A), or means and log sigmas (S, B, N, 2A)."""
+        """Log-probabilities (S, B, N, A), or means and log sigmas (S, B, N, 2A)."""
         out = self.each(self.policies, x)
         if self.discrete:
             return F.log_softmax(out.masked_fill(~self.avail, ILLEGAL), -1)
@@ -550,7 +551,7 @@ class Agents(nn.Module):
         return self.returns.mean + self.returns.std * mixed
 
     def log_prob(self, policy, action):
-        """Log-probability and entropy of the team's joint action: sums over agents, (S, B) each."""
+        """Log-probability and entropy of the joint action: sums over agents, (S, B)."""
         if self.discrete:
             log_prob = policy.gather(-1, action[..., None])  # (S, B, N, 1)
             entropy = -policy.exp() * policy  # (S, B, N, A)
@@ -561,19 +562,18 @@ class Agents(nn.Module):
         return log_prob.sum(-1).sum(-1), entropy.sum(-1).sum(-1)
 
     def sample(self, policy, noise=None):
-        """Actions (S, B, N) or (S, B, N, A), drawn by the noise (S, B, N, A), or the likeliest."""
-        if not self.discrete:
-            mean, log_std = policy.chunk(2, -1)
-            return mean if noise is None else mean + log_std.exp() * noise
-        if noise is not None:  # which exponential clock rings first is a draw from pi
-            policy = policy - noise.clamp(min=1e-30).log()
-        return policy.argmax(-1)
+        """Actions (S, B, N) or (S, B, N, A), the likeliest without noise (S, B, N, A).
 
-    def carry_out(self, action):
-        """Actions as the world and the memory see them, (S, B, N, A): one-hot, or clipped."""
+        Also as world and memory see them, (S, B, N, A): one-hot, or clipped.
+        """
         if self.discrete:
-            return F.one_hot(action, self.A).to(self.alpha.dtype)
-        return action.clamp(-1, 1)
+            if noise is not None:  # which exponential clock rings first is a draw from pi
+                policy = policy - noise.clamp(min=1e-30).log()
+            action = policy.argmax(-1)
+            return action, F.one_hot(action, self.A).to(self.alpha.dtype)
+        mean, log_std = policy.chunk(2, -1)
+        action = mean if noise is None else mean + log_std.exp() * noise
+        return action, action.clamp(-1, 1)
 
 
 # ---------------------------------------------------------------- act 1: the world model
@@ -597,10 +597,11 @@ def model_loss(model, data, rows, beta):
 
 @torch.no_grad()
 def validate(model, data, S, most=2000):
-    """Errors of the members on held-out steps, (S, n) each; `most` of the steps, evenly spaced.
+    """Errors of the members on at most so many held-out steps, (S, n) each.
 
-    Of states: the root mean square over entries, in units of the spread of changes. Of rewards: the
-    absolute error, in units of their spread. Of ends: the share told wrong.
+    Of states: the root mean square over entries, in units of the changes' spread.
+    Of rewards: the absolute error, in units of their spread.
+    Of ends: the share told wrong.
     """
     count, U = len(data.held), len(model.for_end[0].weight)
     even = torch.linspace(0, count - 1, min(most, count), device=data.held.device)
@@ -616,9 +617,9 @@ def validate(model, data, S, most=2000):
 
 
 def best(errors, args):
-    """The members that err least in states and rewards, the best first: (S elites) of U models."""
+    """The members that err least in states and rewards: (S elites) of U models."""
     total = errors["state_error"] + errors["reward_error"]  # (S, n)
-    order = total.sort(dim=1, stable=True)[1][:, : args.elites]
+    order = total.argsort(dim=1, stable=True)[:, : args.elites]
     seed = torch.arange(len(order), device=order.device)[:, None]
     return (order + total.shape[1] * seed).flatten()
 
@@ -628,8 +629,8 @@ def dream(model, data, args):
     """The model, of each seed's elites, as a world to play in.
 
     It is a function of states (S, B, D), joint actions (S, B, X), members (S, B) and noise
-    (S, B, D), which returns next states, penalised rewards,
-    where the game ends, and where the model is sure (S, B).
+    (S, B, D), which returns next states, penalised rewards, where the game ends, and where
+    the model is sure (S, B).
     """
     low, high = data.state.aminmax(dim=0)
     worst, top = data.reward[data.start].aminmax()
@@ -659,7 +660,7 @@ def dream(model, data, args):
 
 
 def weights(data):
-    """How often each entry of the state and, at last, the reward counts in eps_g: (D + 1,)."""
+    """How often each entry of the state, and at last the reward, counts in eps_g."""
     D = data.state.shape[1]
     weight = data.columns.flatten().bincount(minlength=D + 1)  # how often agents see it
     weight[:D][(data.state == 0).all(0)] = 0  # what never is anything but 0 does not count
@@ -677,7 +678,7 @@ def gram_norm(x):
 
 
 def penalise(reward, guess, eps_g, args):
-    """Eq. 4, or MOPO's, which takes off the largest spread that a member predicts; (S, B)."""
+    """Eq. 4; or MOPO's penalty, the largest spread that a member predicts."""
     if args.penalty == "aleatoric":
         variance = (guess.state_std**2).sum(-1) + guess.reward_std**2  # (S, n, B)
         return reward - args.aleatoric * variance.sqrt().amax(1)
@@ -686,7 +687,7 @@ def penalise(reward, guess, eps_g, args):
 
 
 def begin(agents, data, rows):
-    """States (S, B, D) and histories (S, B, N, H, O + A) of rollouts that begin in rows (S, B)."""
+    """States (S, B, D), histories (S, B, N, H, O + A) of rollouts that begin in rows."""
     past = rows[..., None] + torch.arange(-agents.H, 0, device=rows.device)  # (S, B, H)
     known = past >= (rows - data.age[rows])[..., None]  # of the same episode
     history = torch.cat([agents.see(data.state[past]), data.action[past]], -1)
@@ -695,7 +696,7 @@ def begin(agents, data, rows):
 
 
 def push(history, obs, carried):
-    """Histories one step later; views (S, B, N, O) and actions (S, B, N, A) become the newest."""
+    """Histories one step later: these views and actions (S, B, N, ...) are the newest."""
     newest = torch.cat([obs, carried], -1)[..., None, :]
     return torch.cat([history, newest], -2)[..., 1:, :]
 
@@ -718,22 +719,21 @@ class Played(NamedTuple):
 def rehearsal_step(agents, world, data, state, history, noise, args):
     """One step in the world, from states (S, B, D) and histories, with this step's `Noise`.
 
-    Returns `Played`, and the states and histories to go on from. Where a rollout is over another
-    one begins, in the row that the noise tells.
+    Returns `Played`, and the states and histories to go on from. Where a rollout is
+    over another one begins, in the row that the noise tells.
     """
     obs = agents.see(state)
     x = agents.remember(obs, history)
     policy, value = agents.policy(x), agents.value(x, state)
-    action = agents.sample(policy, noise.action)
+    action, carried = agents.sample(policy, noise.action)
     log_prob, _ = agents.log_prob(policy, action)
-    carried = agents.carry_out(action)  # (S, B, N, A)
     joint = carried.flatten(2)  # (S, B, X)
     next_state, reward, end, sure = world(state, joint, noise.member, noise.state)
     next_history = push(history, obs, carried)
     x = agents.remember(agents.see(next_state), next_history)
     next_value = agents.value(x, next_state)
-    if args.bound_values:
-        next_value = next_value.clamp(max=agents.highest)  # from below, bad teams would look good
+    if args.bound_values:  # not from below, where bad teams would look good
+        next_value = next_value.clamp(max=agents.highest)
     now = state, history, action, log_prob, value
     played = Played(*now, reward, next_value, m=~end, zeta=sure)
     new_state, new_history = begin(agents, data, noise.rows)
@@ -772,18 +772,20 @@ class Batch(NamedTuple):
 @torch.no_grad()
 def settle(agents, steps, args):
     """What k steps `Played` teach: a `Batch` of B k steps, and what to log, (S,) each."""
-    *now, reward, next_value, m, sure = (torch.stack(x, 2) for x in zip(*steps))  # (S, B, k, ...)
+    played = Played(*(torch.stack(x, 2) for x in zip(*steps)))  # (S, B, k, ...)
+    reward, value, m, sure = played.reward, played.value, played.m, played.zeta
     zeta = F.pad(sure[..., :-1], (0, 1))  # Eq. 5: a rollout's k-th step is its last
-    advantage, returns = gae(reward, now[-1], next_value, m, zeta, args.gamma, args.gae_lambda)
+    rates = args.gamma, args.gae_lambda
+    advantage, returns = gae(reward, value, played.next_value, m, zeta, *rates)
     std, mean = torch.std_mean(advantage, (1, 2), keepdim=True, correction=0)
     advantage = (advantage - mean) / (std + 1e-3 * agents.returns.std)
-    batch = Batch(*(x.flatten(1, 2) for x in (*now, advantage, returns)))
-    logs = dict(model_reward=reward, stopped=m & ~sure, ended=~m)  # how often
+    batch = Batch(*(x.flatten(1, 2) for x in (*played[:5], advantage, returns)))
+    logs = dict(model_reward=reward, stopped=m & ~sure, ended=~m)
     return batch, {name: x.to(reward.dtype).mean((1, 2)) for name, x in logs.items()}
 
 
 def rehearse(agents, world, data, noise, args, rehearsal_step=rehearsal_step):
-    """Play k steps in B places for each seed: a `Batch` of B k steps, and what to log, (S,) each.
+    """Play k steps in B places for each seed: a `Batch` of B k steps, and logs, (S,).
 
     `rehearsal_step` can be given in compiled form.
     """
@@ -799,7 +801,7 @@ def rehearse(agents, world, data, noise, args, rehearsal_step=rehearsal_step):
 
 # ---------------------------------------------------------------- act 2: losses
 def ppo_loss(agents, batch, args):
-    """All of the agents' losses, and what to log, (S,) each: L(pi)'s first term, L(V), H, KL."""
+    """All of the agents' losses, (S,), and logs: L(pi)'s first term, L(V), H, KL."""
     x = agents.remember(agents.see(batch.state), batch.history)
     policy, value = agents.policy(x), agents.value(x, batch.state)
     log_prob, entropy = agents.log_prob(policy, batch.action)
@@ -828,8 +830,8 @@ def ppo_loss(agents, batch, args):
 def clone_loss(agents, data, rows):
     """The warm-up's loss on the steps that begin in the rows (S, B), (S,).
 
-    Independent behavioural cloning, -log pi_i(a_i) of the recorded actions, summed over agents; and
-    how far V is from what the recorded rest of the episode was worth.
+    Independent behavioural cloning, -log pi_i(a_i) of the recorded actions, summed over
+    agents; and how far V is from what the recorded rest of the episode was worth.
     """
     state, history = begin(agents, data, rows)
     x, action = agents.remember(agents.see(state), history), data.action[rows]  # (S, B, N, A)
@@ -851,8 +853,8 @@ def take_step(adam, parameters, gradients):
 def descend(adam, module, losses, max_grad_norm):
     """One step down the losses (G,) of independent parts; returns them, detached.
 
-    A part is a member of the model, or all that one seed's agents learn. Their sum leaves each
-    part the gradient that it would have alone; each gradient has a limited length.
+    A part is a member of the model, or all that one seed's agents learn. Their sum leaves
+    each part the gradient that it would have alone; each gradient has a limited length.
     """
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(losses.sum(), parameters)
@@ -865,14 +867,14 @@ def descend(adam, module, losses, max_grad_norm):
 
 
 def model_update(model, adam, data, rows, args):
-    """One update of all members, from minibatches of their own, rows (S, n, B); losses (S, n)."""
+    """One update of all members on their own rows (S, n, B); losses (S, n)."""
     losses = model_loss(model, data, rows.flatten(0, 1), args.beta_nll)  # (U,)
     losses = descend(adam, model, losses, args.max_grad_norm)
     return losses.view(rows.shape[:2])
 
 
 def minibatch(agents, adam, batch, pick, args):
-    """One gradient step of all seeds on the steps `pick` (S, B) of the batch; what to log, (S,)."""
+    """One gradient step of all seeds on the steps `pick` (S, B) of the batch; logs."""
     seed = torch.arange(agents.S, device=pick.device)[:, None]
     total, logs = ppo_loss(agents, Batch(*(x[seed, pick] for x in batch)), args)
     total = descend(adam, agents, total, args.max_grad_norm)
@@ -882,7 +884,7 @@ def minibatch(agents, adam, batch, pick, args):
 
 
 def update(agents, adam, batch, orders, args, minibatch=minibatch):
-    """Go over a rehearsal in minibatches, in these orders (epochs, S, B k); logs of the last one.
+    """Go over a rehearsal in these orders (epochs, S, B k); logs of the last minibatch.
 
     `minibatch` can be given in compiled form.
     """
@@ -896,7 +898,7 @@ def update(agents, adam, batch, orders, args, minibatch=minibatch):
 
 
 def clone_update(agents, adam, data, rows, args):
-    """One update of the warm-up on the steps that begin in the rows (S, B); its loss (S,)."""
+    """One update of the warm-up on the rows (S, B); its loss (S,)."""
     return descend(adam, agents, clone_loss(agents, data, rows), args.max_grad_norm)
 
 
@@ -913,7 +915,8 @@ elif __name__ == "__main__":
 def distinct_columns(state, obs):
     """Each distinct column of states (R, D) and views (R, N, O) once: states (R, D').
 
-    Also where the agents' views are found in them, (N, O); D' is the 0 that fills up short views.
+    Also where the agents' views are found in them, (N, O); D' is the 0 that fills up
+    short views.
     """
     D, table = state.shape[1], torch.cat([state, obs.flatten(1)], 1)  # (R, C)
     columns = [column.tobytes() for column in table.T.cpu().numpy()]
@@ -964,8 +967,7 @@ def player(agents):
     def act(obs, avail, memory, clocks=None):
         obs = agents.scale(obs.to(agents.alpha.dtype))  # (S, B, N, O)
         history = memory.unflatten(-1, (agents.H, agents.O + agents.A))
-        action = agents.sample(agents.policy(agents.remember(obs, history)))
-        carried = agents.carry_out(action)
+        action, carried = agents.sample(agents.policy(agents.remember(obs, history)))
         memory = push(history, obs, carried).flatten(-2)
         return action if agents.discrete else carried.float(), memory
 
