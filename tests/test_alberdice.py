@@ -142,6 +142,7 @@ def test_the_slope_of_nus_loss_is_what_is_missing_from_the_flow_of_visits(float6
 def test_places_are_drawn_again_as_often_as_their_ratio_says():
     ratio = torch.tensor([[1.0, 0, 3, 0], [2, 2, 2, 2]])
     again = alberdice.resample(ratio, torch.linspace(0, 1, 401).expand(2, -1))  # 1: rounded up
+    assert again.max() == 3
     counts = torch.stack([(again == place).sum(1) for place in range(4)], 1)
     assert (counts - 400 * ratio / ratio.sum(1, keepdim=True)).abs().max() <= 1
 
@@ -205,7 +206,7 @@ def test_two_sweeps_are_those_by_hand(float64):
         parameter.data += 0.3 * torch.randn_like(parameter)
     team.mus[0][-1].weight.data *= 60
     behaviour, generators = alberdice.tabulate(team, data, args), streams()
-    adams = alberdice.optimizers(team, args)
+    adam = alberdice.optimizer(team, args)
     assert ((behaviour.log_mu[0] == -20) & data.avail[:, 0]).any()
     names = ("mus", "nus", "es", "policies")
     nets, slow = [], []
@@ -217,8 +218,8 @@ def test_two_sweeps_are_those_by_hand(float64):
         nets[s]["teammates"] = leaves(team.teammates, s)
     for step, alpha, cql, left in ((0, 1.6, 0.9, 1), (1, 0.8, 0.3, 2 / 3)):
         noise = alberdice.draw_noise(generators, N, args)
-        alberdice.schedule(team, adams, step, args)
-        logs = alberdice.update(team, adams, data, behaviour, noise, args)
+        alberdice.schedule(team, adam, step, args)
+        logs = alberdice.update(team, adam, data, behaviour, noise, args)
         for s in range(S):
             for group in slow[s].param_groups:
                 group["lr"] *= left
