@@ -1,81 +1,94 @@
 """MOMA-PPO: a team rehearses in a learned world (Barde et al., AAMAS 2024, arXiv 2305.17198).
 
-The problem. N agents learn from a fixed dataset that mixes several ways of working together. What
-one agent does there may be a good half of some convention. The halves of two conventions do not
-fit, and nothing in the data shows what happens if they meet. A method that never plays cannot
-find out.
+The problem. N agents learn from a fixed dataset that mixes several ways of working
+together. What one agent does there may be a good half of some convention. The halves of
+two conventions do not fit, and nothing in the data shows what happens if they meet. A
+method that never plays cannot find out.
 
-The idea. Act 1 learns a model of the world from the data. In act 2 the team plays in it for a few
-steps from recorded situations, and learns with an ordinary on-policy method (MAPPO). Agents that
-meet in the model can agree on one convention. An ensemble says where the model is guessing: there
-the reward is lowered, and beyond a limit the rollout stops.
+The idea. Act 1 learns a model of the world from the data. In act 2 the team plays in it
+for a few steps from recorded situations, and learns with an ordinary on-policy method
+(MAPPO). Agents that meet in the model can agree on one convention. An ensemble says where
+the model is guessing: there the reward is lowered, and beyond a limit the rollout stops.
 
-Equations, by numbers of our own. s is the state, a the joint action, o_i agent i's view, h_i its
-last views and actions. Members e = 1..n of the ensemble predict s'_e and r_e; x_e = (s'_e, r_e).
-From Eq. 2 on, the members are the best ones only.
+Equations, by numbers of our own. s is the state, a the joint action, o_i agent i's view,
+h_i its last views and actions. Members e = 1..n of the ensemble predict s'_e and r_e;
+x_e = (s'_e, r_e). From Eq. 2 on, the members are the best ones only.
  1 ensemble   L_e   = -log N(s'; s'_e, sigma_e) / D' - log N(r; r_e, sigma_e) + BCE(end),
                       D' entries of s' that vary
  2            r^    = mean_e r_e,  s^ = s'_e of one member drawn for each step,
                       end = majority of the members
- 3            eps_r = var_e r_e,   eps_g = | cov_e x_e |_F
- 4            r~    = box(r^) - lambda_r min(eps_r, l) - lambda_g min(eps_g, l),  s^ = box(s^)
- 5 masks      m     = 0 where the game ended;   zeta = 0 at the k-th step, or where eps_g >= l
+ 3            eps_r = var_e r_e,  eps_g = | cov_e x_e |_F
+ 4            r~    = box(r^) - lambda_r min(eps_r, l) - lambda_g min(eps_g, l),
+                      s^ = box(s^)
+ 5 masks      m     = 0 where the game ended,
+              zeta  = 0 at the k-th step, or where eps_g >= l
  6 GAE        delta_t = r~_t + gamma m_t V(s_{t+1}) - V(s_t)
  7            A_t   = delta_t + gamma lambda m_t zeta_t A_{t+1}
  8            R_t   = r~_t + gamma m_t [ zeta_t R_{t+1} + (1 - zeta_t) V(s_{t+1}) ]
- 9 agents     V     = sum_i w_i(s) V_i(h_i, o_i) + b(s),   log pi = sum_i log pi_i(a_i | h_i, o_i)
-10            L(pi) = -E min( rho A, clip(rho) A ) + mu E sum max(0, |mean action| - 1)^2 - alpha H
+ 9 agents     V     = sum_i w_i(s) V_i(h_i, o_i) + b(s),
+              log pi = sum_i log pi_i(a_i | h_i, o_i)
+10            L(pi) = -E min( rho A, clip(rho) A )
+                      + mu E sum max(0, |mean action| - 1)^2 - alpha H
 11            L(V)  = 1/2 max( E (V - R)^2, E (V_old + clip(V - V_old) - R)^2 )
 
-In Eq. 1 the members learn alone, each from minibatches of its own: that they differ where there
-are no data is all that Eq. 3 measures. sigma_e is a network's output, between e^-6 and e^2 times
-the spread of what is predicted.
+Eq. 1: each member learns alone, from minibatches of its own. That members differ where
+there are no data is all that Eq. 3 measures. sigma_e is an output, too, between e^-6 and
+e^2 times the spread of what is predicted.
 
-In Eq. 10 rho = pi / pi_played is the ratio of the *joint* action, the product of all agents'
-ratios. The advantage A is the team's, earned by what all did together, so it is weighted by how
-likely that is now. One clip then limits how far the whole team moves; N clips, one an agent,
-would let it move N times as far. rho is cut at e^10. A is less its mean and over its spread in all
-rollouts of an update. mu is --action-penalty, 1. Policies are Gaussians on the whole line, whose
-actions are clipped to [-1, 1] where they are played: beyond, the reward no longer teaches the
-mean, so mu's term brings it back. The deviation of a policy lies between e^-6 and 1.
+Eqs. 5 to 8: where the game ends, nothing follows. Where a rollout only stops, V(s_{t+1})
+stands for what would have followed.
 
-Each minibatch is a step of Adam down L(pi) + L(V), with a gradient of limited length. The price of
-entropy alpha begins at 0, and after each minibatch becomes max(0, alpha + 0.001 (H_least - H)):
-there is no bonus before the team's joint entropy H falls below H_least.
+Eq. 9: V serves training only. To play, an agent needs its own view and memory.
 
-Commands, and the return to expect (last policy, greedy; one CPU core). All tasks and datasets:
-algorithms/moma_ppo.md.
+Eq. 10: rho = pi / pi_played is the ratio of the *joint* action, the product of all agents'
+ratios. A is the team's, earned by what all did together, so it is weighted by how likely
+that is now. One clip limits how far the whole team moves; a clip for each agent would let
+it move N times as far. rho is cut at e^10. A is less its mean and over its spread in all
+rollouts of an update. Policies are Gaussians on the whole line, and their actions are
+clipped to [-1, 1] where they are played. Beyond that the reward no longer teaches the
+mean, so the term with mu (--action-penalty, 1) brings it back. A policy's deviation lies
+between e^-6 and 1.
+
+Each minibatch is a step of Adam down L(pi) + L(V), with a gradient of limited length. The
+price of entropy alpha begins at 0, and after each minibatch becomes max(0, alpha + 0.001
+(H_least - H)): there is no bonus before the team's joint entropy H falls below H_least.
+
+Commands, and the return to expect (last policy, greedy; one CPU core):
   python algorithms/moma_ppo.py
-      the coordination game, unfavourable data, 10 seeds, 8 s: 1, the best return, in all seeds;
-      cloning (bc.py) has 0
+      the coordination game, unfavourable data, 10 seeds, 8 s: 1, the best return, in all
+      seeds; cloning (bc.py) has 0
   python algorithms/moma_ppo.py --env reacher --task all-observant
       two agents share an arm, 3 seeds, 9 minutes: normalised 1.00 (cloning 0.89)
   python algorithms/moma_ppo.py --env ant --dataset medium
-      four agents share an ant, a leg each, 3 seeds, 34 minutes: 2,743 (data 1,870, cloning 2,429)
-  ... --world-model runs/moma_ppo/OTHER       with the model that another run has learned
+      four agents share an ant, 3 seeds, 34 minutes: 2,743 (data 1,870, cloning 2,429)
   ... --penalty aleatoric | --reward-penalty 0 --state-penalty 0 | --no-box | --horizon 5
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, moma_ppo as moma
-  S, T, row = 2, 10, torch.arange(20 * 11)     # seeds; 20 episodes of T steps, T + 1 rows each
-  state, action, age = torch.randn(len(row), 3), 2 * torch.rand(len(row), 2, 1) - 1, row % (T + 1)
-  reward, start = -state.abs().sum(1), row[age < T]
-  held = start % 10 == 0                       # better: some whole episodes
-  columns = torch.tensor([[0, 1], [1, 2]])     # each agent sees two entries of the state
+  S, T, row = 2, 10, torch.arange(20 * 11)  # seeds; 20 episodes of T steps, T + 1 rows each
+  age, start = row % (T + 1), row[row % (T + 1) < T]
+  state, action = torch.randn(len(row), 3), 2 * torch.rand(len(row), 2, 1) - 1
+  reward, held = -state.abs().sum(1), start >= 18 * (T + 1)  # two episodes are held out
+  columns = torch.tensor([[0, 1], [1, 2]])  # each agent sees two entries of the state
   data = moma.Data(state, action, reward, 0 * reward, reward, age, start, row[age == 0],
                    start[~held], start[held], columns, None)
-  small = dict(num_seeds=S, model_steps=200, steps=20, rollouts=32, horizon=5)
+  small = dict(num_seeds=S, model_steps=200, model_hidden=32, reward_hidden=32)
+  small |= dict(model_batch=32, steps=20, rollouts=32, horizon=5)
   args = moma.Args(**moma.PRESETS[""] | small)
   streams = [torch.Generator().manual_seed(s) for s in range(S)]
   agents, model = moma.Agents(data, args, streams), moma.Model(data, args, streams)
   adam = torch.optim.Adam(agents.parameters(), args.lr)
   model_adam = torch.optim.Adam(model.parameters(), args.model_lr)
-  for step in range(args.model_steps):         # act 1
+  for step in range(args.model_steps):  # act 1
       model_adam.param_groups[0]["lr"] = args.model_lr * (1 - step / args.model_steps)
-      moma.model_update(model, model_adam, data, moma.draw_batches(streams, data, args), args)
+      rows = moma.draw_batches(streams, data, args)
+      moma.model_update(model, model_adam, data, rows, args)
   elites = model.choose(moma.best(moma.validate(model, data, S), args))
   world = moma.dream(elites, data, args)
-  for step in range(args.steps):               # act 2
+  for step in range(args.warmup):  # 0 here; an ant's agents clone first
+      rows = moma.draw_rows(streams, data.start, args.batch_size)
+      moma.clone_update(agents, adam, data, rows, args)
+  for step in range(args.steps):  # act 2
       adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
       noise = moma.draw_noise(streams, data, args)
       batch, logs = moma.rehearse(agents, world, data, noise, args)
@@ -83,32 +96,33 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
       logs |= moma.update(agents, adam, batch, orders, args)
 
 Where the paper and its authors' code disagree, this is the paper's:
-  1. The reward is all members' mean, not one's. A game ends by the members' vote; in the code the
-     agents' heads of the one drawn member vote.
-  2. eps_g is compared with its limit before it is capped. The code caps it first, so that no
-     rollout ever stops for it (--no-adaptive).
+  1. The reward is all members' mean, not one's. A game ends by the members' vote; in the
+     code the agents' heads of the one drawn member vote.
+  2. eps_g is compared with its limit before it is capped. The code caps it first, so that
+     no rollout ever stops for it (--no-adaptive).
   3. In the ant each agent drives the leg that it sees (see envs/mamujoco.py).
-Choices made here, and in brackets the flags for what the paper or its code has. The reasons stand
-under the same numbers in algorithms/moma_ppo.md.
-  4. The model predicts the global state once; the code, every agent's view of it. In eps_g an entry
-     counts as often as the agents see it, and the reward once for each agent.
-  5. Networks see and predict in units of the data's spread, and the model predicts changes. The
-     code has raw numbers and the next state.
-  6. Whole episodes are held out, and members ranked by how their means err there. The code holds
-     out steps, and ranks by drawn predictions.
-  7. A rollout that ends early makes room for a new one: an update always sees rollouts x horizon
-     steps.
-  8. The policies' entropy and the penalty on actions are exact means. The code weights them by rho.
+Choices made here, and in brackets the flags for what the paper or its code has. Reasons
+stand under the same numbers in algorithms/moma_ppo.md.
+  4. The model predicts the global state once; the code, every agent's view of it. In eps_g
+     an entry counts as often as agents see it, and the reward once for each agent.
+  5. Networks see and predict in units of the data's spread, and the model predicts changes.
+     The code has raw numbers and the next state.
+  6. Whole episodes are held out, and members ranked by how their means err there. The code
+     holds out steps, and ranks by drawn predictions.
+  7. A rollout that ends early makes room for a new one: an update always sees rollouts x
+     horizon steps.
+  8. The policies' entropy and the penalty on actions are exact means. The code weights
+     them by rho.
   9. Networks are smaller than the code's, and step sizes larger; these fall to 0.
- 10. L(V) and its clip are in units of the returns' spread. w(s) may be negative, as in the code,
-     though not in QMIX.
+ 10. L(V) and its clip are in units of the returns' spread. w(s) may be negative, as in the
+     code, though not in QMIX.
  11. Policies begin with the spread of the recorded actions, not with 1.
  12. The arm's box is wider than the data (--box-margin 0). The ant's V(s') is bounded
      (--no-bound-values).
- 13. Bodies rehearse 25 or 50 steps (--horizon 10), some from an episode's start (--first 0), and
-     remember nothing (--memory 10).
- 14. The ant's agents first clone the data (--warmup 0), while V learns the data's returns. These
-     take a time limit for the end.
+ 13. Bodies rehearse 25 or 50 steps (--horizon 10), some from an episode's start
+     (--first 0), and remember nothing (--memory 10 --width 128).
+ 14. The ant's agents first clone the data (--warmup 0), while V learns the data's returns.
+     These take a time limit for the end.
  15. Bodies' models learn with --beta-nll 0.5 (0). The ant's draws its next states
      (--no-sample-states) and tells a fall by s'_e (--end-from step).
  16. The ant's limit, penalties, --no-adaptive and least entropy are ours. The game has no
@@ -116,16 +130,16 @@ under the same numbers in algorithms/moma_ppo.md.
 
 Seeds differ in all that is random here, but share the held-out episodes.
 
-Shapes: S seeds, N agents, B rollouts or steps of a minibatch, k steps of a rollout, n members,
-U = S n models, Q = S N networks of agents, A actions (or entries of an action), X = N A,
-O observation, D state, H steps of memory, W its width, R rows (observations) of the dataset,
-M rows in which a step begins, E episodes.
+Shapes: S seeds, N agents, B rollouts or steps of a minibatch, k steps of a rollout,
+n members, U = S n models, Q = S N networks of agents, A actions (or entries of an action),
+X = N A, O observation, D state, H steps of memory, W its width, R rows (observations) of
+the dataset, M rows in which a step begins, E episodes.
 """
 
 import copy
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -163,7 +177,6 @@ class Args:
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
     # --- act 1, the world model
-    world_model: str = ""  # the folder of a run whose model to use in place of learning one
     model_steps: int = 300  # updates of the model
     model_eval_every: int = 100  # updates between looks at the held-out episodes
     model_batch: int = 64  # steps per update, drawn by each member on its own
@@ -933,28 +946,8 @@ def arrange(dataset, args):
     )
 
 
-@torch.no_grad()
-def open_loop(model, data, k):
-    """How far models err that are left to themselves for 1, 2, … k recorded actions: a list.
-
-    The root mean square in units of the data's spread, from held-out rows with k steps to come.
-    """
-    rows = data.held[data.held + k < len(data.state)]
-    rows = rows[data.age[rows + k] == data.age[rows] + k]
-    rows = rows[:: max(1, len(rows) // 500)]  # some of them
-    state = data.state[rows].expand(len(model.for_end[0].weight), -1, -1)
-    errors = []
-    for t in range(k):
-        action = data.action[rows + t].flatten(1).expand(len(state), -1, -1)
-        state = model(state, action).state
-        error = model.state(state) - model.state(data.state[rows + t + 1])
-        errors.append(error.square().mean().sqrt().item())
-    return errors
-
-
-def learn_model(run, data, args):
-    """Act 1: the models of each seed's elites."""
-    model = Model(data, args, run.streams(2, "cpu")).to(run.device)
+def learn_model(run, model, data, args):
+    """Act 1."""
     adam = torch.optim.Adam(model.parameters(), args.model_lr, fused=True)
     generators, learn = run.streams(3), run.compile(model_update)
     run.begin("model step", "world_model.csv", model=model, adam=adam, generators=generators)
@@ -963,7 +956,6 @@ def learn_model(run, data, args):
         loss = learn(model, adam, data, draw_batches(generators, data, args), args)
         if run.scheduled(step + 1):
             run.logs = {"loss": loss} | validate(model, data, args.num_seeds)
-    return model.choose(best(validate(model, data, args.num_seeds), args))
 
 
 def player(agents):
@@ -986,35 +978,31 @@ def main(args):
     data = arrange(run.load(), args)
     agents = Agents(data, args, run.streams(0, "cpu")).to(run.device)
     adam = torch.optim.Adam(agents.parameters(), args.lr, fused=True)
-    generators = run.streams(1)
+    generators, team = run.streams(1), player(agents)
 
     # Act 1: a world to play in
-    if run.reached():
-        model = Model(data, replace(args, members=args.elites), run.streams(2, "cpu"))
-        model = model.to(run.device).requires_grad_(False)
-    else:
-        model = learn_model(run, data, args)
-    world = dream(model, data, args)
-    rehearsal, learn = run.compile(rehearsal_step), run.compile(minibatch)
-    clone = run.compile(clone_update)
+    model = Model(data, args, run.streams(2, "cpu")).to(run.device)
+    if not run.reached():
+        learn_model(run, model, data, args)
+    elites = model.choose(best(validate(model, data, args.num_seeds), args))
+    world = dream(elites, data, args)
 
     # Act 2: rehearsals in it
-    run.begin(model=model, agents=agents, adam=adam, generators=generators)
-    errors = open_loop(model, data, args.horizon)
-    run.say(
-        f"open-loop error of the model after 1 and {args.horizon} steps: {errors[0]:.3f}, {errors[-1]:.3f}"
-    )
-    team = player(agents)
+    rehearsal, learn = run.compile(rehearsal_step), run.compile(minibatch)
+    clone = run.compile(clone_update)
+    run.begin(elites=elites, agents=agents, adam=adam, generators=generators)
     for step in run.steps(team):
-        for _ in range(args.warmup if step == 0 else 0):
-            clone(agents, adam, data, draw_rows(generators, data.start, args.batch_size), args)
+        if step == 0:
+            for _ in range(args.warmup):
+                rows = draw_rows(generators, data.start, args.batch_size)
+                clone(agents, adam, data, rows, args)
         adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
         noise = draw_noise(generators, data, args)
         batch, logs = rehearse(agents, world, data, noise, args, rehearsal)
         orders = draw_orders(generators, batch.returns.shape[1], args)
-        run.logs = logs | update(agents, adam, batch, orders, args, learn)
-        run.logs["alpha"] = agents.alpha
-    return run.finish("MOMA-PPO", team, open_loop=errors)
+        logs |= update(agents, adam, batch, orders, args, learn)
+        run.logs = logs | {"alpha": agents.alpha}
+    return run.finish("MOMA-PPO", team)
 
 
 def parse(argv=None):

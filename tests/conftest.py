@@ -26,7 +26,7 @@ def load_script(name):
 
 
 def command(*words, **options):
-    """Start `python WORDS` in the repository, as a user would, and wait; returns the finished process."""
+    """Run `python WORDS` in the repository, as a user would; returns the finished process."""
     return subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
@@ -38,7 +38,7 @@ def command(*words, **options):
 
 
 def complains(process, *words, code=1):
-    """Assert that a command ended with one clear line that holds `words`, and with this exit code."""
+    """Assert that a command ended with one clear line with `words`, and with this exit code."""
     lines = process.stderr.strip().splitlines()
     assert process.returncode == code, process.stderr
     assert len(lines) == 1 and "Traceback" not in process.stderr, process.stderr
@@ -91,7 +91,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """All tests at once run on all cores, where pytest-xdist is installed; -n 0 runs them one after the other."""
+    """All tests at once run on all cores, where pytest-xdist is installed; -n 0: on one."""
     whole = [Path(word).resolve() for word in config.args] in ([ROOT / "tests"], [ROOT])
     mine = config.pluginmanager.hasplugin("xdist") and "PYTEST_XDIST_WORKER" not in os.environ
     if mine and whole and config.option.numprocesses is None:

@@ -1,14 +1,15 @@
-"""A pretended GPU on a machine without one: tensors that are "elsewhere", hold real numbers, and tell what a GPU minds.
+"""A pretended GPU on a machine without one: tensors that are "elsewhere", hold real numbers, and
+tell what a GPU minds.
 
     with PretendedGPU() as gpu:
         x = torch.rand(3, device="meta")    # the pretended device's name
-        if (x > 2).any(): ...               # gpu.waits: {"_local_scalar_dense at tests/....py:7": 1}
+        if (x > 2).any(): ...               # gpu.waits: {"_local_scalar_dense at tests/x.py:7": 1}
         x + torch.ones(3)                   # RuntimeError: mixed devices
 
-`waits` counts, by kind and line, where the host would have to wait for the device or copy to it; `ops` counts the
-operations that would be launched there, views left out. Torch's own FakeTensorMode cannot do this: its tensors have no
-numbers, so programs stop at their first mask, and a CPU build refuses autograd on a fake "cuda" tensor. That is why
-the device is called "meta" here.
+`waits` counts, by kind and line, where the host would have to wait for the device or copy to it;
+`ops` counts the operations that would be launched there, views left out. Torch's own FakeTensorMode
+cannot do this: its tensors have no numbers, so programs stop at their first mask, and a CPU build
+refuses autograd on a fake "cuda" tensor. That is why the device is called "meta" here.
 """
 
 import collections
@@ -28,11 +29,13 @@ current = None  # the pretended GPU that is switched on
 
 # Operations that launch nothing, and those whose result's size or value the host has to wait for.
 VIEWS = set(
-    "view _unsafe_view reshape expand transpose t permute unsqueeze squeeze select slice detach alias split as_strided "
-    "split_with_sizes unbind diagonal unfold view_as chunk movedim _reshape_alias lift_fresh unsafe_split".split()
+    "view _unsafe_view reshape expand transpose t permute unsqueeze squeeze select slice detach "
+    "alias split as_strided split_with_sizes unbind diagonal unfold view_as chunk movedim "
+    "_reshape_alias lift_fresh unsafe_split".split()
 )
 WAITING = set(
-    "_local_scalar_dense nonzero masked_select _unique2 unique_dim unique_consecutive bincount equal".split()
+    "_local_scalar_dense nonzero masked_select _unique2 unique_dim unique_consecutive "
+    "bincount equal".split()
 )
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
 
@@ -190,7 +193,7 @@ class PretendedGPU(TorchDispatchMode):
         return self.launch(func, args, kwargs or {})
 
     def launch(self, func, args, kwargs):
-        """Run one operation: complain of mixed devices, note waits, count it, and wrap what stays on the device."""
+        """Run one operation: complain of mixed devices, note waits, count it, wrap what stays."""
         name, given = func._overloadpacket.__name__, tree_leaves((args, kwargs))
         away = [x for x in given if isinstance(x, Away)]
         here = [x for x in given if isinstance(x, torch.Tensor) and not isinstance(x, Away)]

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from conftest import SHARED, load_script
 from tabular import boltzmann, evaluate, local_q, one_state_operator, random_game, sweep
 
-from data import layout
+from data import layout, load
 
 inspo = load_script("inspo")
 S, B, N, A, D, O = 2, 7, 3, 4, 5, 6
@@ -23,87 +22,52 @@ def streams(count=S, seed=0):
 
 
 # ---------------------------------------------------------------- the losses, number by number
-class Batch(NamedTuple):
-    """Random numbers for a loss; some actions are not available."""
-
-    q: torch.Tensor  # (S, B, A)
-    log_pi: torch.Tensor
-    log_mu: torch.Tensor
-    avail: torch.Tensor
-    action: torch.Tensor  # (S, B)
-    reward: torch.Tensor
-    done: torch.Tensor
-    valid: torch.Tensor
-    alpha: torch.Tensor  # (S, 1)
-    beta: torch.Tensor  # ()
-
-
-def random_batch():
+def test_the_losses_are_equations_15_20_and_24(float64):
+    """Some actions are not available, some weights beyond their cap, some places no steps."""
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=g)
+        return torch.randn(S, B, *shape, generator=g).requires_grad_()
 
     avail = torch.rand(S, B, A, generator=g) > 0.3
     avail[..., 1] = True
     action = (torch.rand(S, B, A, generator=g) * avail).argmax(-1)
-    logs = [normal(S, B, A).masked_fill(~avail, inspo.ILLEGAL).log_softmax(-1) for _ in range(2)]
-    log_pi, log_mu = logs[0].requires_grad_(), logs[1].clamp(min=-20)
+    log_pi, log_mu = (normal(A).masked_fill(~avail, inspo.ILLEGAL).log_softmax(-1) for _ in "12")
+    log_mu = log_mu.detach().clamp(min=-20)
     done, valid = ((torch.rand(S, B, generator=g) > 0.4).double() for _ in range(2))
-    alpha, beta = torch.tensor([[0.1], [2.0]]), torch.tensor(0.3)
-    q = normal(S, B, A).requires_grad_()
-    return Batch(q, log_pi, log_mu, avail, action, normal(S, B), done, valid, alpha, beta)
+    q, reward, alpha, beta = normal(A), normal(), torch.tensor([[0.1], [2.0]]), torch.tensor(0.3)
 
-
-def test_the_target_is_equation_15(float64):
-    q, log_pi, log_mu, avail, _, reward, done, _, alpha, beta = random_batch()
-    found = inspo.soft_target(q, log_pi, log_mu, reward, done, alpha, beta, 0.9)
-    assert not found.requires_grad
-    for s, b in itertools.product(range(S), range(B)):
-        value = 0.0
-        for a in range(A):
-            if avail[s, b, a]:
-                p, mu = log_pi[s, b, a].exp().item(), log_mu[s, b, a].exp().item()
-                price = alpha[s, 0].item() * math.log(p / mu) + 0.3 * math.log(p)
-                value += p * (q[s, b, a].item() - price)
-        y = reward[s, b].item() + (0.0 if done[s, b] else 0.9 * value)
-        assert found[s, b].item() == pytest.approx(y, rel=1e-12)
-
-
-def test_the_critic_loss_is_equation_24(float64):
-    batch = random_batch()
-    found = inspo.critic_loss(batch.q, batch.reward, batch.action, batch.avail, torch.tensor(0.7))
-    for s in range(S):
-        total = 0.0
-        for b in range(B):
-            legal = [batch.q[s, b, a].item() for a in range(A) if batch.avail[s, b, a]]
-            taken = batch.q[s, b, batch.action[s, b]].item()
-            gap = math.log(sum(map(math.exp, legal))) - taken
-            total += (taken - batch.reward[s, b].item()) ** 2 + 0.7 * gap
-        assert found[s].item() == pytest.approx(total / B, rel=1e-12)
-
-
-def test_the_policy_loss_is_equation_20(float64):
-    q, log_pi, log_mu, avail, action, _, _, valid, alpha, beta = random_batch()
+    y = inspo.soft_target(q, log_pi, log_mu, reward, done, alpha, beta, 0.9)
+    q_loss = inspo.critic_loss(q, y, action, avail, torch.tensor(0.7))
     weight = inspo.policy_weight(q, log_mu, action, avail, alpha, beta, cap=1.5)
-    found, kl = inspo.policy_loss(log_pi, log_mu, action, weight, valid)
-    assert not weight.requires_grad and not kl.requires_grad and (weight == 1.5).any()
+    pi_loss, kl = inspo.policy_loss(log_pi, log_mu, action, weight, valid)
+    assert not (y.requires_grad or weight.requires_grad or kl.requires_grad)
+    assert (weight == 1.5).any()
     for s in range(S):
-        T, total, divergence = alpha[s, 0].item() + 0.3, 0.0, 0.0
+        a, T, sums = alpha[s, 0].item(), alpha[s, 0].item() + 0.3, [0.0, 0.0, 0.0]
         for b in range(B):
-            legal = [a for a in range(A) if avail[s, b, a]]
-            mu, a = log_mu[s, b].exp().tolist(), action[s, b].item()
-            terms = [
-                mu[k] ** (alpha[s, 0].item() / T) * math.exp(q[s, b, k].item() / T) for k in legal
-            ]
-            equation_12 = terms[legal.index(a)] / sum(terms)
-            assert weight[s, b].item() == pytest.approx(min(1.5, equation_12 / mu[a]), rel=1e-10)
+            legal, taken = avail[s, b].nonzero()[:, 0].tolist(), action[s, b].item()
+            pi, mu, value = (
+                log_pi[s, b].exp().tolist(),
+                log_mu[s, b].exp().tolist(),
+                q[s, b].tolist(),
+            )
+            soft = sum(pi[k] * (value[k] - 0.3 * math.log(pi[k])) for k in legal)
+            divergence = sum(pi[k] * math.log(pi[k] / mu[k]) for k in legal)
+            target = reward[s, b].item() + 0.9 * (1 - done[s, b].item()) * (soft - a * divergence)
+            assert y[s, b].item() == pytest.approx(target, rel=1e-12)
+            gap = math.log(sum(math.exp(value[k]) for k in legal)) - value[taken]
+            sums[0] += ((value[taken] - target) ** 2 + 0.7 * gap) / B
+            terms = {k: mu[k] ** (a / T) * math.exp(value[k] / T) for k in legal}
+            equation_12 = terms[taken] / sum(terms.values())
+            assert weight[s, b].item() == pytest.approx(
+                min(1.5, equation_12 / mu[taken]), rel=1e-10
+            )
             if valid[s, b]:
-                pi = log_pi[s, b].exp().tolist()
-                total -= weight[s, b].item() * math.log(pi[a])
-                divergence += sum(pi[k] * math.log(pi[k] / mu[k]) for k in legal)
-        assert found[s].item() == pytest.approx(total / valid[s].sum().item(), rel=1e-10)
-        assert kl[s].item() == pytest.approx(divergence / valid[s].sum().item(), rel=1e-10)
+                sums[1] -= weight[s, b].item() * math.log(pi[taken]) / valid[s].sum().item()
+                sums[2] += divergence / valid[s].sum().item()
+        found = [x[s].item() for x in (q_loss, pi_loss, kl)]
+        assert found == pytest.approx(sums, rel=1e-10)
 
 
 def test_the_ratio_is_equation_23(float64):
@@ -159,17 +123,18 @@ class AlonePolicy(torch.nn.Module):
         return self.head(self.gru(self.encoder(x))[0])
 
 
+MODULES = "mus", "critics", "targets", "policies"
+
+
 class Slow:
     """One seed of a team that learns in plain loops, on torch's own layers and optimisers."""
 
     def __init__(self, team, data, args, s):
         self.data, self.args = data, args
-        self.mus, self.policies = ([alone(p, s) for p in x] for x in (team.mus, team.policies))
-        self.critics, self.targets = (
-            [alone(q, s) for q in x] for x in (team.critics, team.targets)
-        )
+        for name in MODULES:
+            setattr(self, name, [alone(module, s) for module in getattr(team, name)])
         self.teammates = alone(team.teammates, s)
-        self.log_alpha = team.log_alpha[s, 0].detach().clone().requires_grad_()
+        self.log_alpha = team.log_alpha[0][s, 0].detach().clone().requires_grad_()
         self.adams = {}
         self.seen = set()  # what happened, or it was not tested
         self.begins = [*data.first.nonzero()[:, 0].tolist(), len(data.obs)]
@@ -191,9 +156,8 @@ class Slow:
             for k in range(N):
                 if k == i or k < j:
                     known[k, actions[k]] = 1
-            logits = self.teammates(
-                torch.cat([self.data.state[row], torch.eye(N)[j], known.flatten()])
-            )
+            x = torch.cat([self.data.state[row], torch.eye(N)[j], known.flatten()])
+            logits = self.teammates(x)
             if self.args.recurrent:
                 logits = logits + log_mu[j][row].detach()
             logits = logits.masked_fill(~self.data.avail[row, j], -torch.inf)
@@ -226,8 +190,7 @@ class Slow:
     # ------------------------------------------------------------ cloning
     def clone(self, generator):
         args = self.args
-        models = itertools.chain(*(m.parameters() for m in [*self.mus, self.teammates]))
-        models = list(models)
+        models = [x for model in (*self.mus, self.teammates) for x in model.parameters()]
         for _ in range(args.clone_steps):
             places = self.draw(generator, args.sequences if args.recurrent else args.clone_batch)
             log_mu, loss = self.tables(self.mus), 0.0
@@ -243,11 +206,10 @@ class Slow:
 
     def tabulate(self):
         with torch.no_grad():
-            self.log_mu, others = self.tables(self.mus), torch.zeros(N, len(self.data.obs))
-            for row in self.data.acted.nonzero()[:, 0].tolist():
-                for i in range(N):
-                    others[i, row] = self.log_others(row, i, self.log_mu)
-            self.log_mu_others = others
+            self.log_mu, rows = self.tables(self.mus), self.data.acted.nonzero()[:, 0].tolist()
+            self.log_mu_others = torch.zeros(N, len(self.data.obs))
+            for row, i in itertools.product(rows, range(N)):
+                self.log_mu_others[i, row] = self.log_others(row, i, self.log_mu)
 
     # ------------------------------------------------------------ a sweep
     def update(self, generator, order, beta, fade, pace, improve):
@@ -259,7 +221,7 @@ class Slow:
                 places = self.draw(generator, args.sequences if args.recurrent else args.batch_size)
             now = self.tables(self.policies)
             log_pi = [x.detach() for x in now] if args.sequential else before
-            alpha = self.log_alpha.exp().item() * (1 if args.auto_alpha else fade)
+            alpha = self.alpha(fade)
             ratios = [self.ratio(i, row, log_pi) for row, _ in places]
             drawn = self.resample(places, ratios, generator, args.batch_size)
             if not (args.resampling or args.recurrent):
@@ -269,8 +231,7 @@ class Slow:
             log = {"q_loss": loss.item()}
             self.step(f"q{i}", self.critics[i].parameters(), loss, pace * args.critic_lr)
             with torch.no_grad():
-                pairs = zip(self.targets[i].parameters(), self.critics[i].parameters())
-                for old, new in pairs:
+                for old, new in zip(self.targets[i].parameters(), self.critics[i].parameters()):
                     old += args.tau * (new - old)
             if improve:
                 places_of_pi = drawn if args.actor_data == "resampled" else places
@@ -282,9 +243,11 @@ class Slow:
                     loss = self.log_alpha.exp() * (args.kl_target - kl)
                     self.step("alpha", [self.log_alpha], loss, 1e-3)
             logs.append(log)
-        alpha = self.log_alpha.exp().item() * (1 if args.auto_alpha else fade)
         means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
-        return means | {"alpha": alpha}
+        return means | {"alpha": self.alpha(fade)}
+
+    def alpha(self, fade):
+        return self.log_alpha.exp().item() * (1 if self.args.auto_alpha else fade)
 
     def ratio(self, i, row, log_pi):
         if not self.data.acted[row]:
@@ -343,13 +306,13 @@ class Slow:
 
     def check(self, team, s, atol=1e-9):
         """Every network of the team is this one."""
-        pairs = [(self.teammates, team.teammates), *zip(self.mus, team.mus)]
-        for name in ("critics", "targets", "policies"):
-            pairs += zip(getattr(self, name), getattr(team, name))
+        pairs = [(self.teammates, team.teammates)]
+        for name in MODULES:
+            pairs += zip(getattr(self, name), getattr(team, name), strict=True)
         for slow, fast in pairs:
             for one, other in zip(slow.parameters(), alone(fast, s).parameters(), strict=True):
                 assert torch.allclose(one, other, rtol=0, atol=atol)
-        assert self.log_alpha.item() == pytest.approx(team.log_alpha[s, 0].item(), abs=1e-9)
+        assert self.log_alpha.item() == pytest.approx(team.log_alpha[0][s, 0].item(), abs=1e-9)
 
 
 def make_team(recurrent=False, lengths=LENGTHS, **changes):
@@ -481,7 +444,7 @@ def test_each_seed_keeps_the_clones_that_held_back_episodes_like_best(monkeypatc
     _, held = inspo.hold_back(data, 0.3)
     calls, (model, *_) = [], team.teammates.parameters()
 
-    def pretend(team, adam, data, rows, args, noise):  # to learn
+    def pretend(team, models, adam, data, rows, args, noise):  # to learn
         assert not torch.isin(rows[:, 0], held[:, 0]).any()
         calls.append(1)
         model.copy_(torch.tensor(float(len(calls))))
@@ -595,75 +558,39 @@ def test_the_exact_operator_on_xor(see, reward):
     assert (pi[0] @ XOR @ pi[1]).item() == pytest.approx(reward, abs=1e-3)
 
 
-def test_the_parts_compose_to_the_exact_operator(float64):
-    """Ratio, resampling and weights on a large minibatch give the operator's policy of agent 0."""
-    g = torch.Generator().manual_seed(0)
-    alpha, beta, n = 0.3, 0.1, 300_000
-    teammate = torch.tensor([0.35, 0.65])  # what agent 1 does now
-    cell = torch.multinomial(AA_AB_BA.flatten(), n, True, generator=g)
-    action, other, mu = cell // 2, cell % 2, AA_AB_BA.sum(1)
-    conditional = AA_AB_BA / mu[:, None]
-    log_mu_others = conditional.log()[action, other][None]
-    ratio = inspo.importance_ratio(teammate.log()[other][None], log_mu_others, 2, cap=1e9)
-    drawn = inspo.resample(ratio, torch.rand(1, n, generator=g))[0]
-    joint = AA_AB_BA * teammate / conditional.where(AA_AB_BA > 0, torch.inf)
-    counts = torch.bincount(2 * action[drawn] + other[drawn], minlength=4).view(2, 2) / n
-    assert torch.allclose(counts, joint / joint.sum(), atol=4e-3)
-
-    # The best clone of the resampled actions, by Eq. 20's weights
-    q = ((joint * XOR).sum(1) / joint.sum(1)).expand(1, n, 2)
-    free, log_mu, drawn = torch.ones(1, n, 2).bool(), mu.log().expand(1, n, 2), action[drawn][None]
-    weights = torch.tensor([[alpha]]), torch.tensor(beta)
-    weight = inspo.policy_weight(q, log_mu, drawn, free, *weights, cap=1e9)
-    clone = torch.zeros(2).index_add(0, drawn[0], weight[0])
-    exact = one_state_operator(AA_AB_BA, XOR, [mu, teammate], alpha, beta, order=(0,))[0]
-    assert torch.allclose(clone / clone.sum(), exact, atol=6e-3)
-
-
 # ---------------------------------------------------------------- what it comes to
-def learn(payoff, recorded, seeds=5, **changes):
-    """Train on recorded joint actions of two agents in one state: the joint policies (S, A, A)."""
-    joint, (M, A) = torch.tensor(recorded), (len(recorded), len(payoff))
-    row = torch.arange(2 * M + 1)
-    acted = ((row % 2 == 0) & (row < 2 * M)).float()
-    actions = torch.zeros(2 * M + 1, 2, dtype=torch.int64)
-    actions[: 2 * M : 2] = joint
-    reward = torch.tensor(payoff, dtype=torch.float32)[actions[:, 0], actions[:, 1]] * acted
-    ones = torch.ones(2 * M + 1, 2, 1)
-    data = inspo.Data(
-        ones, ones[:, 0], ones.expand(-1, -1, A).bool(), actions, reward, acted, acted,
-        row % 2 == 0, layout.pairs(row[: 2 * M : 2]),
-    )  # fmt: skip
-    args = inspo.Args(**dict(num_seeds=seeds, one_hot=False, cooldown=0.0) | changes)
-    generators, shared = streams(seeds), torch.Generator().manual_seed(0)
-    team, (adam, data) = inspo.Team(data, args, generators), (None, data)
+def learn(dataset, **changes):
+    """Train on what two agents did in one state, in a loop of our own: joint policies (S, A, A)."""
+    args = inspo.Args(one_hot=False, cooldown=0.0, **changes)
+    data, _ = inspo.arrange(dataset, args)
+    generators, shared = streams(args.num_seeds), torch.Generator().manual_seed(0)
+    team = inspo.Team(data, args, generators)
     adam = inspo.optimizer(team)
     data = inspo.clone(team, data, generators, args)
     for step in range(args.steps):
         inspo.update(team, adam, data, shared, generators, step, args)
-    one = torch.zeros(seeds, 1, 1, dtype=torch.int64)
-    pi = inspo.unroll(team.policies, range(2), one, data)[:, :, 0].exp().detach()
+    rows = torch.zeros(args.num_seeds, 1, 1, dtype=torch.int64)
+    pi = inspo.unroll(team.policies, range(2), rows, data)[:, :, 0].exp().detach()
     return pi[0][:, :, None] * pi[1][:, None, :]
 
 
 def test_xor_is_solved_by_five_of_five_seeds():
     quick = dict(steps=150, hidden=32, layers=1, clone_steps=100)
     rates = dict(policy_lr=1e-2, critic_lr=2e-2, clone_lr=1e-2)
-    joint = learn([[0, 1], [1, 0]], [[0, 0], [0, 1], [1, 0]], **inspo.CONVENTION | quick | rates)
+    joint = learn(load("matrix", "xor", "aa-ab-ba"), **inspo.CONVENTION | quick | rates)
     assert (torch.maximum(joint[:, 0, 1], joint[:, 1, 0]) > 0.9).all(), joint
 
 
 @pytest.mark.long
 def test_training_ends_at_the_tables_fixed_point():
     """With constant alpha and beta and no conservative term: the quantal response equilibrium."""
-    payoff, counts = [[1.0, 0, 0], [0, 2.0, 0], [0, 0, 3.0]], (5, 3, 2)
-    recorded = []
-    for (a, n), (b, m) in itertools.product(enumerate(counts), repeat=2):
-        recorded += [[a, b]] * (n * m)
-    found = learn(payoff, recorded, 1, steps=1500, alpha=1.0, beta=1.0, beta_end=1.0, cql=0.0)[0]
-    mu = [torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)] * 2
-    game = torch.ones(1, 3, 3, 1, dtype=torch.float64), torch.tensor([payoff]).double(), mu
-    pi = mu
+    payoff = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    dataset = load("matrix", json.dumps(payoff.tolist()), "[0.5, 0.3, 0.2]")
+    weights = dict(alpha=1.0, beta=1.0, beta_end=1.0, cql=0.0)
+    found = learn(dataset, num_seeds=1, steps=1500, **weights)[0]
+    counts = dataset.joint_actions().double()
+    pi = mu = [counts.sum(1 - i)[None] / counts.sum() for i in range(2)]
+    game = torch.ones(1, 3, 3, 1, dtype=torch.float64), payoff[None].double(), mu
     for _ in range(500):
         pi = sweep(game, pi, 1.0, 1.0, gamma=0.0)
     assert torch.allclose(found.double(), pi[0].T * pi[1], atol=0.03)

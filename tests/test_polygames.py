@@ -136,9 +136,9 @@ def test_each_seed_has_its_own_numbers():
 
 # ---------------------------------------------------------------- closed forms
 def test_brud_ends_where_the_closed_form_says():
-    a, b, c = 1.3, 3.7, 4.9
-    rows = polygames.table(args(num_seeds=1, num_samples=100, a=a, b=b, c=c))
-    assert len(rows) == 17 and max(row["difference"] for row in rows) < 1e-5
+    a, b, c = 0.7, 4.4, 5.0
+    rows = polygames.table(args(num_seeds=1, a=a, b=b, c=c))
+    assert len(rows) == 17 and max(row["difference"] for row in rows) < 2e-4
     ends = {row["game"]: row["end"] for row in rows if not row["note"]}
     assert ends["decoupled"] == pytest.approx([5.5, 6.5])
     assert ends["sign agreement"] == pytest.approx([-0.26, 0.38])

@@ -76,7 +76,7 @@ def start(name, folder, *flags):
 
 @pytest.fixture
 def light(monkeypatch):
-    """Runs leave an empty file in place of the pictures and of the exported team, which take seconds."""
+    """Runs leave empty files in place of pictures and exported teams, which take seconds."""
     monkeypatch.setattr(keeper, "save_team", lambda path, *_: files.save(path, b""))
     monkeypatch.setattr(files, "save_figure", lambda path, figure: files.save(path, b""))
 

@@ -215,7 +215,7 @@ def ask(team, obs, info, memory):
 
 
 def kept_player(team):
-    """The `Player` of a kept team. The program plays all S teams in all games: a team's own count."""
+    """The `Player` of a kept team, whose program plays all S teams in all games: own ones count."""
     S, own = len(team.start), torch.arange(len(team.start))
 
     def act(obs, avail, memory, clocks=None):
