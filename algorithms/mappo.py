@@ -65,7 +65,8 @@ Differences from the authors' code, and choices made here:
   2. The critic sees the state once for the whole team, not once for each agent with
      that agent's features.
   3. The value loss is not clipped: the Huber loss on normalised returns is the authors'
-     other safeguard.
+     other safeguard. When the units of returns move, the critic's last layer is not
+     corrected for it (PopArt would); it follows by learning.
   4. Dead agents, who may only play action 0, count in no mean of the policy's loss or
      of the advantages.
   5. A time limit is not the end of the game: the return beyond it is taken from the

@@ -26,7 +26,8 @@ def made(discrete=True, **flags):
     team = mappo.Team(N, A, O, D, discrete, args, streams())
     team.actor.body[-1].weight.data *= 100
     if not discrete:
-        team.actor.free_log_std.data = 0.3 * torch.randn(S, 1, A) - 0.5
+        start = torch.linspace(-1, 0, S * A)  # some below min_std
+        team.actor.free_log_std.data = start.view(A, S, 1).movedim(0, -1)
     for scale in (team.actor.scale, team.critic[0]):
         scale.watch(2 + 3 * torch.randn(S, 50, scale.mean.shape[-1]))
     return args, team
@@ -51,7 +52,6 @@ def test_a_rollout_is_what_was_played():
         state, avail = info["state"], info["avail_actions"]
         out = actor(found.x[:, t], found.avail[:, t]).detach()
         action = (out + noise[:, t]).argmax(-1)
-        assert avail.gather(-1, action.flatten(0, 1)[..., None]).all()
         log_prob = out.gather(-1, action[..., None])[..., 0]
         action, log_prob = action.flatten(0, 1), log_prob.flatten(0, 1)
         obs, reward, terminated, truncated, info = env.step(action)
@@ -102,8 +102,8 @@ def test_samples_follow_the_policy_in_rollouts_and_evaluations(discrete):
 def test_networks_begin_orthogonal():
     """`made` has multiplied the actor's last layer by 100."""
     _, team = made()
-    gains = {team.actor.body[0]: 2**0.5, team.actor.body[-1]: 1.0, team.critic[-1]: 1.0}
-    for layer, gain in gains.items():
+    layers = {team.actor.body[0]: 2**0.5, team.actor.body[-1]: 1, team.critic[-1]: 1}
+    for layer, gain in layers.items():
         assert (torch.linalg.svdvals(layer.weight) - gain).abs().max() < 1e-5
 
 
@@ -282,9 +282,6 @@ def test_two_updates_are_those_by_hand(float64, discrete):
         for one, other in zip(found, slow[s].parameters, strict=True):
             assert torch.allclose(one, other, rtol=0, atol=1e-9)
         assert 0 < sum(slow[s].cut) < len(slow[s].cut)
-    if not discrete:  # some spreads were at their least
-        least = np.log(args.min_std)
-        assert (team.actor.free_log_std < least).any() and (team.actor.free_log_std > least).any()
 
 
 # ---------------------------------------------------------------- snapshots
