@@ -303,8 +303,7 @@ class Team(nn.Module):
         self.policies = Agents(data, args, generators)  # logits of pi_i
         each = [g for g in generators for _ in range(self.policies.N)]
         inputs = data.state.shape[1] + data.obs.shape[2]
-        critics = [mlp(inputs, self.policies.A, args, each) for _ in range(2)]
-        self.critics = nn.ModuleList(critics)
+        self.critics = nn.ModuleList(mlp(inputs, self.policies.A, args, each) for _ in range(2))
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
 
 
@@ -317,10 +316,10 @@ def unroll(agents, data, rows):
 def values(critics, data, rows):
     """What the critics say of all actions in rows (S, L, B): (S, L, B, N, C, A)."""
     obs = data.obs[rows]  # (S, L, B, N, I)
-    S, L, B, N, _ = obs.shape
-    state = data.state[rows][..., None, :].expand(-1, -1, -1, N, -1)
-    x = torch.cat([state, obs], -1).movedim(3, 1).flatten(0, 1).flatten(1, 2)  # (Q, L B, D + I)
-    said = [critic(x).view(S, N, L, B, -1) for critic in critics]
+    state = data.state[rows][..., None, :].expand(*obs.shape[:4], -1)
+    x = torch.cat([state, obs], -1).movedim(3, 1)  # (S, N, L, B, D + I)
+    flat = x.flatten(0, 1).flatten(1, 2)  # (Q, L B, D + I)
+    said = [critic(flat).view(*x.shape[:4], -1) for critic in critics]
     return torch.stack(said, 4).movedim(1, 3)
 
 
@@ -375,8 +374,7 @@ def policy_loss(log_pi, q, action, avail, omar):
     """
     pi = log_pi.exp()
     advantage = chosen(q, action) - (pi.detach() * q).sum(-1)  # Eq. 3
-    best = q.masked_fill(~avail, ILLEGAL).argmax(-1)
-    best = F.one_hot(best, q.shape[-1])
+    best = F.one_hot(q.masked_fill(~avail, ILLEGAL).argmax(-1), q.shape[-1])
     away = ((pi - best) ** 2).mean(-1)
     log_taken = (chosen(pi, action) + 1e-5).log()  # bounded: A_i may be negative
     return ((omar - 1) * advantage * log_taken + omar * away).sum(-1)
@@ -489,8 +487,7 @@ def main(args):
     for step in run.steps(play):  # evaluates, records and keeps where it is due
         for adam in adams:
             adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-        rows = draw_rows(generators, data, args)
-        run.logs = learn(team, adams, data, rows, args)
+        run.logs = learn(team, adams, data, draw_rows(generators, data, args), args)
     return run.finish("OMAR" if args.omar else "independent actor-critic with CQL", play)
 
 

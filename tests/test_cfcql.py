@@ -256,6 +256,12 @@ def test_cloning_by_hand_and_its_table(float64):
             assert torch.allclose(table[s, episode, i], wanted, atol=1e-9)
 
 
+@pytest.mark.parametrize("flags", [{"cql": 0.0}, {"tau_lambda": 0.0}, {"joint_cql": True}])
+def test_nothing_is_cloned_that_nobody_needs(flags):
+    args, _, team = made(**flags)
+    cfcql.clone(team.behaviour, None, None, args, None)
+
+
 def begin_as_in_torch(agents):
     """Whether a GRU and the layers about it begin between minus and plus fan-in ** -0.5."""
     sizes = (agents.encoder, I), (agents.gru, agents.hidden), (agents.head, agents.hidden)
@@ -379,7 +385,7 @@ def test_it_says_which_method_it_was(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, name", [
-    ("--env reacher", "CFCQL"), ("--td-lambda 1.5", "--td-lambda"), ("--cql -1", "--cql"),
+    ("--env reacher", "CFCQL"), ("--td-lambda 1.5", "--td-lambda"),
 ])  # fmt: skip
 def test_bad_input_is_refused(words, name):
     with pytest.raises(ValueError, match=name):
