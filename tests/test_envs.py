@@ -273,6 +273,8 @@ def test_bridge_best_return_by_dynamic_programming():
     for _ in range(60):
         value = (value[moved[..., 0], moved[..., 1]] - cost).amax((-1, -2))
     assert value[8, 9].item() == pytest.approx(BEST_RETURN, abs=1e-7)  # from (1, 2) and (1, 3)
+    assert game.best_return == BEST_RETURN
+    assert envs.make("bridge", time_limit=7).best_return is None  # it takes eight steps
 
 
 @pytest.mark.skipif(
