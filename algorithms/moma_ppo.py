@@ -432,7 +432,7 @@ class Model(nn.Module):
         x = torch.cat([self.state(state), self.action(action)], -1)
         move, log_std = self.for_state(x).chunk(2, -1)  # (U, B, D) each
         reward, reward_log_std = self.for_reward(x).unbind(-1)  # (U, B) each
-        guess = state + self.move.mean + self.move.std * move
+        guess = state + self.move.mean + self.move.std * self.move.vary * move
         if self.end_from == "state":
             x = self.state(guess.detach() if next_state is None else next_state)
         return Guess(
