@@ -1,35 +1,45 @@
-"""BC: behavioural cloning, the yardstick, and the file to read first. Each agent imitates its own recorded actions.
+"""BC: behavioural cloning, the yardstick, and the file to read first. Each agent imitates its own
+recorded actions.
 
-The problem. A team of N agents learns from a fixed dataset of how others acted. It never plays while it learns.
+The problem. A team of N agents learns from a fixed dataset of how others acted. It never plays
+while it learns.
 
-The idea. Agent i takes what was recorded for it, views o_i and actions a_i, as a supervised lesson, and makes the
-recorded actions as likely as it can. It does not look at its teammates. It does not ask what an action was worth. So
-it plays about as well as those who recorded the data, if these all did the same. Where they followed several
-conventions, each agent learns a mixture of its halves of them, and the halves that meet need not fit. What cloning
-gets from a dataset is what every other method has to beat.
+The idea. Agent i takes what was recorded for it, views o_i and actions a_i, as a supervised lesson,
+and makes the recorded actions as likely as it can. It does not look at its teammates. It does not
+ask what an action was worth. So it plays about as well as those who recorded the data, if these all
+did the same. Where they followed several conventions, each agent learns a mixture of its halves of
+them, and the halves that meet need not fit. What cloning gets from a dataset is what every other
+method has to beat.
 
 Equations, by numbers of our own. pi_i is agent i's policy, (o, a) a recorded step of all agents.
  1 discrete     log pi_i(a_i|o_i) = log softmax(f_i(o_i))[a_i], over the available actions
- 2 continuous   log pi_i(a_i|o_i) = log N(a_i; mean_i(o_i), sigma_i(o_i)), entries independent, clipped when played
+ 2 continuous   log pi_i(a_i|o_i) = log N(a_i; mean_i(o_i), sigma_i(o_i)), entries independent,
+     clipped when played
  3 loss         L(pi)             = -E sum_i log pi_i(a_i|o_i)
-As the agents share nothing, the sum trains each of them by itself. Only the limit on a gradient's length is the team's.
+As the agents share nothing, the sum trains each of them by itself. Only the limit on a gradient's
+length is the team's.
 
-Commands, and the return you should see (last policy, greedy; one CPU core of a small server, torch 2.13):
-  python algorithms/bc.py                          the coordination game, unfavourable data, 10 seeds at once, 6 s:
-      0 in 10 of 10 seeds; --dataset neutral 0.6 +- 0.16, favourable 1
-  python algorithms/bc.py --env matrix --task xor --dataset aa-ab-ba     XOR, 5 s: 0, both play A; sampled 0.41
-  python algorithms/bc.py --env bridge             Bridge, mixed data, 5 seeds, 6 s: sampled -13.8 +- 0.2 (the data
-      -9.31); greedy anything from -1.2355, the best possible, to -19: who goes first is luck
-  python algorithms/bc.py --env smac               5m_vs_6m, medium-replay data, 3 seeds, 32 s: 43 % of the battles
-      won (return 14.1), sampled 0.2 % (5.2); the data 9 % (7.8)
-  python algorithms/bc.py --env ant                four agents share an ant, full-replay data, 3 seeds, 3 min:
-      3,567 +- 38 (the data 2,594)
-  python algorithms/bc.py --env reacher            two agents share an arm, 3 seeds, 2 min: normalised 0.89 +- 0.02
-      (1: the data); --task independent 0.70 +- 0.03, leader-only 0.83 +- 0.01
+Commands, and the return you should see (last policy, greedy; one CPU core, torch 2.13):
+  python algorithms/bc.py
+      the coordination game, unfavourable data, 10 seeds at once, 6 s: 0 in 10 of 10 seeds;
+      --dataset neutral 0.6 +- 0.16, favourable 1
+  python algorithms/bc.py --env matrix --task xor --dataset aa-ab-ba
+      XOR, 5 s: 0, both play A; sampled 0.41
+  python algorithms/bc.py --env bridge
+      Bridge, mixed data, 5 seeds, 6 s: sampled -13.8 +- 0.2 (the data -9.31); greedy anything from
+      -1.2355, the best possible, to -19: who goes first is luck
+  python algorithms/bc.py --env smac
+      5m_vs_6m, medium-replay data, 3 seeds, 32 s: 43 % of the battles won (return 14.1), sampled
+      0.2 % (5.2); the data 9 % (7.8)
+  python algorithms/bc.py --env ant
+      four agents share an ant, full-replay data, 3 seeds, 3 min: 3,567 +- 38 (the data 2,594)
+  python algorithms/bc.py --env reacher
+      two agents share an arm, 3 seeds, 2 min: normalised 0.89 +- 0.02 (1: the data);
+      --task independent 0.70 +- 0.03, leader-only 0.83 +- 0.01
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, bc
-  S, N, A, M = 2, 3, 4, 1000                                       # seeds, agents, actions, recorded steps
+  S, N, A, M = 2, 3, 4, 1000                          # seeds, agents, actions, recorded steps
   obs = torch.randn(M, N, 5)
   data = bc.Data(obs, torch.ones(M, N, A).bool(), obs[..., :A].argmax(-1))
   args = bc.Args(num_seeds=S, lr=1e-2)
@@ -39,21 +49,22 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   for step in range(300):
       logs = bc.update(policies, adam, data, bc.draw_rows(generators, data, args), args)
   views, avail = obs.transpose(0, 1).expand(S, N, M, 5), data.avail.transpose(0, 1)
-  action = policies.sample(policies(views, avail))                 # (S, N, M)
+  action = policies.sample(policies(views, avail))    # (S, N, M)
 
 Choices made here:
   1. Every agent has a network of its own, without a memory: it acts on what it sees now.
-  2. Views are in units of the data's mean and spread, or one-hot (Bridge's cells), or as they are (battles).
-  3. A spread sigma_i depends on the view, begins at that of the recorded actions, and lies in [e^-6, 1]. Nothing
-     squashes the mean. An action beyond [-1, 1] is clipped when it is played.
+  2. Views are in units of the data's mean and spread, or one-hot (Bridge's cells), or as they are
+      (battles).
+  3. A spread sigma_i depends on the view, begins at that of the recorded actions, and lies in
+     [e^-6, 1]. Nothing squashes the mean. An action beyond [-1, 1] is clipped when it is played.
   4. Step sizes fall linearly to 0.
-  5. Discrete policies are played by sampling, too: a mixture of conventions may be worth more than its likeliest
-     action, or less.
+  5. Discrete policies are played by sampling, too: a mixture of conventions may be worth more than
+     its likeliest action, or less.
 
 Seeds differ in all that is random here, and are evaluated in one environment.
 
-Shapes: S seeds, N agents, Q = S N networks, B steps of a minibatch, M recorded steps, A actions (or entries of an
-action), O observation, I inputs.
+Shapes: S seeds, N agents, Q = S N networks, B steps of a minibatch, M recorded steps, A actions (or
+entries of an action), O observation, I inputs.
 """
 
 import math
@@ -113,6 +124,7 @@ PRESETS = {  # what differs from the values above; "" is a game that is not ours
         num_seeds=5, normalize=False, one_hot=True, batch_size=128, lr=2e-3, eval_episodes=32
     ),
     "smac": dict(
+        task="5m_vs_6m",
         num_seeds=3,
         normalize=False,
         steps=2000,
@@ -139,7 +151,7 @@ class Data(NamedTuple):
 
 
 def draw_rows(generators, data, args):
-    """A minibatch for each seed, with replacement, from its own generator: (S, B) of the M steps."""
+    """A minibatch for each seed from its own generator, with replacement: (S, B) of M steps."""
     M, B = len(data.obs), args.batch_size
     rows = [torch.randint(M, (B,), generator=g, device=g.device) for g in generators]
     return torch.stack(rows)

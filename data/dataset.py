@@ -1,18 +1,18 @@
-"""The dataset: episodes of a team, padded to the longest, as tensors on one device and as one HDF5 file."""
+"""The dataset: episodes of a team, padded to the longest, as tensors and as one HDF5 file."""
 
 import copy
+import hashlib
 import io
 import json
-import os
+import uuid
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import h5py
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-
-from data.arrays import OBSERVED, as_tensor, cut, fingerprint, plain, read_episode, seen
-from data.results import save
 
 FORMAT = 1  # written into each file; raise it when the meaning of a field changes
 
@@ -21,16 +21,16 @@ FORMAT = 1  # written into each file; raise it when the meaning of a field chang
 class Dataset:
     """E episodes of at most T steps, N agents, O observation entries, S state entries, A actions.
 
-    Step t of an episode leads from `obs[:, t]` to `obs[:, t + 1]`, so the last observation is always there to
-    bootstrap from. The last real step of an episode is `terminated` if the game ended by its own rules;
-    otherwise it was cut off (a time limit), and its value goes on.
+    Step t of an episode leads from `obs[:, t]` to `obs[:, t + 1]`, so the last observation is
+    always there to bootstrap from. The last real step of an episode is `terminated` if the game
+    ended by its own rules; otherwise it was cut off (a time limit), and its value goes on.
 
-    The fields may be given as tensors, numpy arrays or lists of any kind of number. They become tensors of the kinds
-    below, without a copy where that is possible, and what lies behind the mask becomes zero, even if it is no number.
-    `check` says whether the shapes and values make sense.
+    The fields may be given as tensors, numpy arrays or lists of any kind of number. They become
+    tensors of the kinds below, without a copy where that is possible. What lies behind the mask
+    becomes zero, even if it is no number. `check` says whether the shapes and values make sense.
 
     Raises:
-        ValueError: a field holds something that is not a number, or `info` something that JSON cannot hold.
+        ValueError: a field holds something that is not a number, or `info` what JSON cannot hold.
     """
 
     obs: torch.Tensor  # (E, T+1, N, O) float32
@@ -40,13 +40,13 @@ class Dataset:
     reward: torch.Tensor  # (E, T) float32, of the team
     terminated: torch.Tensor  # (E, T) bool
     mask: torch.Tensor  # (E, T) bool: True where the step is real
-    info: dict = field(default_factory=dict)  # env, task, name, seed, behaviour, versions, references, ...
+    info: dict = field(default_factory=dict)  # env, task, name, seed, behaviour, references, ...
 
     def __post_init__(self):
         self.mask = as_tensor(self.mask, "mask")
         for name in TENSORS:
-            if getattr(self, name) is not None or name != "avail_actions":
-                setattr(self, name, as_tensor(getattr(self, name), name, mask=self.mask))
+            if getattr(self, name) is not None:
+                setattr(self, name, as_tensor(getattr(self, name), name, self.mask))
         self.info = plain(self.info)
 
     @classmethod
@@ -54,64 +54,60 @@ class Dataset:
         """A dataset of episodes as one has recorded them, each of its own length.
 
         Args:
-            episodes: a list of dictionaries of tensors, numpy arrays or lists, for an episode of T steps:
+            episodes: a list of dictionaries of tensors, numpy arrays or lists, for T steps:
                 obs            (T + 1, N, O), the one after the last step included
                 actions        (T, N) whole numbers, or (T, N, A) in [-1, 1]
                 reward         (T,) of the team, or (T, N) of the agents
-                terminated     (T,), or one bool: whether the game ended by its own rules in its last step
-                truncated      (T,), or one bool: whether it was cut off there. An episode that has neither end was.
-                dones          (T,), in place of both, if the ends are not told apart: see `time_limit`
+                terminated     (T,), or one bool: the game ended by its own rules in its last step
+                truncated      (T,), or one bool: it was cut off there, as without any end
+                dones          (T,), in place of both, if the ends are not told apart
                 state          (T + 1, D), by default the views of all agents
                 avail_actions  (T + 1, N, A), by default every action is available
             team_reward: "sum" or "mean" of rewards (T, N); `info` will say so.
             num_actions: A, where there are no avail_actions; by default the largest action + 1.
-            time_limit: steps after which an episode that is done was cut off; `math.inf` if there is no limit.
+            time_limit: steps after which an episode that is done was cut off; `math.inf` for none.
             info: what else to remember, such as env="bridge", task="", name="mine".
         Raises:
             ValueError: something is missing, or does not fit.
         """
         if team_reward not in ("sum", "mean"):
             raise ValueError(f"team_reward must be sum or mean, not {team_reward!r}")
-        if not isinstance(episodes, list | tuple) or not episodes:
-            raise ValueError("from_episodes takes a list of at least one episode, each a dictionary of arrays")
-        parts = [read_episode(episode, f"episode {e}", time_limit) for e, episode in enumerate(episodes)]
-        first = parts[0]
-        for e, part in enumerate(parts):
-            for name in {**first, **part}:
-                found, wanted = (_kind(x[name][0]) if name in x else "none" for x in (part, first))
-                if found != wanted:
-                    raise ValueError(f"episode {e}: {name} of a step is {found}, but of episode 0 {wanted}")
-        padded = {name: pad_sequence([part[name] for part in parts], batch_first=True) for name in first}
-        obs, actions, reward, avail = (padded.get(name) for name in ("obs", "actions", "reward", "avail_actions"))
-        if avail is None and not actions.is_floating_point():
-            A = num_actions or int(actions.max()) + 1
-            if A > 10_000:
-                raise ValueError(f"the largest action is {A - 1}: if there are so many, give avail_actions")
-            avail = torch.ones(*obs.shape[:3], max(A, 1), dtype=torch.bool)  # (E, T+1, N, A)
-        if reward.dim() == 3:
-            reward, info = getattr(reward, team_reward)(-1), info | {"team_reward": team_reward}
+        parts = read_episodes(episodes, time_limit)
+        whole = {}
+        for name in parts[0]:
+            whole[name] = pad_sequence([part[name] for part in parts], batch_first=True)
         lengths = torch.tensor([len(part["actions"]) for part in parts])
-        mask = torch.arange(actions.shape[1]) < lengths[:, None]  # (E, T)
-        state = padded.get("state", obs.flatten(2))
-        return cls(obs, state, avail, actions, reward, padded["terminated"], mask, info).check("from_episodes")
+        whole["mask"] = torch.arange(lengths.max()) < lengths[:, None]  # (E, T)
+        whole.setdefault("state", whole["obs"].flatten(2))
+        if "avail_actions" not in whole:
+            whole["avail_actions"] = all_available(whole, num_actions)
+        if whole["reward"].dim() == 3:
+            whole["reward"] = getattr(whole["reward"], team_reward)(-1)
+            info["team_reward"] = team_reward
+        return cls(**whole, info=info).check()
 
     @classmethod
-    def from_transitions(cls, arrays, ends, team_reward="sum", num_actions=None, time_limit=None, **info):
+    def from_transitions(
+        cls, arrays, ends, team_reward="sum", num_actions=None, time_limit=None, **info
+    ):
         """A dataset of a replay buffer: M steps laid end to end, the oldest first.
 
-        Without `next_obs` a copy of an episode's last observation stands in for the one after it. Nothing reads it
-        where the game terminated; where it was cut off, a value function bootstraps from that copy, one step old.
+        Without `next_obs` a copy of an episode's last observation stands in for the one after it.
+        Nothing reads it where the game terminated; where it was cut off, a value function
+        bootstraps from that copy, one step old.
 
         Args:
-            arrays: a dictionary as in `from_episodes`, of arrays (M, ...): obs, actions, reward, terminated, and, if
-                there are, state and avail_actions, next_obs, next_state and next_avail_actions.
+            arrays: a dictionary as in `from_episodes`, of arrays (M, ...): obs, actions, reward,
+                terminated, and, if there are, state, avail_actions, next_obs, next_state and
+                next_avail_actions.
             ends: (M,) where an episode ends, either way; what follows the last end was cut off.
             team_reward, num_actions, info: as in `from_episodes`.
-            time_limit: in place of `terminated`, steps after which an episode that ends was cut off.
+            time_limit: in place of `terminated`, steps after which an ending episode was cut off.
         Raises:
             ValueError: something is missing, or does not fit, or the steps are not in order.
         """
-        return cls.from_episodes(cut(arrays, ends), team_reward, num_actions, time_limit, **info)
+        episodes = cut(arrays, ends)
+        return cls.from_episodes(episodes, team_reward, num_actions, time_limit, **info)
 
     @property
     def lengths(self):
@@ -130,145 +126,347 @@ class Dataset:
 
     @property
     def win_rate(self):
-        """Share of the episodes that were won, or None where `info["won"]` (a list of 0 and 1) does not say."""
+        """Share of the episodes that were won, or None where `info["won"]` does not say."""
         won = self.info.get("won")
         return None if won is None else sum(won) / len(won)
 
     @property
     def references(self):
-        """Mean returns of a random and of an expert team, two floats, or None where `info["references"]` is missing."""
+        """Mean returns of a random and of an expert team, or None without `info["references"]`."""
         found = self.info.get("references")
         return None if found is None else (float(found["random"]), float(found["expert"]))
 
     def normalize(self, returns):
-        """Returns (a number, an array or a tensor) with the random reference as 0 and the expert's as 1, or None."""
+        """Returns with the random reference as 0 and the expert's as 1, or None without these."""
         if self.references is None:
             return None
         random, expert = self.references
         return (returns - random) / (expert - random)
 
     def joint_actions(self):
-        """How often each joint action of two agents was recorded, (A, A), as shares that sum to 1."""
+        """How often each joint action of two agents was recorded, (A, A), as shares of 1."""
         A = self.avail_actions.shape[-1]
-        pairs = self.actions[self.mask].T  # (2, M)
-        return torch.bincount(pairs[0] * A + pairs[1], minlength=A * A).view(A, A) / pairs.shape[1]
-
-    def flatten(self, dtype=torch.float32):
-        """Lay the episodes end to end, without padding: R observations (rows), of which M have an action.
-
-        Returns a dictionary; the observation after step m is row `row[m] + 1`.
-            obs (R, N, O), state (R, S), avail_actions (R, N, A) or None;
-            row (M,), actions (M, N) or (M, N, A), reward (M,), done (M,): 0 where a time limit cut the episode off.
-        """
-        there, acted = seen(self.mask), torch.nn.functional.pad(self.mask, (0, 1))  # (E, T+1)
-        return {
-            "obs": self.obs[there].to(dtype),
-            "state": self.state[there].to(dtype),
-            "avail_actions": None if self.avail_actions is None else self.avail_actions[there],
-            "row": acted[there].nonzero()[:, 0],
-            "actions": self.actions[self.mask],
-            "reward": self.reward[self.mask].to(dtype),
-            "done": self.terminated[self.mask].to(dtype),
-        }
+        one, other = self.actions[self.mask].T  # (M,) each
+        return torch.bincount(one * A + other, minlength=A * A).view(A, A) / len(one)
 
     def to(self, device):
         """The same dataset with every tensor on `device`."""
         moved = copy.copy(self)
-        for name in TENSORS:
-            if getattr(self, name) is not None:
-                setattr(moved, name, getattr(self, name).to(device))
+        for name, tensor in self.tensors().items():
+            setattr(moved, name, tensor.to(device))
         return moved
 
+    def tensors(self):
+        """{name: tensor} of the fields that there are."""
+        everything = {name: getattr(self, name) for name in TENSORS}
+        return {name: tensor for name, tensor in everything.items() if tensor is not None}
+
     def fingerprint(self):
-        """A short word for all tensors, but not for `info`: equal data, equal word, on any device."""
-        return fingerprint({name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None})
+        """A short word for all tensors, but not for `info`: equal data, equal word."""
+        return fingerprint(self.tensors())
 
-    def check(self, source="dataset"):
-        """Raise ValueError, with `source` in front, at the first thing that would make training go wrong."""
-
-        def insist(good, complaint):
-            if not good:
-                raise ValueError(f"{source}: {complaint}")
-
-        def everywhere(name, good, complaint):
-            """Insist on `good` (E, T, ...) or (E, T + 1, ...) everywhere, and say so where only padding is not."""
-            if not good.all():
-                real = good[seen(self.mask) if name in OBSERVED else self.mask]
-                insist(False, complaint + " behind the mask" * bool(real.all()))
-
-        flags = torch.bool
-        discrete = self.actions.dtype == torch.int64
-        rank = {
-            "obs": 4,
-            "state": 3,
-            "avail_actions": 4,
-            "actions": 3 if discrete else 4,
-            "reward": 2,
-            "terminated": 2,
-            "mask": 2,
-        }
-        kind = {
-            "avail_actions": flags,
-            "terminated": flags,
-            "mask": flags,
-            "actions": torch.int64 if discrete else torch.float32,
-        }
-        for name, dimensions in rank.items():
-            tensor = getattr(self, name)
-            if tensor is None and name == "avail_actions":
-                insist(not discrete, "discrete actions need avail_actions (E, T + 1, N, A)")
-                continue
-            insist(
-                tensor.dim() == dimensions, f"{name} must have {dimensions} dimensions, not the shape {_shape(tensor)}"
-            )
-            wanted = kind.get(name, torch.float32)
-            insist(tensor.dtype == wanted, f"{name} must be {wanted}, not {tensor.dtype}")
-        E, T, N = self.obs.shape[0], self.obs.shape[1] - 1, self.obs.shape[2]
-        insist(E > 0 and T > 0 and self.mask.any(), "it holds no step; an empty dataset teaches nothing")
-        A = self.avail_actions.shape[-1] if discrete else self.actions.shape[-1]
-        shapes = {"state": (E, T + 1, self.state.shape[-1]), "actions": (E, T, N) if discrete else (E, T, N, A)}
-        shapes |= {"reward": (E, T), "terminated": (E, T), "mask": (E, T)}
-        if self.avail_actions is not None:
-            shapes["avail_actions"] = (E, T + 1, N, A)
-        for name, shape in shapes.items():
-            found = getattr(self, name)
-            insist(_shape(found) == shape, f"{name} has shape {_shape(found)}, but obs calls for {shape}")
-        for name, size in zip(("agents", "entries in obs", "entries in state", "actions"),
-                              (N, self.obs.shape[3], self.state.shape[2], A)):  # fmt: skip
-            insist(size, f"it has no {name}")
-        for name in ("obs", "state", "reward") + (() if discrete else ("actions",)):
-            everywhere(name, getattr(self, name).isfinite(), f"{name} holds NaN or infinite numbers")
-        insist(self.mask[:, 0].all(), "an episode has no step")
-        insist(
-            not (self.mask[:, 1:] & ~self.mask[:, :-1]).any(),
-            "the mask has a hole; each episode must be one run of steps",
-        )
-        insist(not (self.terminated[:, :-1] & self.mask[:, 1:]).any(), "an episode goes on after it terminated")
-        if discrete:
-            there = (self.actions >= 0) & (self.actions < A)
-            everywhere("actions", there, f"actions must lie in 0 .. {A - 1}; found {_extremes(self.actions)}")
-            legal = self.avail_actions[:, :-1].gather(-1, self.actions[..., None])[..., 0] | ~self.mask[..., None]
-            insist(legal.all(), "an action was taken that avail_actions forbids")
-            insist(self.avail_actions[seen(self.mask)].any(-1).all(), "an agent has no available action")
-        else:
-            within = self.actions.abs() <= 1 + 1e-5
-            everywhere("actions", within, f"actions must lie in [-1, 1]; found {_extremes(self.actions)}")
-        won = self.info.get("won")
-        good = won is None or isinstance(won, list) and len(won) == E and all(w in (0, 1) for w in won)
-        insist(good, "info 'won' must hold one 0 or 1 for each episode")
-        try:
-            good = self.references is None or 0 < abs(self.references[1] - self.references[0]) < float("inf")
-        except (KeyError, TypeError, ValueError):
-            good = False
-        insist(good, "info 'references' must hold two finite numbers that differ, 'random' and 'expert'")
+    def check(self):
+        """Raise ValueError at the first thing that would make training go wrong, or return self."""
+        check_shapes(self)
+        check_values(self)
         return self
 
 
 TENSORS = tuple(f.name for f in fields(Dataset) if f.name != "info")
+OBSERVED = ("obs", "state", "avail_actions")  # of these there is one more than of steps
+
+
+# ---------------------------------------------------------------- what makes sense
+def insist(good, complaint):
+    if not good:
+        raise ValueError(complaint)
+
+
+def check_shapes(dataset):
+    """Raise ValueError unless all shapes fit that of obs, and nothing is empty."""
+    obs, actions, avail = dataset.obs, dataset.actions, dataset.avail_actions
+    discrete = actions.dtype == torch.int64
+    insist(obs.dim() == 4, f"obs must have 4 dimensions, not the shape {tuple(obs.shape)}")
+    insist(avail is not None or not discrete, "discrete actions need avail_actions")
+    E, T, N = obs.shape[0], obs.shape[1] - 1, obs.shape[2]
+    A = (avail if discrete else actions).shape[-1:]
+    shapes = {
+        "obs": obs.shape,
+        "state": (E, T + 1, *dataset.state.shape[-1:]),
+        "avail_actions": (E, T + 1, N, *A),
+        "actions": (E, T, N) if discrete else (E, T, N, *A),
+        "reward": (E, T),
+        "terminated": (E, T),
+        "mask": (E, T),
+    }
+    for name, tensor in dataset.tensors().items():
+        found, wanted = tuple(tensor.shape), tuple(shapes[name])
+        insist(found == wanted, f"{name} has the shape {found}, but obs calls for {wanted}")
+        insist(tensor.numel(), f"{name} is empty: its shape is {found}")
+
+
+def check_values(dataset):
+    """Raise ValueError unless numbers are finite, actions legal, and episodes whole."""
+    actions, avail, mask = dataset.actions, dataset.avail_actions, dataset.mask
+    for name, tensor in dataset.tensors().items():
+        insist(tensor.isfinite().all(), f"{name} holds NaN or infinite numbers")
+    insist(mask[:, 0].all(), "an episode has no step")
+    insist(not (mask[:, 1:] & ~mask[:, :-1]).any(), "the mask has a hole within an episode")
+    goes_on = dataset.terminated[:, :-1] & mask[:, 1:]
+    insist(not goes_on.any(), "an episode goes on after it terminated")
+    found = f"found {actions.min():g} .. {actions.max():g}"
+    if actions.dtype == torch.int64:
+        A = avail.shape[-1]
+        there = (actions >= 0) & (actions < A)
+        insist(there.all(), f"actions must lie in 0 .. {A - 1}; {found}")
+        legal = avail[:, :-1].gather(-1, actions[..., None])[..., 0]  # (E, T, N)
+        insist(legal[mask].all(), "an action was taken that avail_actions forbids")
+        insist(avail[seen(mask)].any(-1).all(), "an agent has no available action")
+    else:
+        insist((actions.abs() <= 1 + 1e-5).all(), f"actions must lie in [-1, 1]; {found}")
+    won = dataset.info.get("won")
+    insist(won is None or len(won) == len(mask), "info 'won' must say 0 or 1 for each episode")
+    if dataset.references is not None:
+        random, expert = dataset.references
+        insist(random != expert, "info 'references' must hold two numbers that differ")
+
+
+# ---------------------------------------------------------------- conversions
+# What holds 0 and 1, under our names and those of other formats.
+FLAGS = ("mask", "avail_actions", "next_avail_actions", "filled")
+FLAGS += ("terminated", "truncated", "dones", "ends")
+AXES = {  # of what an episode of T steps may hold
+    "obs": "T + 1, N, O",
+    "state": "T + 1, D",
+    "avail_actions": "T + 1, N, A",
+    "actions": "T, N",
+    "reward": "T",
+    "terminated": "T",
+    "truncated": "T",
+    "dones": "T",
+}
+
+
+def seen(mask):
+    """Where there is an observation: mask (E, T) -> (E, T+1) bool."""
+    return F.pad(mask, (1, 0), value=True)
+
+
+def as_tensor(array, name, mask=None):
+    """The tensor that the field `name` calls for: float32, bool, or, for actions, float32 or int64.
+
+    Args:
+        array: a tensor, a numpy array or nested lists. It is not changed, only copied if need be.
+        mask: (E, T) bool; what lies behind it in (E, T, ...), or (E, T+1, ...), becomes 0.
+    Raises:
+        ValueError: it does not hold real numbers, or flags that are neither 0 nor 1.
+    """
+    if torch.is_tensor(array):
+        tensor = array.detach()
+    else:
+        try:
+            array = np.require(np.asarray(array), requirements="CWO")
+            tensor = torch.from_numpy(array)
+        except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, texts, objects
+            raise ValueError(f"{name} is no array of numbers ({error})") from None
+    insist(not tensor.is_complex(), f"{name} holds complex numbers")
+    flags = name in FLAGS
+    kind = torch.float32
+    if name == "actions" and not tensor.is_floating_point():
+        kind = torch.int64
+    if flags and tensor.dtype == torch.bool:
+        kind = torch.bool
+    tensor = tensor.to(kind)
+    if mask is not None and mask.dim() == 2:
+        behind = ~(seen(mask) if name in OBSERVED else mask)
+        if tensor.shape[:2] == behind.shape and tensor[behind].any():  # else `check` complains
+            tensor = tensor.masked_fill(behind.view(*behind.shape, *[1] * (tensor.dim() - 2)), 0)
+    if flags and tensor.dtype != torch.bool:
+        insist(((tensor == 0) | (tensor == 1)).all(), f"{name} must hold 0 and 1 only")
+        tensor = tensor.bool()
+    return tensor
+
+
+def plain(info):
+    """The dictionary `info` with the numbers, arrays and tensors in it as Python's own.
+
+    Raises:
+        ValueError: it holds something that JSON cannot hold.
+    """
+    try:
+        return json.loads(json.dumps(dict(info), default=lambda value: value.tolist()))
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"info cannot be kept as JSON: {error}") from None
+
+
+def read_episodes(episodes, time_limit=None):
+    """Episodes as `Dataset.from_episodes` takes them, as dictionaries of tensors with equal names.
+
+    Raises:
+        ValueError: something is missing, or does not fit; the message says in which episode.
+    """
+    if not isinstance(episodes, list | tuple) or not episodes:
+        raise ValueError("from_episodes takes a list of at least one episode")
+    parts = []
+    for e, episode in enumerate(episodes):
+        try:
+            parts.append(read_episode(episode, time_limit))
+            steps, first = shapes(parts[e]), shapes(parts[0])
+            insist(steps == first, f"a step of it is {steps}, one of episode 0 {first}")
+        except ValueError as error:
+            raise ValueError(f"episode {e}: {error}") from None
+    return parts
+
+
+def shapes(part):
+    """What each step of an episode consists of, in words."""
+    words = [f"{name} {tuple(part[name].shape[1:])}" for name in sorted(part)]
+    kind = str(part["actions"].dtype).removeprefix("torch.")
+    return f"{', '.join(words)} ({kind} actions)"
+
+
+def read_episode(given, time_limit=None):
+    """One episode as tensors: obs, actions, reward, terminated, and the others that it has."""
+    insist(isinstance(given, dict), f"it is a {type(given).__name__}, not a dictionary of arrays")
+    unknown = [str(name) for name in given if name not in AXES]
+    insist(not unknown, f"{', '.join(unknown)} is none of {', '.join(AXES)}")
+    part = {}
+    for name, array in given.items():
+        if array is not None:
+            part[name] = as_tensor(array, name).cpu()
+    for name in ("obs", "actions", "reward"):
+        insist(name in part, f"it lacks {name}")
+    actions = part["actions"] = as_actions(part["actions"])
+    T, N = actions.shape[:2]
+    insist(T, "it has no step")
+    for name in OBSERVED:
+        if name in part:
+            shape, axes = tuple(part[name].shape), AXES[name]
+            insist(len(shape) == len(axes.split(",")), f"{name} must be ({axes}), not {shape}")
+            remedy = "append the one after the last step, or, if it was not kept, the last again"
+            insist(shape[0] == T + 1, f"{name} has {shape[0]} rows for {T} steps: {remedy}")
+            insist(name == "state" or shape[1] == N, f"{name} is of {shape[1]} agents, not {N}")
+    shape = tuple(part["reward"].shape)
+    insist(shape in ((T,), (T, 1), (T, N)), f"reward must be {(T,)} or {(T, N)}, not {shape}")
+    if shape == (T, 1):
+        part["reward"] = part["reward"][:, 0]
+    part["terminated"] = read_ends(part, T, time_limit)
+    return part
+
+
+def as_actions(actions):
+    """Actions (T, N) int64 or (T, N, A) float32 of what may hold numbers of actions otherwise."""
+    if actions.is_floating_point() and actions.dim() == 2 and (actions == actions.round()).all():
+        actions = actions.long()
+    whole = not actions.is_floating_point()
+    if whole and actions.shape[2:] == (1,):
+        actions = actions[..., 0]
+    message = "actions must be whole numbers (T, N), or others (T, N, A), not"
+    insist(
+        actions.dim() == (2 if whole else 3), f"{message} {actions.dtype} {tuple(actions.shape)}"
+    )
+    return actions
+
+
+def read_ends(part, steps, time_limit):
+    """Where an episode terminated, (T,) bool; takes what tells the ends out of its tensors."""
+    ends = {}
+    for name in ("terminated", "truncated", "dones"):
+        if name in part:
+            end = part.pop(name)
+            if end.dim() == 0:  # it speaks of the last step
+                end = (torch.arange(steps) == steps - 1) & end
+            insist(end.shape == (steps,), f"{name} must be {(steps,)} or one bool")
+            insist(not end[:-1].any(), f"it goes on after a step that is {name}")
+            ends[name] = end
+    insist(ends, "it lacks terminated: False if a time limit cut it off")
+    if "dones" in ends:
+        remedy = "give terminated and truncated, or time_limit=steps (math.inf for none)"
+        told = len(ends) == 1 and time_limit is not None
+        insist(told, f"dones do not tell the game's own end from a time limit: {remedy}")
+        return ends["dones"] & (steps < time_limit)
+    return ends.get("terminated", torch.zeros(steps, dtype=torch.bool))
+
+
+def all_available(whole, num_actions=None):
+    """avail_actions (E, T+1, N, A), all True, for padded episodes; None for continuous actions."""
+    actions = whole["actions"]
+    if actions.is_floating_point():
+        return None
+    A = num_actions or max(int(actions.max()) + 1, 1)
+    return torch.ones(*whole["obs"].shape[:3], A, dtype=torch.bool)
+
+
+def cut(arrays, ends):
+    """Cut M steps laid end to end, as `Dataset.from_transitions` takes them, into episodes.
+
+    Raises:
+        ValueError: lengths differ, or the steps are not in order.
+    """
+    ends = as_tensor(ends, "ends")
+    arrays = {name: as_tensor(x, name) for name, x in arrays.items() if x is not None}
+    for name, array in arrays.items():
+        good = array.shape[:1] == ends.shape
+        insist(good, f"{name} has the shape {tuple(array.shape)}, but ends has {tuple(ends.shape)}")
+    after = {}  # what was seen after each step; a copy of what was seen before it may stand in
+    for name in OBSERVED:
+        if f"next_{name}" in arrays:
+            after[name] = arrays.pop(f"next_{name}")
+            insist(name in arrays, f"it lacks {name}")
+            check_in_order(name, arrays[name], after[name], ends)
+        elif name in arrays:
+            after[name] = arrays[name]
+    if "terminated" not in arrays:
+        arrays["dones"] = ends
+    episodes, start = [], 0
+    for stop in [*(ends[:-1].nonzero()[:, 0] + 1).tolist(), len(ends)]:
+        episode = {name: array[start:stop] for name, array in arrays.items()}
+        for name, array in after.items():
+            episode[name] = torch.cat([episode[name], array[stop - 1 : stop]])
+        episodes.append(episode)
+        start = stop
+    return episodes
+
+
+def check_in_order(name, now, after, ends):
+    """Raise ValueError unless what followed each step is what was seen in the next one."""
+    same = after[:-1].double().isclose(now[1:].double(), 1e-3, 1e-3).flatten(1).all(1)
+    unlike = (~same & ~ends[:-1]).nonzero()[:, 0]
+    if len(unlike):
+        m = int(unlike[0])
+        remedy = "lay the steps of one game after another, and mark each end"
+        raise ValueError(f"next_{name} of step {m} is not {name} of step {m + 1}: {remedy}")
+
+
+def fingerprint(tensors):
+    """A short word for the content of {name: tensor}: equal content, equal word, on any device."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content = tensor.detach().cpu().contiguous().flatten()
+        found.update(content.view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- files
+def save(path, content, new=False):
+    """Write bytes whole or not at all, so that a kill leaves the old file or the new one.
+
+    Raises:
+        FileExistsError: the file must be `new`, and is there already.
+    """
+    if new:
+        path.touch(exist_ok=False)  # of two runs that want one folder, one gets it
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write(dataset, path):
-    """Write one HDF5 file, whole or not at all: the fields of `Dataset` as arrays, `info` as attributes.
+    """Write one HDF5 file, whole or not at all: the fields as arrays, `info` as attributes.
 
     Raises:
         ValueError: the dataset is not well formed.
@@ -276,12 +474,11 @@ def write(dataset, path):
     """
     path, content = Path(path), io.BytesIO()
     dataset.check()
-    # In memory first: where the disk is full, h5py leaves half a file, and may crash Python as it exits.
+    # In memory first: where the disk is full, h5py leaves half a file, and may crash Python.
     with h5py.File(content, "w") as file:
-        for name in TENSORS:
-            if getattr(dataset, name) is not None:
-                array = getattr(dataset, name).cpu().numpy()
-                file.create_dataset(name, data=array, compression="gzip", compression_opts=1, shuffle=True)
+        for name, tensor in dataset.tensors().items():
+            options = dict(compression="gzip", compression_opts=1, shuffle=True)
+            file.create_dataset(name, data=tensor.cpu().numpy(), **options)
         for key, value in {**plain(dataset.info), "format": FORMAT}.items():
             file.attrs[key] = json.dumps(value)
     try:
@@ -291,41 +488,13 @@ def write(dataset, path):
         raise OSError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def read_own(file, path):
-    """Read an open HDF5 file that `write` wrote, unchecked."""
-    missing = [n for n in TENSORS if n not in file and n != "avail_actions"]
-    if missing:
-        raise ValueError(f"{path} is not one of our datasets: it lacks {', '.join(missing)}")
-    found = [name for name in TENSORS if name in file]
-    if not all(isinstance(file[name], h5py.Dataset) for name in found):
-        raise ValueError(f"{path} is not one of our datasets: it holds groups in place of arrays")
-    try:
-        info = {key: json.loads(value) for key, value in file.attrs.items()}
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"{path} is not one of our datasets: its attributes are not JSON") from None
+def read_own(file):
+    """The dataset in an open HDF5 file that `write` wrote, unchecked."""
+    info = {key: json.loads(value) for key, value in file.attrs.items()}
     if info.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {info.get('format')}, this code reads {FORMAT}: collect it again")
-    refuse_vast(sum(file[name].nbytes for name in found), path)
-    mask = as_tensor(file["mask"][()], "mask", path)
-    tensors = {name: as_tensor(file[name][()], name, path, mask) if name in file else None for name in TENSORS}
-    return Dataset(**tensors, info=info)
-
-
-def refuse_vast(declared, path):
-    """Raise ValueError if a file declares more bytes than this machine has memory, whether it holds them or not."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
-    if declared > memory:
-        size, has = (f"{number / 1e9:,.0f} GB" for number in (declared, memory))
-        raise ValueError(f"{path} declares arrays of {size}, more than this machine's memory of {has}: is it damaged?")
-
-
-def _kind(tensor):
-    return f"{_shape(tensor)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _shape(tensor):
-    return tuple(tensor.shape)
-
-
-def _extremes(tensor):
-    return f"{tensor.min():g} .. {tensor.max():g}"
+        raise ValueError(f"it has format {info.get('format')}, this code reads {FORMAT}")
+    arrays = {}
+    for name in TENSORS:
+        if name in file or name != "avail_actions":
+            arrays[name] = file[name][()]
+    return Dataset(**{"avail_actions": None} | arrays, info=info)

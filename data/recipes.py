@@ -1,9 +1,563 @@
+"""Which datasets have a name, how each is recorded and by whom, and how to load any.
+
+The teams' weights are files that `algorithms/mappo.py --save-snapshots` writes, in data/behaviour/:
+MAP/TEAM.npz for the battles; for the bodies that a team shares (halfcheetah, reacher, ant)
+BODY/TEAM.npz.
+"""
+
+import hashlib
+import json
+import platform
+import re
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import gymnasium
+import h5py
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from tqdm import tqdm
+
 import envs
-from data.collect import about, is_path, load, names  # noqa: F401
+from data.dataset import Dataset, write
+from data.readers import check_order, read
+from data.record import block_seed, concatenate, record
+from data.teams import normal, read_behaviour
+from envs.matrix import read_payoff
+
+CACHE = Path(__file__).parent / "cache"
+BEHAVIOUR = Path(__file__).parent / "behaviour"  # weights of the teams that play, see its README
+COLLECTOR = 2  # raise it when a recipe changes, so that data cached before are not used again
+
+# Matrix games. Joint actions in equal parts ("AB": agent 0 plays A, agent 1 plays B), or for each
+# agent the probabilities of its actions, drawn independently. A name that is a JSON list holds the
+# probabilities itself.
+MATRIX_BEHAVIOURS = {
+    "xor": {
+        "ab": ["AB"],
+        "ab-ba": ["AB", "BA"],
+        "aa-ab-ba": ["AA", "AB", "BA"],
+        "all": ["AA", "AB", "BA", "BB"],
+    },
+    "m-ne": {"balanced": [[1, 1, 1]] * 2, "imbalanced": [[0.8, 0.1, 0.1]] * 2},
+    "coordination": {  # left, right
+        "favourable": [[0.25, 0.75], [0.25, 0.75]],
+        "neutral": [[0.5, 0.5], [0.5, 0.5]],
+        "unfavourable": [[0.75, 0.25], [0.25, 0.75]],
+    },
+    "climbing": {"uniform": [[1, 1, 1]] * 2},
+    "penalty": {"uniform": [[1, 1, 1]] * 2},
+}
+# Polynomial games. Each agent plays uniformly, or around its part of (0, 0) or of a best joint
+# action with the standard deviation in the name. These are examples: any one above 0 will do.
+POLYNOMIAL = ("uniform", "origin-0.5", "peak-0.5")
+SPREAD = re.compile(r"(peak|origin)-((?:\d+(?:\.\d*)?|\.\d+)(?:e-?\d+)?)", re.ASCII)
+
+# Which teams play, in this order and in equal parts; "*" stands for 0, 1, ..., in equal parts too.
+BATTLES = {
+    "medium": ("medium",),
+    "expert": ("expert",),
+    "mixed": ("medium", "expert"),
+    "medium-replay": ("replay-*",),
+}
+BLOCK = 250  # battles that are played at once
+# All tasks of a body share its teams: the same episodes are seen through the task's views.
+TEAMS = {
+    "halfcheetah": {
+        "good": ("good-*",),
+        "medium": ("medium-*",),
+        "good-medium": ("good-*", "medium-*"),
+    },
+    "reacher": {"expert-mix": ("counterclockwise-*", "clockwise-*")},
+    "ant": {
+        "random": ("random",),
+        "medium": ("medium",),
+        "full-replay": ("replay-*",),
+        "expert": ("expert",),
+    },
+}
+# Teams without weights: "random" plays uniformly random actions, "still" none at all.
+WEIGHTLESS = ("random", "still")
+# Who sets the scale on which scores are 0 and 1, and in how many episodes it is measured. The
+# reacher's 0 is that of MOMA-PPO: its -11.1 is what an untrained team scores by its most likely
+# actions, which are near 0 (still: -11.7). The reacher's 1 is the mean of the data, sampled actions
+# and all. The others' experts play their most likely actions, as scripts are judged.
+REFERENCES = {
+    "halfcheetah": {"random": ("random",), "expert": ("good-*",), "episodes": 20},
+    "reacher": {
+        "random": ("still",),
+        "expert": ("counterclockwise-*", "clockwise-*"),
+        "episodes": 1000,
+    },
+    "ant": {"random": ("random",), "expert": ("expert",), "episodes": 20},
+}
+NOISE = {"halfcheetah": 0.2}  # added to most likely actions; the other bodies' teams sample theirs
+BENDS = {"counterclockwise": 1, "clockwise": -1}  # the reacher's sign of sin θ2, over an episode
+GAMES = 50  # episodes of a body that are played at once
+
+# How many episodes by default, where it is not 1,000: a quarter of the papers'.
+EPISODES = {
+    "bridge optimal": 500,
+    "halfcheetah good": 250,
+    "halfcheetah medium": 250,
+    "halfcheetah good-medium": 500,
+    "reacher expert-mix": 5000,
+    "ant medium": 250,
+    "ant full-replay": 250,
+    "ant expert": 250,
+}
+DEFAULTS = {  # what to learn from where nobody says it; in matrix games the last of a task's names
+    "bridge": "mixed",
+    "smac": "medium-replay",
+    "polynomial": "peak-0.5",
+    "halfcheetah": "good",
+    "reacher": "expert-mix",
+    "ant": "full-replay",
+}
+
+
+DATASETS = TEAMS | {"smac": BATTLES, "bridge": ("optimal", "mixed"), "polynomial": POLYNOMIAL}
+
+
+# ---------------------------------------------------------------- names and paths
+def names(env, task=""):
+    """The dataset names of one task, a tuple; of those that hold a number, an example each."""
+    if env == "matrix":
+        return tuple(MATRIX_BEHAVIOURS.get(full_task(env, task), ("uniform",)))
+    return tuple(DATASETS.get(env, ()))
 
 
 def default(env, task=""):
-    task = task or ("xor" if env == "matrix" else envs.TASKS[env][0])
-    usual = {"bridge": "mixed", "smac": "medium-replay", "polynomial": "peak-0.5", "halfcheetah": "good"}
-    usual |= {"reacher": "expert-mix", "ant": "full-replay"}
-    return task, names(env, task)[-1] if env == "matrix" else usual[env]
+    """The task, and its dataset, where nobody names any; "" in a game that is not ours."""
+    task = full_task(env, task)
+    if env == "matrix":
+        return task, names(env, task)[-1]
+    return task, DEFAULTS.get(env, "")
+
+
+def is_name(dataset, env, task):
+    """Whether a task has a dataset of this name, one of those that hold numbers included."""
+    written_out = env == "matrix" and dataset.startswith("[")
+    spread = env == "polynomial" and read_spread(dataset)
+    return bool(written_out or spread or dataset in names(env, task))
+
+
+def is_path(dataset, env="", task=""):
+    """Whether a dataset is given by a path: what has a "/" or a file ending, or exists."""
+    if not dataset or dataset.startswith("["):
+        return False
+    path = Path(dataset)
+    if "/" in dataset or path.suffix[1:2].isalpha():  # peak-0.5 has no file ending
+        return True
+    return path.exists() and not is_name(dataset, env, task)
+
+
+def read_spread(name):
+    """("peak" or "origin", the standard deviation) of a polynomial game's dataset, or None."""
+    found = SPREAD.fullmatch(name)
+    if found and 0 < float(found[2]) < float("inf"):
+        return found[1], float(found[2])
+    return None
+
+
+def check_name(env, task, name):
+    if not is_name(name, env, task):
+        other = " (or another spread above 0)" if env == "polynomial" else ""
+        raise ValueError(
+            f"{env} {task} has no dataset {name!r}: "
+            f"choose {', '.join(names(env, task))}{other}, or give the path of a file"
+        )
+
+
+def full_task(env, task):
+    """The task by its name: "" is the first one of an environment."""
+    return task or envs.TASKS.get(env, ("",))[0]
+
+
+def about(path):
+    """What a file of ours says of its origin: {"env", "task"}; {} for other files."""
+    try:
+        with h5py.File(path, "r") as file:
+            if "format" not in file.attrs:
+                return {}
+            return {key: json.loads(file.attrs.get(key, '""')) for key in ("env", "task")}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+# ---------------------------------------------------------------- loading
+def load(
+    env,
+    task,
+    dataset,
+    device="cpu",
+    seed=0,
+    episodes=None,
+    limit_terminates=False,
+    options=None,
+):
+    """A `Dataset` for one task, by name or by path, checked against the environment.
+
+    A name is collected on first use and cached in `data/cache/`. A path is anything with a "/" or a
+    file ending, or anything that exists.
+
+    Args:
+        env: one of ours, or "package.module:factory"; "" to read a file without one.
+        options: what the environment gets besides; without it one that is not ours is not made, and
+            not checked.
+        limit_terminates: take the time limit for an end of the game, after which nothing is worth
+            anything. OG-MARL's 2halfcheetah is stored, and was learned from, in this way.
+    Raises:
+        ValueError: an unknown name, a damaged or foreign file, a dataset of another environment.
+        OSError: no such file.
+    """
+    foreign = not env or ":" in env
+    game = None
+    if not foreign or options is not None:
+        game = envs.make(env, task, **options or {})
+    task = full_task(env, task)
+    if is_path(dataset, env, task):
+        found = read(dataset, game and game.time_limit, task if env == "ant" else "")
+    elif foreign:
+        remedy = "give the path of a file, such as one that data/collect.py has recorded"
+        raise ValueError(f"there is no dataset {dataset!r} of {env or 'no environment'}: {remedy}")
+    else:
+        found = load_name(env, task, dataset, seed, episodes)
+    if game:
+        check_fit(found, env, task, game, dataset)
+        game.close()
+        if limit_terminates:
+            late = (found.lengths >= game.time_limit).nonzero()[:, 0]  # lasted until the limit
+            found.terminated[late, found.lengths[late] - 1] = True
+    return found.to(device)
+
+
+def load_name(env, task, name, seed, episodes):
+    """A named dataset from the cache, or else recorded now."""
+    path = cached_path(env, task, name, seed, episodes or EPISODES.get(f"{env} {name}", 1000))
+    try:
+        return read(path)
+    except (ValueError, OSError):
+        pass  # not there yet, or not to be trusted
+    found = collect_dataset(env, task, name, seed, episodes)
+    try:
+        write(found, path)
+    except OSError as error:
+        print(f"note: the dataset was not cached ({error})", file=sys.stderr)
+    return found
+
+
+def cached_path(env, task, name, seed, episodes):
+    """Where a named dataset is cached: its file's name depends on all that its content does."""
+    rules = read_payoff(task).tolist() if env == "matrix" else None
+    key = [env, task, rules, name, episodes, seed, COLLECTOR]
+    if env in TEAMS:
+        key.append(version("mujoco"))
+    folder = BEHAVIOUR / (task if env == "smac" else env)
+    teams = [hashlib.sha1(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.npz"))]
+    key = json.dumps(key + teams)
+    words = [re.sub(r"\W+", "_", word).strip("_")[:40] for word in (env, task, name)]
+    words.append(hashlib.sha1(key.encode()).hexdigest()[:12])
+    return CACHE / ("-".join(filter(None, words)) + ".h5")
+
+
+def check_fit(dataset, env, task, game, source):
+    """Raise ValueError unless the dataset was recorded in this task and has its sizes."""
+    here = f"{env} {task}".strip()
+    its_env = dataset.info.get("env", env)
+    its_task = full_task(its_env, dataset.info.get("task", task))
+    if its_env != env or (its_task != task and ":" not in env):
+        flags = f"--env {its_env} --task {its_task!r}"
+        raise ValueError(f"{source} was recorded in another task than {here}: use {flags}")
+    continuous = dataset.actions.is_floating_point()
+    A = (dataset.actions if continuous else dataset.avail_actions).shape[-1]
+    found = (*dataset.obs.shape[2:], dataset.state.shape[2], A, continuous)
+    box = isinstance(game.single_action_space, Box)
+    wanted = game.num_agents, game.obs_dim, game.state_dim, game.num_actions, box
+    if found != wanted:
+        raise ValueError(
+            f"{source} does not fit {here}: (agents, observation, state, actions, whether these "
+            f"are continuous) are {found}, but the environment has {wanted}"
+        )
+    if env in TEAMS:
+        check_order(dataset, game, source)
+
+
+# ---------------------------------------------------------------- recording
+def collect_dataset(env, task, name, seed=0, episodes=None):
+    """Roll out the behaviour that `name` stands for; returns a `Dataset` on the CPU.
+
+    Args:
+        seed: of the behaviour (and the environment).
+        episodes: how many; by default what `EPISODES` says, else 1,000.
+    Raises:
+        ValueError: an unknown environment, task or name, or a team that plays it is missing or
+            damaged.
+    """
+    game = envs.make(env, task)
+    task = full_task(env, task)
+    check_name(env, task, name)
+    episodes = episodes or EPISODES.get(f"{env} {name}", 1000)
+    if episodes < 1:
+        raise ValueError(f"a dataset needs at least one episode, not {episodes}")
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "gymnasium": gymnasium.__version__,
+    }
+    if env == "smac":
+        dataset, behaviour = record_battles(task, name, episodes, seed)
+    elif env in TEAMS:
+        dataset, behaviour = record_bodies(env, task, name, episodes, seed)
+        versions["mujoco"] = version("mujoco")
+    else:
+        plan = {"matrix": plan_matrix, "bridge": plan_bridge, "polynomial": plan_polynomial}[env]
+        generator = torch.Generator().manual_seed(seed)
+        actions, behaviour = plan(
+            game, task, name, episodes, generator
+        )  # (E, T, N) or (E, T, N, A)
+        games = envs.make(env, task, num_envs=episodes)
+        dataset = record(games, lambda t, obs, info: actions[:, t])
+    dataset.info |= {"env": env, "task": task, "name": name, "seed": seed, "behaviour": behaviour}
+    dataset.info |= {"collector": COLLECTOR, "versions": versions}
+    return dataset.check()
+
+
+def plan_matrix(game, task, name, episodes, generator):
+    """Joint actions (E, 1, N), and how they were drawn."""
+    behaviour = MATRIX_BEHAVIOURS.get(task, {}).get(name)
+    if behaviour is None:
+        behaviour = read_probabilities(name, game.payoff.shape)
+    if isinstance(behaviour[0], str):
+        joint = torch.tensor([[ord(letter) - ord("A") for letter in word] for word in behaviour])
+        actions = joint[torch.arange(episodes) * len(joint) // episodes]  # equal parts
+    else:
+        draws = []
+        for weights in behaviour:
+            weights = torch.tensor(weights).double()
+            draws.append(torch.multinomial(weights, episodes, True, generator=generator))
+        actions = torch.stack(draws, 1)
+    return actions[:, None], json.dumps(behaviour)
+
+
+def read_probabilities(name, sizes):
+    """Each agent's probabilities for "uniform", or for a JSON list that every agent uses."""
+    if name == "uniform":
+        return [[1.0] * n for n in sizes]
+    try:
+        weights = json.loads(name)
+        good = min(weights) >= 0 < sum(weights) and {len(weights)} == set(sizes)
+    except (ValueError, TypeError):
+        good = False
+    if not good:
+        remedy = "write one probability for each action, such as '[0.9, 0.1]'"
+        raise ValueError(f"dataset {name!r:.80}: {remedy}")
+    return [[float(weight) for weight in weights]] * len(sizes)
+
+
+def plan_polynomial(game, task, name, episodes, generator):
+    """Joint actions (E, 1, 2, 1), and how they were drawn."""
+    shape = (episodes, 1, 2, 1)
+    if name == "uniform":
+        actions = 2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1
+        return actions, "uniformly random actions"
+    place, sigma = read_spread(name)
+    centre = game.peak if place == "peak" else 0.0
+    noise = sigma * torch.randn(shape, generator=generator, dtype=torch.float64)
+    actions = (centre + noise).clamp(-1, 1).float()
+    return actions, f"each agent by N({centre:.4g}, {sigma:g}^2), clipped to [-1, 1]"
+
+
+def plan_bridge(game, task, name, episodes, generator):
+    """Joint actions (E, T, 2), and how they were drawn."""
+    half = episodes // 2 if name == "mixed" else 0
+    shape = half, game.time_limit, 2
+    random = torch.randint(game.num_actions, shape, generator=generator)
+    optimal = bridge_conventions(episodes - half, game.time_limit, generator)
+    behaviour = f"{half} uniformly random episodes, {episodes - half} by two optimal conventions"
+    return torch.cat([random, optimal]), f"{behaviour} in equal parts"
+
+
+def bridge_conventions(episodes, limit, generator):
+    """The two hand-made conventions of AlberDICE's *optimal* data as actions (E, limit, 2).
+
+    "Left": both go left, agent 0 steps aside in one of three ways, agent 1 goes home, agent 0
+    crosses. "Right" is the same game turned by 180 degrees, with the roles exchanged.
+    """
+    stay, up, down, right, left = range(5)
+    draw = torch.rand(episodes, 4, generator=generator, dtype=torch.float32)
+    # What agent 1 "does" once it is home, is junk.
+    junk = torch.randint(3, (episodes, limit), generator=generator)
+    plans = torch.tensor([stay, up, left])[junk][..., None].repeat(1, 1, 2)  # (E, limit, 2)
+    plans[..., 0] = right
+    for plan, (aside, turn, corner, convention) in zip(plans, draw.tolist()):
+        step_aside, step_back = [(left, right), (down, up), (up, down)][int(aside * 3)]
+        up_first = step_aside == left or (step_aside == down and turn < 0.5)
+        plan[:3, 0] = torch.tensor([left, step_aside, step_back])
+        home = (up, left) if up_first else (left, up)
+        plan[:4, 1] = torch.tensor([left, left, *home])
+        plan[6:8, 0] = torch.tensor([right, down] if corner < 0.5 else [down, right])
+        if convention < 0.5:
+            plan[:] = torch.tensor([stay, down, up, left, right])[plan].flip(-1)
+    return plans
+
+
+# ---------------------------------------------------------------- teams
+def share_out(folder, patterns, episodes):
+    """How many episodes each team of data/behaviour/FOLDER plays, {team: count}.
+
+    Equal parts for the patterns, and for the teams of each.
+    """
+
+    def cut(total, parts):
+        return [total * (k + 1) // parts - total * k // parts for k in range(parts)]
+
+    shares = {}
+    for pattern, total in zip(patterns, cut(episodes, len(patterns))):
+        teams = [pattern]
+        if "*" in pattern:
+            found = [path.stem for path in (BEHAVIOUR / folder).glob(f"{pattern}.npz")]
+            numbered = [team for team in found if re.search(r"-\d+$", team)]
+            teams = sorted(numbered, key=lambda team: int(team.rsplit("-", 1)[1]))
+            teams = teams or [pattern.replace("*", "0")]  # reading it tells what is missing
+        shares |= dict(zip(teams, cut(total, len(teams))))
+    return shares
+
+
+def progress(teams, what):
+    return tqdm(teams.items(), desc=what, unit="team", leave=False, disable=None)
+
+
+def tell(team, count, info):
+    """Who played, in words."""
+    if not info:
+        return f"{count} by {team}"
+    return f"{count} by {team} ({info['script']} after {info['steps']} steps)"
+
+
+def record_battles(task, name, episodes, seed):
+    """Battles of the teams that `name` stands for, and who played them."""
+    shares = share_out(task, BATTLES[name], episodes)
+    parts, behaviour = [], []
+    for team, count in progress(shares, f"battles of {task} {name}"):
+        play, info = read_behaviour(BEHAVIOUR / task / f"{team}.npz")
+        behaviour.append(tell(team, count, info))
+        for start in range(0, count, BLOCK):
+            game = envs.make("smac", task, min(BLOCK, count - start), check=False)
+            block = len(parts)
+            generator = torch.Generator().manual_seed(1_000_003 * seed + block)
+
+            def act(t, obs, info):
+                return play(t, obs, info, generator)
+
+            parts.append(record(game, act, 1000 * seed + block))
+    return concatenate(parts), ", ".join(behaviour)
+
+
+def record_bodies(env, task, name, episodes, seed):
+    """Episodes of a body by the teams that `name` stands for, and who played them."""
+    shares = share_out(env, TEAMS[env][name], episodes)
+    parts, behaviour, bends = [], [], {}
+    for team, count in progress(shares, f"episodes of {env} {name}"):
+        played, info, left_out = play_body(env, task, team, count, seed)
+        parts += played
+        behaviour.append(tell(team, count, info))
+        if env == "reacher" and played:
+            bend = torch.cat([part.state[:, 1:, 3].mean(1) for part in played])
+            bends[team] = {"mean sin θ2": round(float(bend.mean()), 4), "left out": left_out}
+    how = "sampled actions, clipped"
+    if env in NOISE:
+        how = f"most likely actions + N(0, {NOISE[env]}^2), clipped"
+    if name == "random":
+        how = "uniformly random actions"
+    dataset = concatenate(parts)
+    dataset.info["references"] = references(env)
+    if bends:
+        dataset.info["bends"] = bends
+    return dataset, f"{', '.join(behaviour)}; {how}"
+
+
+def references(env):
+    """Mean returns of a random and an expert team on a body, {"random", "expert"}: floats."""
+    task, episodes = envs.TASKS[env][0], REFERENCES[env]["episodes"]
+    greedy = env != "reacher"
+    found = {}
+    for level in ("random", "expert"):
+        returns = []
+        for team, count in share_out(env, REFERENCES[env][level], episodes).items():
+            parts, *_ = play_body(env, task, team, count, "reference", greedy, verify=False)
+            returns += [part.returns for part in parts]
+        found[level] = float(torch.cat(returns).double().mean())
+    return found
+
+
+def play_body(env, task, team, count, seed, greedy=False, verify=True):
+    """`count` episodes of a body by one team, recorded through the views of `task`.
+
+    Args:
+        team: the name of a file in the body's behaviour folder, or one of `WEIGHTLESS`.
+        greedy: play the most likely actions; otherwise those of the datasets, with their noise.
+        verify: of the reacher's clockwise and counter-clockwise teams, keep only episodes that bend
+            their way.
+    Returns:
+        A list of `Dataset`s, one for each block of games played at once; what is known of the team
+        ({} if it has no weights); and how many episodes bent the other way and were left out.
+    Raises:
+        ValueError: the team's file is missing or damaged, or for something else, or most of its
+            episodes bend the other way.
+    """
+    choose, info = body_player(env, team, greedy)
+    way = team.rsplit("-", 1)[0]
+    sign = BENDS.get(way, 0) if verify else 0
+    parts, kept, played = [], 0, 0
+    while kept < count:
+        game = envs.make(env, task, num_envs=min(GAMES, count - kept))
+        start = block_seed(env, team, seed, played)
+        generator = torch.Generator().manual_seed(start)
+        part = record(game, lambda t, obs, info: choose(game, generator), start)
+        played += game.num_envs
+        if sign:
+            bends = part.state[:, :, 3].sum(1) * sign > 0  # (B,)
+            chosen = {name: x[bends] for name, x in part.tensors().items()}
+            part = Dataset(**chosen, avail_actions=None)
+        kept += len(part.mask)
+        if 2 * kept < played >= 20:
+            path, share = BEHAVIOUR / env / team, f"{played - kept} of {played} episodes"
+            raise ValueError(f"{share} of {path}.npz bend the other way: it is no {way} team")
+        if len(part.mask):
+            parts.append(part)
+    return parts, info, played - kept
+
+
+def body_player(env, team, greedy):
+    """What chooses the actions of a body, a function of (game, generator), and its team's info.
+
+    A team sees what it was trained on, whatever the game shows.
+    """
+    if team in WEIGHTLESS:
+        return {"still": stand_still, "random": draw_uniformly}[team], {}
+    play, info = read_behaviour(BEHAVIOUR / env / f"{team}.npz", env)
+    columns = envs.make(env, info["task"]).columns  # of what it was trained on
+
+    def choose(game, generator):
+        entries = np.pad(game.entries, ((0, 0), (0, 1)))  # (B, F+1), the last one 0
+        seen = torch.from_numpy(entries[:, columns]).float()  # (B, N, O)
+        sampled = not (greedy or env in NOISE)
+        action = play(0, seen, None, generator if sampled else None)  # (B, N, A)
+        if env in NOISE and not greedy:
+            action = action + NOISE[env] * normal(action.shape, generator)
+        return action.clamp(-1, 1)
+
+    return choose, info
+
+
+def stand_still(game, generator):
+    return torch.zeros(game.num_envs, *game.motors.shape)
+
+
+def draw_uniformly(game, generator):
+    shape = (game.num_envs, *game.motors.shape)
+    return 2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1

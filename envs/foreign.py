@@ -1,20 +1,25 @@
 """Your own game behind our interface: `envs.make("package.module:factory", num_envs=8)`.
 
-The factory makes either a `VectorEnv` of our interface (see envs/__init__.py), and then takes `num_envs` and `device`;
-or one game, a PettingZoo `ParallelEnv`, of which `Games` keeps B copies, stepped one after the other.
+The factory makes either a `VectorEnv` of our interface (see envs/__init__.py), and then takes
+`num_envs` and `device`; or one game, a PettingZoo `ParallelEnv`, of which `Games` keeps B copies,
+stepped one after the other.
 
 What `Games` does with a game:
   views       short ones are filled up with zeros; whole numbers (`Discrete`, ...) become one-hot
-  actions     `Discrete`, of different sizes: what an agent lacks is not available to it; or bounded boxes, which our
-              [-1, 1] is stretched to, and what an agent lacks is ignored
-  masks       "action_mask" in an agent's observation dictionary or in its info; who may do nothing, may play action 0
+  actions     `Discrete`, of different sizes: what an agent lacks is not available to it; or bounded
+              boxes, which our [-1, 1] is stretched to, and what an agent lacks is ignored
+  masks       "action_mask" in an agent's observation dictionary or in its info; who may do nothing,
+              may play action 0
   state       what `state()` returns; without it, or where it is a picture, all views
   the end     when no agent is left: truncated if one of the last was cut off, else terminated
-  the dead    see zeros, and may only play action 0, until the game is over; the last ones' last views are kept
-  reward      the sum of all agents' rewards, or their mean over all N, dead or alive (`team_reward`)
-  chance      each start of each game has its own seed, drawn from the batch's: game b does not depend on the others
-What it refuses: agents that join later, images and other nested observations, actions that are mixed, compound,
-whole numbers in a box or unbounded, and in `step` what an agent cannot do.
+  the dead    see zeros, and may only play action 0, until the game is over; the last ones' last
+              views are kept
+  reward      the sum of all agents' rewards, or their mean over all N, dead or alive
+              (`team_reward`)
+  chance      each start of each game has its own seed, drawn from the batch's: game b does not
+              depend on the others
+What it refuses: agents that join later, images and other nested observations, actions that are
+mixed, compound, whole numbers in a box or unbounded, and in `step` what an agent cannot do.
 """
 
 import importlib
@@ -26,9 +31,8 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, flatdim, flatten
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 
-from envs.common import METADATA, check_actions, games_to_reset
+from envs.common import METADATA, check_actions, describe, games_to_reset
 
 STEPS = 1000  # after which a game is cut off that does not tell its own limit
 
@@ -39,65 +43,42 @@ def make_foreign(name, task="", num_envs=1, device="cpu", team_reward="sum", **o
     Args:
         task: handed to the factory as `task`, if it is not empty.
         team_reward: "sum" or "mean" of the agents' rewards, for a PettingZoo game.
-        options: handed to the factory; `time_limit`, if the factory does not take it, is when `Games` cuts a game off.
+        options: handed to the factory; `time_limit`, if the factory does not take it, is when
+            `Games` cuts a game off.
     Raises:
-        ValueError: there is no such factory, it fails, does not take the options, or makes something else.
+        ValueError: there is no such factory, it fails, does not take the options, or makes
+            something else.
     """
-    if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, not {num_envs}")
-    factory, options = find(name), dict(options) | ({"task": task} if task else {})
-    try:
-        takes = inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # a builtin
-        takes = {}
+    if team_reward not in ("sum", "mean"):
+        raise ValueError(f"team_reward must be sum or mean, not {team_reward!r}")
+    factory = _find(name)
+    takes = inspect.signature(factory).parameters
+    options = options | ({"task": task} if task else {})
     limit = None if "time_limit" in takes else options.pop("time_limit", None)
-    batch = {"num_envs": num_envs, "device": device} if "num_envs" in takes else {}
-    batch = {key: value for key, value in batch.items() if key in takes}
-
-    def refuse(error):
-        raise ValueError(f"{name} does not take {list(options) or 'no'} arguments: {short(error)}") from None
-
-    try:
-        inspect.signature(factory).bind(**options, **batch)
-    except TypeError as error:
-        refuse(error)
-    except ValueError:  # a builtin
-        pass
+    if "num_envs" in takes:
+        options["num_envs"] = num_envs
+        if "device" in takes:
+            options["device"] = device
 
     def build():
         try:
-            return factory(**options, **batch)
+            return factory(**options)
         except Exception as error:  # what a stranger's factory may raise
-            strange = any(f"unexpected keyword argument '{key}'" in str(error) for key in options)
-            if isinstance(error, TypeError) and strange:
-                refuse(error)  # it hands on whatever it gets
-            raise ValueError(f"{name} fails ({type(error).__name__}: {short(error)})") from error
+            why = f"{type(error).__name__}: {_short(error)}"
+            raise ValueError(f"{name} fails with the arguments {options} ({why})") from error
 
     game = build()
     if isinstance(game, VectorEnv):
-        if game.metadata.get("autoreset_mode") != AutoresetMode.DISABLED:
-            raise ValueError(f"{name} starts finished games anew by itself: its autoreset_mode must be DISABLED")
-        missing = [key for key in ("device", "num_agents", "num_actions", "obs_dim", "state_dim", "time_limit")
-                   if not hasattr(game, key)]  # fmt: skip
-        if missing or game.num_envs != num_envs:
-            what = f"lacks {', '.join(missing)}" if missing else f"has {game.num_envs} games in place of {num_envs}"
-            raise ValueError(f"{name} makes a vector environment that {what}: see envs/__init__.py for what it needs")
-        game.best_return = getattr(game, "best_return", None)
-        return game
-    if not hasattr(game, "possible_agents") or hasattr(game, "agent_iter"):
-        remedy = "take its parallel_env" if hasattr(game, "agent_iter") else "wrap it in one"
-        raise ValueError(f"{name} makes a {type(game).__name__}, no PettingZoo ParallelEnv: {remedy}")
-    if limit is not None and not (type(limit) is int and limit > 0):
-        raise ValueError(f"time_limit must be a number of steps, at least 1, not {limit!r}")
-    if team_reward not in ("sum", "mean"):
-        raise ValueError(f"team_reward must be sum or mean, not {team_reward!r}")
+        return _checked(game, name, num_envs)
+    if hasattr(game, "agent_iter"):
+        raise ValueError(f"{name} makes a game of turns, no ParallelEnv: take its parallel_env")
+    if not hasattr(game, "possible_agents"):
+        raise ValueError(f"{name} makes a {type(game).__name__}, no PettingZoo ParallelEnv")
     games = [game] + [build() for _ in range(num_envs - 1)]
-    if len(set(map(id, games))) < num_envs:
-        raise ValueError(f"{name} makes the same game again: it must make a new one each time")
     return Games(games, name, device, team_reward == "mean", limit)
 
 
-def find(name):
+def _find(name):
     """The factory of a "package.module:factory", also in a module of the current folder."""
     module, _, path = name.partition(":")
     package, _, last = module.rpartition(".")
@@ -107,19 +88,31 @@ def find(name):
         try:
             factory = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if error.name != module or not hasattr(importlib.import_module(package or module), last):
+            if error.name != module:
                 raise
-            factory = getattr(sys.modules[package], last)  # gymnasium_robotics.mamujoco_v1 is one by another name
+            package = importlib.import_module(package or module)
+            factory = getattr(package, last)  # it knows the module by another name
         for part in path.split("."):
             factory = getattr(factory, part, None)
     except Exception as error:  # what a stranger's module may raise
-        raise ValueError(f"--env {name}: cannot import {module!r} ({type(error).__name__}: {short(error)})") from error
+        why = f"{type(error).__name__}: {_short(error)}"
+        raise ValueError(f"--env {name}: cannot import {module!r} ({why})") from error
     if not callable(factory):
-        raise ValueError(f"--env {name}: {module} has no function {path!r} that makes an environment")
+        raise ValueError(f"--env {name}: {module} has no function {path!r} that makes games")
     return factory
 
 
-def short(error):
+def _checked(game, name, num_envs):
+    """A vector environment of our interface, if it is one; else ValueError."""
+    if game.metadata.get("autoreset_mode") != AutoresetMode.DISABLED:
+        raise ValueError(f"{name} starts finished games anew: its autoreset_mode must be DISABLED")
+    if game.num_envs != num_envs:
+        raise ValueError(f"{name} makes {game.num_envs} games in place of {num_envs}")
+    game.best_return = getattr(game, "best_return", None)
+    return game
+
+
+def _short(error):
     """What an error says, in one line."""
     return " ".join(str(error).split())[:300]
 
@@ -131,193 +124,185 @@ class Games(VectorEnv):
         games: B of them, of one kind.
         name: what messages call them.
         mean: average the agents' rewards instead of adding them up.
-        time_limit: when to cut a game off; by default what the game knows of itself, else after `STEPS`.
+        time_limit: when to cut a game off; by default what the game knows of itself, else after
+            `STEPS`.
     Raises:
-        ValueError: the game has something that our interface cannot hold; in `step`, actions of a wrong shape, not
-            available, or not in [-1, 1].
+        ValueError: what `Games` refuses, also on the way.
     """
 
     metadata = METADATA
 
     def __init__(self, games, name, device="cpu", mean=False, time_limit=None):
-        self.games, self.name, self.mean, self.best_return = games, name, mean, None
-        self.num_envs, self.device, self.names = len(games), torch.device(device), list(games[0].possible_agents)
-        self.num_agents, self.time_limit = len(self.names), time_limit or own_limit(games[0]) or STEPS
+        self.games, self.name, self.mean = games, name, mean
+        self.names = list(games[0].possible_agents)
         if not self.names:
-            self.refuse("it has no agents")
-        views = [self.view_of(games[0].observation_space(agent)) for agent in self.names]
-        moves = [games[0].action_space(agent) for agent in self.names]
-        self.views, self.obs_dim = views, max(map(flatdim, views))
-        self.discrete = all(isinstance(space, Discrete) for space in moves)
-        if self.discrete:
-            self.sizes = np.array([int(space.n) for space in moves])
-            self.starts = [int(space.start) for space in moves]
-        elif all(isinstance(space, Box) and len(space.shape) == 1 for space in moves):
-            self.sizes = np.array([space.shape[0] for space in moves])
-            if not all(np.issubdtype(space.dtype, np.floating) for space in moves):
-                self.refuse("its actions are boxes of whole numbers")
-            self.bounds = [(space.low.astype(np.float64), space.high.astype(np.float64)) for space in moves]
-            self.kinds = [space.dtype for space in moves]
-            if not np.isfinite(np.concatenate([bound for pair in self.bounds for bound in pair])).all():
-                self.refuse("its actions have no bounds")
-        else:
-            self.refuse("its actions are neither all Discrete nor all one-dimensional boxes")
-        N, A = self.num_agents, int(self.sizes.max())
-        self.num_actions, self.owned = A, np.arange(A) < self.sizes[:, None]  # (N, A) what an agent has of A
-        self.streams = [np.random.default_rng((0, b)) for b in range(self.num_envs)]
-        first = self.start(0)
-        self.own_state = self.state_of(games[0]) is not None
-        self.state_dim = len(self.state_of(games[0])) if self.own_state else N * self.obs_dim
-        self.single_observation_space = Box(-np.inf, np.inf, (N, self.obs_dim))
-        self.single_action_space = MultiDiscrete([A] * N) if self.discrete else Box(-1, 1, (N, A))
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self.obs = np.zeros((self.num_envs, N, self.obs_dim), np.float32)
-        self.state = np.zeros((self.num_envs, self.state_dim), np.float32)
-        self.avail = np.zeros((self.num_envs, N, A), bool)
-        self.ended, self.cut, self.steps = *np.ones((2, self.num_envs), bool), np.zeros(self.num_envs, int)
-        self.see(0, *first)
+            self._refuse("it has no agents")
+        self.views = [self._view_of(games[0].observation_space(agent)) for agent in self.names]
+        self.moves = [games[0].action_space(agent) for agent in self.names]
+        self.discrete = all(isinstance(move, Discrete) for move in self.moves)
+        sizes = [int(move.n) if self.discrete else self._width(move) for move in self.moves]
+        B, N, A, O = len(games), len(self.names), max(sizes), max(map(flatdim, self.views))
+        self.owned = np.arange(A) < np.array(sizes)[:, None]  # (N, A) what an agent has of A
+        self.streams = [np.random.default_rng((0, b)) for b in range(B)]
+        first = self._start(0)
+        state = self._state_of(games[0])
+        self.own_state = state is not None
+        state_dim = len(state) if self.own_state else N * O
+        if time_limit is None:
+            time_limit = _own_limit(games[0]) or STEPS
+        describe(self, B, device, N, A, O, state_dim, time_limit, discrete=self.discrete)
+        self.obs, self.state = np.zeros((B, N, O), "f"), np.zeros((B, state_dim), "f")
+        self.avail, self.steps = np.zeros((B, N, A), bool), np.zeros(B, int)
+        self.ended, self.cut = np.ones(B, bool), np.zeros(B, bool)
+        self._see(0, *first)
 
     def reset(self, *, seed=None, options=None):
         for b in games_to_reset(self, options).nonzero()[:, 0].tolist():
             if seed is not None:
                 self.streams[b] = np.random.default_rng((seed, b))
-            self.see(b, *self.start(b))
+            self._see(b, *self._start(b))
             self.ended[b], self.cut[b], self.steps[b] = False, False, 0
-        return self.observe()
+        return self._observe()
 
     def step(self, actions):
-        actions, reward = self.checked(actions), np.zeros(self.num_envs, np.float32)
-        for b in (~(self.ended | self.cut)).nonzero()[0]:
-            game = self.games[b]
-            living = [i for i, agent in enumerate(self.names) if agent in game.agents]
-            played = {self.names[i]: self.played(i, actions[b, i]) for i in living}
-            obs, rewards, terminated, truncated, infos = game.step(played)
-            if joined := set(game.agents) - set(played):
-                self.refuse(f"the agent {min(joined)} joins later")
-            gone = not game.agents or all(terminated.get(agent) or truncated.get(agent) for agent in played)
-            self.see(b, obs, infos, last=played if gone else ())
-            self.steps[b] += 1
-            reward[b] = sum(map(float, rewards.values())) / (self.num_agents if self.mean else 1)
-            late = self.steps[b] >= self.time_limit and not gone
-            self.cut[b] = late or gone and any(truncated.get(agent) and not terminated.get(agent) for agent in played)
-            self.ended[b] = gone and not self.cut[b]
-        obs, info = self.observe()
-        return obs, *(torch.tensor(x, device=self.device) for x in (reward, self.ended, self.cut)), info
+        actions, over = actions.detach().cpu(), self.ended | self.cut
+        allowed = torch.from_numpy(self.avail if self.discrete else self.owned)
+        check_actions(self, actions, allowed, torch.from_numpy(over))
+        actions, reward = actions.numpy(), np.zeros(self.num_envs, "f")
+        for b in np.flatnonzero(~over):
+            reward[b] = self._advance(b, actions[b])
+        obs, info = self._observe()
+        results = (torch.tensor(x, device=self.device) for x in (reward, self.ended, self.cut))
+        return obs, *results, info
 
     def close_extras(self, **_):
         for game in self.games:
             game.close()
 
     def picture(self, actions=None):
-        """The first game as its `render` draws it, an array (height, width, 3); ValueError if it does not."""
-        drawn = self.games[0].render()
-        if not isinstance(drawn, np.ndarray) or drawn.ndim != 3:
-            raise ValueError(
-                f'{self.name} draws no pictures: begin with --env-kwargs \'{{"render_mode": "rgb_array"}}\''
-            )
-        return drawn
+        """The first game as its `render` draws it."""
+        return self.games[0].render()
 
-    # ------------------------------------------------------------ one game
-    def refuse(self, why):
-        raise ValueError(f"{self.name} does not fit our interface: {why}")
-
-    def view_of(self, space):
-        """The space of what an agent sees, without the action mask beside it."""
-        if isinstance(space, Dict) and "observation" in space.spaces and set(space) <= {"observation", "action_mask"}:
-            space = space["observation"]
-        if isinstance(space, Box) and len(space.shape) > 1:
-            self.refuse(f"its observations have the shape {space.shape}: flatten them first")
-        if not isinstance(space, Box | Discrete | MultiBinary | MultiDiscrete):
-            self.refuse(f"its observations are a {type(space).__name__}: make one array of them first")
-        return space
-
-    def start(self, b):
-        """Begin game b anew: what its agents see, and their infos."""
-        found = self.games[b].reset(seed=int(self.streams[b].integers(2**31)))
-        if not isinstance(found, tuple) or len(found) != 2:
-            self.refuse("its reset does not return observations and infos")
-        if missing := set(self.names) - (set(self.games[b].agents) & set(found[0])):
-            self.refuse(f"the agent {min(missing)} is not there from the start")
-        return found
-
-    def state_of(self, game):
-        """The state that the game tells, or None."""
-        try:
-            told = np.asarray(game.state(), np.float32)
-            return told.ravel() if told.ndim < 3 else None
-        except (NotImplementedError, AttributeError, TypeError, ValueError, KeyError):
-            return None
-
-    def see(self, b, obs, infos, last=()):
-        """Note what the agents of game b see, and may do: those who are left, or at the very end the `last` ones."""
-        game, self.obs[b], self.avail[b] = self.games[b], 0, False
-        self.avail[b, :, 0] = True
-        for i, agent in enumerate(self.names):
-            if agent not in (last or game.agents) or last and agent not in obs:  # dead, or not told any more
-                continue
-            if agent not in obs:
-                self.refuse(f"the agent {agent} is alive but sees nothing")
-            seen, mask = obs[agent], (infos.get(agent) or {}).get("action_mask")
-            if isinstance(seen, dict):
-                seen, mask = seen["observation"], seen.get("action_mask", mask)
-            space = self.views[i]
-            flat = np.asarray(seen, np.float32).ravel() if isinstance(space, Box) else flatten(space, seen)
-            if len(flat) != flatdim(space):
-                self.refuse(f"the agent {agent} sees {len(flat)} numbers in place of {flatdim(space)}")
-            self.obs[b, i, : len(flat)] = flat
-            if self.discrete:
-                mask = self.owned[i, : self.sizes[i]] if mask is None else np.asarray(mask, bool)
-                if mask.shape != (self.sizes[i],):
-                    self.refuse(f"the mask of agent {agent} has the shape {mask.shape} for {self.sizes[i]} actions")
-                self.avail[b, i, : self.sizes[i]] = mask if mask.any() else np.arange(len(mask)) == 0
-        told = self.state_of(game) if self.own_state else self.obs[b].ravel()
-        if told is not None and len(told) == self.state_dim:
-            self.state[b] = told
-        elif not last:  # at the end some games have no state any more
-            self.refuse("its state changes its size")
-
-    def checked(self, actions):
-        """The actions as an array; ValueError if a running game cannot take them."""
-        running = ~(self.ended | self.cut)
-        if self.discrete:
-            check_actions(self, actions)
-            actions = actions.cpu().numpy()
-            choices = np.arange(self.num_actions) == actions[..., None]  # (B, N, A)
-            wrong, what = ~(choices & self.avail).any(-1), "is not available"
-        else:
-            shape = self.action_space.shape
-            if actions.shape != shape or not actions.is_floating_point():
-                found = f"{actions.dtype} of shape {tuple(actions.shape)}"
-                raise ValueError(f"actions must be floating-point numbers of shape {shape}, not {found}")
-            actions = actions.detach().cpu().double().numpy()
-            wrong, what = ~(np.abs(actions) <= 1) & self.owned, "is not in [-1, 1]"  # also NaN
-        if (wrong := wrong & running.reshape(-1, *[1] * (wrong.ndim - 1))).any():
-            b, i, *_ = place = tuple(np.argwhere(wrong)[0])
-            raise ValueError(f"game {b}, agent {i}: action {actions[place]} {what}")
-        return actions
-
-    def played(self, i, action):
-        """Agent i's action as its game wants it."""
-        if self.discrete:
-            return int(action) + self.starts[i]
-        low, high = self.bounds[i]
-        within = np.clip(low + (action[: self.sizes[i]] + 1) / 2 * (high - low), low, high)  # rounding may lead out
-        return within.astype(self.kinds[i])
-
-    def observe(self):
+    def _observe(self):
         info = {"state": torch.tensor(self.state, device=self.device)}
         if self.discrete:
             info["avail_actions"] = torch.tensor(self.avail, device=self.device)
         return torch.tensor(self.obs, device=self.device), info
 
+    def _refuse(self, why):
+        raise ValueError(f"{self.name} does not fit our interface: {why}")
 
-def own_limit(game):
+    # ------------------------------------------------------------ spaces
+    def _view_of(self, space):
+        """The space of what an agent sees, without the action mask beside it."""
+        if isinstance(space, Dict) and set(space) - {"action_mask"} == {"observation"}:
+            space = space["observation"]
+        if isinstance(space, Box) and len(space.shape) > 1:
+            self._refuse(f"its observations have the shape {space.shape}: flatten them first")
+        if not isinstance(space, Box | Discrete | MultiBinary | MultiDiscrete):
+            kind = type(space).__name__
+            self._refuse(f"its observations are a {kind}: make one array of them first")
+        return space
+
+    def _width(self, space):
+        """How many numbers an agent's action has."""
+        if not isinstance(space, Box) or len(space.shape) != 1:
+            self._refuse("its actions are neither all Discrete nor all one-dimensional boxes")
+        if not np.issubdtype(space.dtype, np.floating):
+            self._refuse("its actions are boxes of whole numbers")
+        if not space.is_bounded():
+            self._refuse("its actions have no bounds")
+        return len(space.low)
+
+    # ------------------------------------------------------------ one game
+    def _start(self, b):
+        """Begin game b anew: what its agents see, and their infos."""
+        begun = self.games[b].reset(seed=int(self.streams[b].integers(2**31)))
+        if not isinstance(begun, tuple) or len(begun) != 2:
+            self._refuse("its reset does not return observations and infos")
+        for agent in self.names:
+            if agent not in self.games[b].agents or agent not in begun[0]:
+                self._refuse(f"the agent {agent} is not there from the start")
+        return begun
+
+    def _advance(self, b, actions):
+        """One step of game b, by all actions (N,) or (N, A); returns its reward."""
+        game = self.games[b]
+        living = [(i, agent) for i, agent in enumerate(self.names) if agent in game.agents]
+        played = {agent: self._played(i, actions[i]) for i, agent in living}
+        obs, rewards, terminated, truncated, infos = game.step(played)
+        for agent in game.agents:
+            if agent not in played:
+                self._refuse(f"the agent {agent} joins later")
+        cut = [truncated.get(agent) and not terminated.get(agent) for agent in played]
+        gone = [truncated.get(agent) or terminated.get(agent) for agent in played]
+        over = all(gone) or not game.agents
+        self._see(b, obs, infos, last=played if over else ())
+        self.steps[b] += 1
+        self.cut[b] = any(cut) if over else self.steps[b] >= self.time_limit
+        self.ended[b] = over and not self.cut[b]
+        total = sum(map(float, rewards.values()))
+        return total / self.num_agents if self.mean else total
+
+    def _played(self, i, action):
+        """Agent i's action as its game wants it."""
+        move = self.moves[i]
+        if self.discrete:
+            return int(action + move.start)
+        low, high = move.low.astype(float), move.high.astype(float)
+        share = (action[: len(low)].astype(float) + 1) / 2
+        within = np.clip(low + share * (high - low), low, high)  # rounding may lead out
+        return within.astype(move.dtype)
+
+    def _see(self, b, obs, infos, last=()):
+        """Note what agents of game b see and may do: those left, or at its end the `last` ones."""
+        self.obs[b], self.avail[b] = 0, False
+        self.avail[b, :, 0] = True  # for the dead
+        for i, agent in enumerate(self.names):
+            if agent in obs and agent in (last or self.games[b].agents):
+                info = infos.get(agent) or {}
+                self._see_agent(b, i, obs[agent], info.get("action_mask"))
+            elif agent in self.games[b].agents and not last:
+                self._refuse(f"the agent {agent} is alive but sees nothing")
+        state = self._state_of(self.games[b]) if self.own_state else self.obs[b].ravel()
+        if state is not None and len(state) == self.state_dim:
+            self.state[b] = state
+        elif not last:  # at the end some games have no state any more
+            self._refuse("its state changes its size")
+
+    def _see_agent(self, b, i, seen, mask):
+        agent, space = self.names[i], self.views[i]
+        if isinstance(seen, dict):
+            seen, mask = seen["observation"], seen.get("action_mask", mask)
+        view = np.asarray(seen, "f").ravel() if isinstance(space, Box) else flatten(space, seen)
+        if len(view) != flatdim(space):
+            self._refuse(f"the agent {agent} sees {len(view)} numbers in place of {flatdim(space)}")
+        self.obs[b, i, : len(view)] = view
+        if self.discrete:
+            size = int(self.moves[i].n)
+            mask = np.ones(size, bool) if mask is None else np.asarray(mask, bool)
+            if mask.shape != (size,):
+                self._refuse(f"the mask of agent {agent} has {mask.shape} for {size} actions")
+            self.avail[b, i, :size] = mask
+            self.avail[b, i, 0] |= not mask.any()  # who may do nothing
+
+    def _state_of(self, game):
+        """The state that the game tells, or None."""
+        try:
+            state = np.asarray(game.state(), "f")
+        except (NotImplementedError, AttributeError, TypeError, ValueError, KeyError):
+            return None
+        return state.ravel() if state.ndim < 3 else None
+
+
+def _own_limit(game):
     """The most steps that a game says it takes, or the one that it wraps, or None."""
-    shells = [game] + [getattr(game, name, None) for name in ("aec_env", "single_agent_env")]
-    for part in (x for shell in shells for x in (shell, getattr(shell, "unwrapped", None))):
-        told = [getattr(part, name, None) for name in ("max_cycles", "max_steps", "max_num_steps", "max_episode_steps")]
-        for limit in told + [getattr(getattr(part, "spec", None), "max_episode_steps", None)]:
+    parts = [game, getattr(game, "aec_env", None), getattr(game, "single_agent_env", None)]
+    parts += [getattr(part, "unwrapped", None) for part in parts]
+    parts += [getattr(part, "spec", None) for part in parts]
+    for part in parts:
+        for name in ("max_cycles", "max_steps", "max_num_steps", "max_episode_steps"):
+            limit = getattr(part, name, None)
             if isinstance(limit, int | np.integer) and limit > 0:
                 return int(limit)
     return None

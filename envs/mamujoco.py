@@ -1,38 +1,40 @@
 """Bodies shared by a team: Gymnasium's own MuJoCo HalfCheetah, Reacher and Ant, split into agents.
 
-    envs.make("halfcheetah", "2x3")       2 agents: hind leg, front leg; 13 entries each (OG-MARL's vaults)
-    envs.make("reacher", "leader-only")   2 agents, one joint each; all-observant, independent or leader-only
-    envs.make("ant", "partial")           4 agents, one leg each; full or partial
+    envs.make("halfcheetah", "2x3")       2 agents: hind leg, front leg; 13 entries each (OG-MARL's
+    vaults) envs.make("reacher", "leader-only")   2 agents, one joint each; all-observant,
+    independent or leader-only envs.make("ant", "partial")           4 agents, one leg each; full or
+    partial
 
-Physics, starting states and rewards are those of Gymnasium's HalfCheetah-v5, Reacher-v5 and Ant-v5: a test steps both
-side by side and asks for the same bits. `VIEWS` says which joints an agent moves and what it sees, by name.
+Physics, starting states and rewards are those of Gymnasium's HalfCheetah-v5, Reacher-v5 and Ant-v5:
+a test steps both side by side and asks for the same bits. `VIEWS` says which joints an agent moves
+and what it sees, by name.
 
 The state is what the papers' datasets hold:
-  halfcheetah   17 entries: Gymnasium's observation, all positions but x and all velocities. Only the agents see x.
-  reacher       11 entries, the layout of v2 to v4: v5's ten, then the fingertip's height above the target, always 0.
-                Entry 3, sin θ2, tells how the arm bends: counter-clockwise, seen from above, where it is positive.
+  halfcheetah   17 entries: Gymnasium's observation, all positions but x and all velocities. Only
+                the agents see x.
+  reacher       11 entries, the layout of v2 to v4: v5's ten, then the fingertip's height above the
+                target, always 0. Entry 3, sin θ2, tells how the arm bends: counter-clockwise, seen
+                from above, where it is positive.
   ant           27 entries as in D4RL: Gymnasium's observation without contact forces.
 
 Rewards, in the versions that the papers' datasets were recorded with (v2) and here:
   halfcheetah   the same: forward speed - 0.1 |action|^2.
-  reacher       -distance - |action|^2. v5 takes the distance after the step, v2 took it before: a return is higher
-                by the first distance minus the last, about 0.2 for a team that arrives.
-  ant           forward speed + 1 - 0.5 |action|^2, without the contact cost, which D4RL's MuJoCo left at zero as well.
-                v2 paid the 1 for being alive also in the step in which the ant falls.
-An ant is terminated when its torso leaves the heights 0.2 to 1.0; the others only end by their time limit.
+  reacher       -distance - |action|^2. v5 takes the distance after the step, v2 took it before: a
+                return is higher by the first distance minus the last, about 0.2 for a team that
+                arrives.
+  ant           forward speed + 1 - 0.5 |action|^2, without the contact cost, which D4RL's MuJoCo
+                left at zero as well. v2 paid the 1 for being alive also in the step in which the
+                ant falls.
+An ant is terminated when its torso leaves the heights 0.2 to 1.0; the others only end by their time
+limit.
 
-In the ant, each agent drives the leg that it sees. MOMA-PPO's paper says so too; its code gives torques (2i, 2i + 1) to
-agent i, which sees leg i + 1, but the order of Ant's motors is leg 4, 1, 2, 3.
+In the ant, each agent drives the leg that it sees. MOMA-PPO's paper says so too; its code gives
+torques (2i, 2i + 1) to agent i, which sees leg i + 1, but the order of Ant's motors is leg 4, 1, 2,
+3.
 
-Speed: one `mujoco.MjData` per game and one loop over the games; all else is NumPy over the batch. Measured with 64
-games and MuJoCo 3.3.7, in steps per CPU-second of one core on a shared machine:
-                                           halfcheetah    reacher      ant
-  this file                                     31,700     42,800    5,100
-  gymnasium.make, one game                      24,200     26,900    4,100
-  gymnasium.make_vec, "sync"                    19,800     23,300    3,600
-  mujoco.rollout, physics alone                 36,600     53,900    5,500
-`mujoco.rollout` forgets from call to call where MuJoCo's solver had stopped, so it is not exact: 4e-16 off at the third
-step of HalfCheetah, 0.09 at the thousandth. Scores depend on MuJoCo's version too: requirements.txt pins it.
+Each game has its own `mujoco.MjData`, and one loop steps them; all else is NumPy over the batch.
+`mujoco.rollout` would not be exact: it forgets from call to call where MuJoCo's solver had stopped.
+Scores depend on MuJoCo's version, which requirements.txt pins.
 
 Shapes: B games, N agents, A motors of one agent, F entries, O entries of the longest view.
 """
@@ -44,15 +46,16 @@ from typing import NamedTuple
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box
 from gymnasium.vector import VectorEnv
-from gymnasium.vector.utils import batch_space
+from matplotlib.figure import Figure
 
-from envs.common import METADATA, games_to_reset
+from envs.common import METADATA, check_actions, describe, games_to_reset
 
 
 class Body(NamedTuple):
-    """A body of Gymnasium's: what it is called there, and the names of its entries, "v." before a velocity."""
+    """A body of Gymnasium's: what it is called there, and the names of its entries, "v." before a
+    velocity.
+    """
 
     name: str
     entries: str
@@ -60,27 +63,26 @@ class Body(NamedTuple):
     options: dict = {}  # for gymnasium.make
 
 
-CHEETAH = "bthigh bshin bfoot fthigh fshin ffoot"  # b: hind leg, f: front leg
-LEGS = "hip_1 ankle_1 hip_2 ankle_2 hip_3 ankle_3 hip_4 ankle_4"  # front left, front right, back left, back right
-TORSO = "z qw qx qy qz"  # height and orientation
-REACHER = "cos_1 cos_2 sin_1 sin_2 target_x target_y v.joint0 v.joint1 gap_x gap_y gap_z"  # gap: fingertip - target
-
-
-def _speeds(names):
-    return " ".join("v." + name for name in names.split())
-
-
+# b: the cheetah's hind leg, f: its front leg; gap: from the reacher's target to its fingertip.
+CHEETAH = (
+    "x z pitch bthigh bshin bfoot fthigh fshin ffoot "
+    "v.x v.z v.pitch v.bthigh v.bshin v.bfoot v.fthigh v.fshin v.ffoot"
+)
+REACHER = "cos_1 cos_2 sin_1 sin_2 target_x target_y v.joint0 v.joint1 gap_x gap_y gap_z"
+ANT = (
+    "z qw qx qy qz hip_1 ankle_1 hip_2 ankle_2 hip_3 ankle_3 hip_4 ankle_4 "
+    "v.x v.y v.z v.roll_rate v.pitch_rate v.yaw_rate "
+    "v.hip_1 v.ankle_1 v.hip_2 v.ankle_2 v.hip_3 v.ankle_3 v.hip_4 v.ankle_4"
+)
+NO_CONTACTS = {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0.0}
 BODIES = {
-    "halfcheetah": Body("HalfCheetah-v5", f"x z pitch {CHEETAH} {_speeds(f'x z pitch {CHEETAH}')}", hidden=1),
+    "halfcheetah": Body("HalfCheetah-v5", CHEETAH, hidden=1),
     "reacher": Body("Reacher-v5", REACHER),
-    "ant": Body(
-        "Ant-v5",
-        f"{TORSO} {LEGS} {_speeds(f'x y z roll_rate pitch_rate yaw_rate {LEGS}')}",
-        options={"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0.0},
-    ),
+    "ant": Body("Ant-v5", ANT, options=NO_CONTACTS),
 }
 
-# For each task and agent: the joints that it moves, in the order of its actions, and the entries that it sees.
+# For each task and agent: the joints that it moves, in the order of its actions, and the entries
+# that it sees.
 VIEWS = {
     "halfcheetah": {
         "2x3": (
@@ -106,29 +108,33 @@ VIEWS = {
         ),
     },
     "ant": {
-        "full": tuple((f"hip_{i} ankle_{i}", BODIES["ant"].entries) for i in (1, 2, 3, 4)),
-        "partial": tuple(
-            (f"hip_{i} ankle_{i}", torso + f"hip_{i} v.hip_{i} ankle_{i} v.ankle_{i}")
-            for i, torso in enumerate((f"{TORSO} v.roll_rate v.pitch_rate v.yaw_rate v.x v.y v.z ", "", "", ""), 1)
+        "full": tuple((f"hip_{i} ankle_{i}", ANT) for i in (1, 2, 3, 4)),
+        "partial": (
+            (
+                "hip_1 ankle_1",
+                "z qw qx qy qz v.roll_rate v.pitch_rate v.yaw_rate v.x v.y v.z "
+                "hip_1 v.hip_1 ankle_1 v.ankle_1",
+            ),
+            ("hip_2 ankle_2", "hip_2 v.hip_2 ankle_2 v.ankle_2"),
+            ("hip_3 ankle_3", "hip_3 v.hip_3 ankle_3 v.ankle_3"),
+            ("hip_4 ankle_4", "hip_4 v.hip_4 ankle_4 v.ankle_4"),
         ),
     },
 }
 
 
 def draw_convention(states, seeds, title):
-    """How the arm bends in games of the reacher, over the place of the target: its entry 3, sin θ2, as a mean.
+    """How the arm bends in games of the reacher: the mean of sin θ2, over the target's place.
 
     Args:
         states: (S E, T+1, 11) of E games of each seed.
     Returns:
         Whether it bends counter-clockwise, (S, E), and a picture with a field for each seed.
     """
-    from matplotlib.figure import Figure
-
-    states = states.unflatten(0, (len(seeds), -1))
-    x, y, bend = (states[..., :-1, entry].mean(-1).cpu() for entry in (4, 5, 3))  # the target's place; mean sin θ2
-    figure = Figure(figsize=(2.6 * len(bend), 2.9), layout="constrained")
-    for s, axes in enumerate(figure.subplots(1, len(bend), squeeze=False)[0]):
+    states = states.unflatten(0, (len(seeds), -1))[..., :-1, :].cpu()
+    x, y, bend = (states[..., entry].mean(-1) for entry in (4, 5, 3))  # (S, E) each
+    figure = Figure(figsize=(2.6 * len(seeds), 2.9), layout="constrained")
+    for s, axes in enumerate(figure.subplots(1, len(seeds), squeeze=False)[0]):
         axes.scatter(x[s], y[s], c=bend[s], cmap="coolwarm", vmin=-1, vmax=1, s=14)
         axes.set(title=f"seed {seeds[s]}", aspect="equal", xlabel="target x", ylabel="target y")
     figure.suptitle(f"{title}: mean sin θ2", fontsize=9)
@@ -138,71 +144,54 @@ def draw_convention(states, seeds, title):
 class MultiAgentMujoco(VectorEnv):
     """B bodies, each moved by a team of N agents.
 
-    Each game has its own random stream, made from the seed and the game's number: game b is the same in a batch of
-    any size, and a partial reset leaves the others' streams alone. `reset(seed=...)` with a mask seeds only its games.
+    Each game has its own random stream, made from the seed and the game's number: game b is the
+    same in a batch of any size, and a partial reset leaves the others' streams alone.
+    `reset(seed=...)` with a mask seeds only its games.
 
-    `qpos`, `qvel` and `xpos` are lists with one NumPy view of MuJoCo's float64 arrays for each game.
+    `qpos`, `qvel` and `xpos` are lists with one NumPy view of MuJoCo's float64 arrays for each
+    game.
 
     Args:
         body: a key of `BODIES`.
         task: a key of `VIEWS[body]`.
         time_limit: in steps; Gymnasium's own if None.
-        limits: how far joints turn, {name: (least, most)} in radians, where it is not as far as in Gymnasium's model:
-            {"joint1": (0, 3)} gives the reacher an elbow that bends only counter-clockwise.
+        limits: how far joints turn, {name: (least, most)} in radians, where it is not as far as in
+            Gymnasium's model: {"joint1": (0, 3)} gives the reacher an elbow that bends only
+            counter-clockwise.
     Raises:
-        ValueError: an unknown task, limits of no joint or no interval; in `step`, actions of a wrong shape or not in
-            [-1, 1].
-        FloatingPointError: in `step`, a simulation has become unstable (MuJoCo itself also notes it in a file
-            MUJOCO_LOG.TXT). Reset that game to go on.
+        ValueError: MuJoCo cannot be loaded; KeyError: limits of no joint.
+        FloatingPointError: in `step`, a simulation has become unstable (MuJoCo itself also notes it
+            in a file MUJOCO_LOG.TXT). Reset that game to go on.
     """
 
     metadata = METADATA
 
-    def __init__(self, body="halfcheetah", task="2x3", num_envs=1, device="cpu", time_limit=None, limits=None):
-        try:
-            import mujoco  # here, so that games without bodies start without it
-        except Exception as error:  # also of the library that MUJOCO_GL asks for, which has many kinds
-            gl = os.environ.get("MUJOCO_GL")
-            remedy = f"MUJOCO_GL={gl} needs that library (libegl1, libosmesa6)" if gl else "pip install mujoco"
-            raise ValueError(f"MuJoCo cannot be loaded ({type(error).__name__}: {error}): {remedy}") from None
-
-        if task not in VIEWS[body]:
-            raise ValueError(f"{body} has no task {task!r}: choose one of {', '.join(VIEWS[body])}")
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, not {num_envs}")
-        spec, self.body, self.mujoco = BODIES[body], body, mujoco
+    def __init__(self, body, task, num_envs=1, device="cpu", time_limit=None, limits=None):
+        spec, self.body, self.mujoco = BODIES[body], body, _mujoco()
         self.renderer = None  # made when a picture is asked for
-        self.plain = gymnasium.make(spec.name, **spec.options).unwrapped  # lends its model, and resets the games
+        # Gymnasium's own environment lends its model, and resets the games.
+        self.plain = gymnasium.make(spec.name, **spec.options).unwrapped
         self.model = self.plain.model
-        hinges = [self.model.joint(i).name for i in range(self.model.njnt) if self.model.jnt_limited[i]]
         for name, span in (limits or {}).items():
-            if name not in hinges or len(span) != 2 or not span[0] < span[1]:
-                raise ValueError(
-                    f"{body} cannot have the limits {name}: {span}: give [least, most] for one of {', '.join(hinges)}"
-                )
             self.model.joint(name).range = span
-        # By default MuJoCo quietly puts an unstable body back to its starting place. Let it show instead.
-        self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
+        # By default MuJoCo quietly puts an unstable body back to its starting place. Let it show
+        # instead.
+        self.model.opt.disableflags |= self.mujoco.mjtDisableBit.mjDSBL_AUTORESET
 
-        joints, views = zip(*((moves.split(), sees.split()) for moves, sees in VIEWS[body][task]))
+        names, agents = spec.entries.split(), VIEWS[body][task]
         driven = [self.model.joint(i).name for i in self.model.actuator_trnid[:, 0]]
-        self.motors = np.array([[driven.index(joint) for joint in group] for group in joints])  # (N, A)
-        names = spec.entries.split()
-        longest = max(map(len, views))
-        columns = [[names.index(name) for name in view] + [len(names)] * (longest - len(view)) for view in views]
-        self.columns = np.array(columns)  # (N, O) into the entries and one zero after them, the padding
+        motors = [[driven.index(joint) for joint in moves.split()] for moves, _ in agents]
+        views = [[names.index(name) for name in sees.split()] for _, sees in agents]
+        width, padding = max(map(len, views)), len(names)  # the number of a zero after the entries
+        views = [view + [padding] * (width - len(view)) for view in views]
+        self.motors, self.columns = np.array(motors), np.array(views)  # (N, A), (N, O)
         self.hidden = spec.hidden
+        if time_limit is None:
+            time_limit = gymnasium.spec(spec.name).max_episode_steps
+        sizes = *self.motors.shape, width, len(names) - spec.hidden
+        describe(self, num_envs, device, *sizes, time_limit, discrete=False)
 
-        self.num_envs, self.device, self.best_return = num_envs, torch.device(device), None
-        self.num_agents, self.num_actions = self.motors.shape
-        self.obs_dim, self.state_dim = longest, len(names) - spec.hidden
-        self.time_limit = gymnasium.spec(spec.name).max_episode_steps if time_limit is None else time_limit
-        self.single_observation_space = Box(-np.inf, np.inf, (self.num_agents, longest), np.float32)
-        self.single_action_space = Box(-1, 1, self.motors.shape, np.float32)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-
-        self.data = [mujoco.MjData(self.model) for _ in range(num_envs)]
+        self.data = [self.mujoco.MjData(self.model) for _ in range(num_envs)]
         self.qpos, self.qvel, self.xpos, self.ctrl = (
             [getattr(data, name) for data in self.data] for name in ("qpos", "qvel", "xpos", "ctrl")
         )
@@ -221,47 +210,44 @@ class MultiAgentMujoco(VectorEnv):
         return self._observe()
 
     def step(self, actions):
-        self._check(actions)
-        actions = actions.detach().cpu().numpy().astype(np.float64)
-        over = self.fallen | (self.elapsed >= self.time_limit)
+        actions = actions.detach().cpu()
+        check_actions(self, actions)
         torques = np.empty((self.num_envs, self.motors.size))
-        torques[:, self.motors] = actions  # (B, N, A) into (B, motors)
-        place, step, repeat = self.place, self.mujoco.mj_step, self.plain.frame_skip
-        for b in (~over).nonzero()[0].tolist():
+        torques[:, self.motors] = actions.double().numpy()  # (B, N, A) into (B, motors)
+        over, place = self.fallen | (self.elapsed >= self.time_limit), self.place
+        for b in np.flatnonzero(~over):
             self.ctrl[b][:] = torques[b]
-            step(self.model, self.data[b], repeat)
+            self.mujoco.mj_step(self.model, self.data[b], self.plain.frame_skip)
         self._read()
         self.elapsed = self.elapsed + ~over
 
-        speed, effort = (self.place - place) / self.plain.dt, np.square(torques).sum(-1)  # (B,)
-        if self.body == "halfcheetah":
-            reward = speed - 0.1 * effort
-        elif self.body == "reacher":
-            reward = -np.sqrt(np.square(self.entries[:, 8:]).sum(-1)) - effort
-        else:
+        if self.body == "ant":
             low, high = self.plain._healthy_z_range
             self.fallen = (self.entries[:, 0] < low) | (self.entries[:, 0] > high)
-            reward = speed + ~self.fallen - 0.5 * effort
+        reward = self._reward((self.place - place) / self.plain.dt, np.square(torques).sum(-1))
         truncated = (self.elapsed >= self.time_limit) & ~self.fallen
+        ends = self._tensor(self.fallen), self._tensor(truncated)
         obs, info = self._observe()
-        return obs, self._tensor(reward * ~over), self._tensor(self.fallen), self._tensor(truncated), info
+        return obs, self._tensor(reward * ~over), *ends, info
 
     def set_state(self, state):
-        """Put all games into states (B, D) as `info["state"]` gives them, with their clocks at 0; returns obs and info.
+        """Put all games into states (B, D) as `info["state"]` gives them, with their clocks at 0;
+        returns obs and info.
 
-        What a state leaves out, the place in the world, is 0. A reacher's gap is made from its joints: after a step
-        MuJoCo's own lags behind them by a part of a step.
+        What a state leaves out, the place in the world, is 0. A reacher's gap is made from its
+        joints: after a step MuJoCo's own lags behind them by a part of a step.
         """
         self.elapsed[:], self.fallen[:] = 0, False
         for b, x in enumerate(state.double().cpu().numpy()):
             if self.body == "reacher":
-                self.qpos[b][:] = np.concatenate([np.arctan2(x[2:4], x[:2]), x[4:6]])
-                self.qvel[b][:] = np.concatenate([x[6:8], np.zeros(2)])
+                self.qpos[b][:] = *np.arctan2(x[2:4], x[:2]), *x[4:6]
+                self.qvel[b][:] = *x[6:8], 0, 0
             else:
-                place = len(self.qpos[b]) + len(self.qvel[b]) - len(x)  # entries that the state leaves out
-                entries = np.concatenate([np.zeros(place), x])
-                self.qpos[b][:], self.qvel[b][:] = np.split(entries, [len(self.qpos[b])])
-            self.data[b].qacc_warmstart[:] = 0  # or what was played before would show in the last digits
+                places = len(self.qpos[b])
+                entries = np.zeros(places + len(self.qvel[b]))
+                entries[-len(x) :] = x
+                self.qpos[b][:], self.qvel[b][:] = entries[:places], entries[places:]
+            self.data[b].qacc_warmstart[:] = 0  # or the last digits would tell what was played
             self.mujoco.mj_forward(self.model, self.data[b])
         self._read()
         return self._observe()
@@ -273,16 +259,18 @@ class MultiAgentMujoco(VectorEnv):
             ValueError: no renderer works here.
         """
         remedy = "set MUJOCO_GL to egl or osmesa, and install that library (libegl1, libosmesa6)"
-        offscreen = os.environ.get("MUJOCO_GL", "").lower() in ("egl", "osmesa")
-        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or offscreen):
+        screens = os.environ.get("DISPLAY"), os.environ.get("MUJOCO_GL")
+        if sys.platform == "linux" and not any(screens):
             raise ValueError(f"MuJoCo cannot draw without a display: {remedy}")
         try:
             if self.renderer is None:
                 self.renderer = self.mujoco.Renderer(self.model, 240, 320)
-            self.renderer.update_scene(self.data[0], camera="track" if self.body != "reacher" else -1)
+            camera = -1 if self.body == "reacher" else "track"
+            self.renderer.update_scene(self.data[0], camera)
             return self.renderer.render()
         except Exception as error:  # of OpenGL, which has many kinds
-            raise ValueError(f"MuJoCo cannot draw on this machine ({type(error).__name__}): {remedy}") from None
+            kind = type(error).__name__
+            raise ValueError(f"MuJoCo cannot draw on this machine ({kind}): {remedy}") from None
 
     def close_extras(self, **kwargs):
         if self.renderer is not None:
@@ -298,40 +286,50 @@ class MultiAgentMujoco(VectorEnv):
         self._read()
 
     def _read(self):
-        """Fetch the entries (B, F), and the place (B,) whose change is the forward speed, from MuJoCo."""
-        qpos, qvel, xpos = np.array(self.qpos), np.array(self.qvel), np.array(self.xpos)  # (B, ...), copies
-        unstable = ~((np.abs(qpos) < 1e10).all(-1) & (np.abs(qvel) < 1e10).all(-1))  # MuJoCo's own bound; or NaN
-        if unstable.any():
-            b = unstable.argmax()
-            raise FloatingPointError(
-                f"{self.body}: MuJoCo became unstable in game {b}, {self.elapsed[b]} steps after its start: its state "
-                f"is not finite (start the game anew with reset)"
-            )
+        """Fetch the entries (B, F), and the place (B,) whose change is the forward speed."""
+        qpos, qvel, xpos = map(np.array, (self.qpos, self.qvel, self.xpos))  # (B, ...), copies
+        stable = np.abs(np.concatenate([qpos, qvel], -1)) < 1e10  # MuJoCo's own bound; not of NaN
+        if not stable.all():
+            b = stable.all(-1).argmin()
+            when = f"in game {b}, {self.elapsed[b]} steps after its start"
+            raise FloatingPointError(f"{self.body}: MuJoCo became unstable {when}: reset that game")
         if self.body == "halfcheetah":
             self.entries, self.place = np.concatenate([qpos, qvel], -1), qpos[:, 0]
-        elif self.body == "reacher":
-            angle, gap = qpos[:, :2], xpos[:, 3] - xpos[:, 4]  # fingertip - target
-            self.entries = np.concatenate([np.cos(angle), np.sin(angle), qpos[:, 2:], qvel[:, :2], gap], -1)
+        elif self.body == "ant":
+            self.entries = np.concatenate([qpos[:, 2:], qvel], -1)
+            self.place = xpos[:, 1, 0]  # of the torso
         else:
-            self.entries, self.place = np.concatenate([qpos[:, 2:], qvel], -1), xpos[:, 1, 0]  # the torso
+            angle, gap = qpos[:, :2], xpos[:, 3] - xpos[:, 4]  # fingertip - target
+            parts = np.cos(angle), np.sin(angle), qpos[:, 2:], qvel[:, :2], gap
+            self.entries = np.concatenate(parts, -1)
+
+    def _reward(self, speed, effort):
+        """What a step pays, (B,); speed: forward; effort: |action|^2."""
+        if self.body == "halfcheetah":
+            return speed - 0.1 * effort
+        if self.body == "ant":
+            return speed + ~self.fallen - 0.5 * effort
+        return -np.sqrt(np.square(self.entries[:, 8:]).sum(-1)) - effort
 
     def _observe(self):
         padded = np.concatenate([self.entries, np.zeros((self.num_envs, 1))], -1)
-        return self._tensor(padded[:, self.columns]), {"state": self._tensor(self.entries[:, self.hidden :])}
+        state = self._tensor(self.entries[:, self.hidden :])
+        return self._tensor(padded[:, self.columns]), {"state": state}
 
     def _tensor(self, array):
         """A copy on the device; numbers as float32."""
         kind = torch.bool if array.dtype == bool else torch.float32
         return torch.tensor(array, dtype=kind, device=self.device)
 
-    def _check(self, actions):
-        shape = (self.num_envs, *self.motors.shape)
-        if actions.shape != shape or not actions.is_floating_point():
-            raise ValueError(
-                f"actions must be floating-point numbers of shape {shape}, not {actions.dtype} of shape "
-                f"{tuple(actions.shape)}"
-            )
-        wrong = ~(actions.abs() <= 1)  # also NaN
-        if wrong.any():
-            b, i, a = wrong.nonzero()[0].tolist()
-            raise ValueError(f"actions must lie in [-1, 1]; action {a} of agent {i} in game {b} is {actions[b, i, a]}")
+
+def _mujoco():
+    """The library; ValueError if it is not there."""
+    try:
+        import mujoco  # here, so that games without bodies start without it
+    except Exception as error:  # also of the library that MUJOCO_GL asks for, which has many kinds
+        remedy = "pip install mujoco"
+        if "MUJOCO_GL" in os.environ:
+            remedy = f"MUJOCO_GL={os.environ['MUJOCO_GL']} needs its library (libegl1, libosmesa6)"
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"MuJoCo cannot be loaded ({why}): {remedy}") from None
+    return mujoco

@@ -1,47 +1,49 @@
 """Train every method on every task, and render the one table of all of them.
 
-    python tests/grid.py                                  # all cells, two processes at a time, cheap ones first
-    python tests/grid.py --methods inspo "*cql" --tasks xor    # a part, by names or patterns
-    python tests/grid.py --list                           # the cells, numbered, and which of them are done
-    python tests/grid.py --index 7                        # one cell, e.g. $SLURM_ARRAY_TASK_ID of a SLURM array
-    python tests/grid.py --ray                            # the cells on a Ray cluster (pip install "ray[default]")
-    python tests/grid.py --render                         # results.csv -> the tables and the picture
+    python tests/grid.py                                    # all cells, two at a time
+    python tests/grid.py --methods inspo "*cql" --tasks xor # a part, by names or patterns
+    python tests/grid.py --list                             # the cells, numbered; which are done
+    python tests/grid.py --index 7                          # one cell, for an array of jobs
+    python tests/grid.py --render                           # results.csv -> tables, picture
 
-A cell is one run of a script with its preset: method x task x dataset, all seeds at once. It is kept in runs/grid/. A
-finished cell is skipped and one that was killed goes on, so the same command may be given again at any time. Each
-cell's numbers go to algorithms/results.csv, a line a seed; no other number enters the tables.
+A cell is one run of a script with its preset: method x task x dataset, all seeds at once. It is
+kept in runs/grid/. A finished cell is skipped and one that was killed goes on, so the same command
+may be given again at any time. Each cell's numbers go to algorithms/results.csv, a line a seed; no
+other number enters the tables.
 """
 
 import csv
 import fnmatch
 import json
-import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-
-try:
-    import fcntl
-except ImportError:  # Windows: there two processes may train the same cell
-    fcntl = None
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data import flags, results, runs  # noqa: E402
+import envs  # noqa: E402
+from data.run import files, launch, read_flags  # noqa: E402
+from envs.rollout import play  # noqa: E402
 
 WRITTEN = "algorithms/results.csv", "algorithms/README.md", ".readme/grid.png"
 RESULTS, PAGE, PICTURE = (ROOT / file for file in WRITTEN)
 
 # method: (script, flags, the environments that it has), as the columns of the tables
-DISCRETE, CONTINUOUS, GAMES = ("matrix", "bridge", "smac"), ("polynomial", "reacher", "halfcheetah", "ant"), ("matrix",)
+DISCRETE, CONTINUOUS, GAMES = (
+    ("matrix", "bridge", "smac"),
+    ("polynomial", "reacher", "halfcheetah", "ant"),
+    ("matrix",),
+)
 METHODS = {
     "cloning": ("bc", "", (*DISCRETE, *CONTINUOUS)),
     "InSPO": ("inspo", "", DISCRETE),
@@ -73,7 +75,7 @@ class Task(NamedTuple):
     task: str
     datasets: tuple
     seeds: int
-    worst: float = 0.0  # shares: 0 is random play (in games: the mean of the payoffs, or 1,000 games), 1 is the best
+    worst: float = 0.0  # what random play is worth, a share of 0; 1 is the best possible
 
     @property
     def title(self):
@@ -85,7 +87,9 @@ TASKS = (
     Task("xor", "matrix", "xor", ("ab", "ab-ba", "aa-ab-ba", "all"), 10, 0.5),
     Task("m-ne", "matrix", "m-ne", ("balanced", "imbalanced"), 10, 35 / 9),
     Task("m-ne-20", "matrix", M_NE_20, ("[0.8,0.1,0.1]",), 10, -85 / 9),
-    Task("coordination", "matrix", "coordination", ("favourable", "neutral", "unfavourable"), 10, 0.5),
+    Task(
+        "coordination", "matrix", "coordination", ("favourable", "neutral", "unfavourable"), 10, 0.5
+    ),
     Task("climbing", "matrix", "climbing", ("uniform",), 10, -31 / 9),
     Task("penalty", "matrix", "penalty", ("uniform",), 10, -38 / 9),
     Task("twin-peaks", "polynomial", "twin-peaks", ("peak-0.2", "peak-0.5", "peak-1"), 10),
@@ -114,7 +118,7 @@ class Cell(NamedTuple):
 
     @property
     def folder(self):
-        return Path(*(runs.slug(word) for word in (self.method, self.task.name, self.dataset)))
+        return Path(*(files.slug(word) for word in (self.method, self.task.name, self.dataset)))
 
     @property
     def key(self):
@@ -122,7 +126,7 @@ class Cell(NamedTuple):
 
 
 def cells():
-    """All cells, the cheap tasks first: a list of `Cell`, whose places are the numbers of `--index`."""
+    """All cells, the cheap tasks first; their places are the numbers of `--index`."""
     return [
         Cell(method, task, dataset)
         for task in TASKS
@@ -138,42 +142,31 @@ def words(cell, folder, resume):
     choice = ["--env", cell.task.env, "--dataset", cell.dataset, "--num-seeds", cell.task.seeds]
     choice += ["--task", cell.task.task] if cell.task.task else []
     where = ["--out-dir", folder, "--threads", 1] + (["--resume"] if resume else [])
-    return [sys.executable, *map(str, [ROOT / "algorithms" / f"{script}.py", *flags.split(), *choice, *where])]
+    return [
+        sys.executable,
+        *map(str, [ROOT / "algorithms" / f"{script}.py", *flags.split(), *choice, *where]),
+    ]
 
 
 def commit():
-    """The short name of the commit, with a "+" if what is tracked differs from it, but for what this script writes."""
-
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{file}" for file in WRITTEN))
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
+    """The commit's short name, with a "+" if files that this script does not write differ."""
+    others = [f":!{file}" for file in WRITTEN]
+    changed = files.git("status", "--porcelain", "--untracked-files=no", "--", ".", *others)
+    return files.git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
 
 
 # ---------------------------------------------------------------- training
 def train(cell, out_dir):
-    """Train one cell, or what is left of it; returns the last line of what went wrong, or "" if all went well."""
+    """Train one cell, or what is left of it; returns the last line of what went wrong, or ""."""
     folder = Path(out_dir) / cell.folder
     if (folder / "summary.json").exists():
         return ""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(folder.name + ".commit").open("a+") as note:  # of the state that began it
-        try:
-            if fcntl:
-                fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return "another process trains it"
-        except OSError:
-            pass  # a disk without locks
-        if not note.tell() or not (folder / "config.json").exists():
-            note.truncate(0)
-            note.write(commit())
-            note.flush()
-        run = subprocess.run(  # which has the lock, too, and so keeps it if this process is killed
-            words(cell, folder, (folder / "config.json").exists()), cwd=ROOT, capture_output=True, text=True,
-            pass_fds=[note.fileno()] if fcntl else (),
-        )  # fmt: skip
+    begun = (folder / "config.json").exists()
+    note = folder.with_name(folder.name + ".commit")  # of the state that began it
+    if not begun:
+        note.write_text(commit())
+    run = subprocess.run(words(cell, folder, begun), cwd=ROOT, capture_output=True, text=True)
     if run.returncode == 0:
         return ""
     return (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
@@ -181,31 +174,11 @@ def train(cell, out_dir):
 
 def train_all(chosen, out_dir, processes):
     """Train cells, so many at a time; tells of each and returns how many failed."""
-    from concurrent.futures import ThreadPoolExecutor, as_completed
-
     failed = 0
     with ThreadPoolExecutor(processes) as pool:
         begun = {pool.submit(train, cell, out_dir): cell for cell in chosen}
         for done in as_completed(begun):
             failed += tell(begun[done], done.result(), out_dir)
-    return failed
-
-
-def train_on_ray(chosen, out_dir):
-    """The same on a Ray cluster, a core a cell. All its machines share `out_dir`, and find this repository in the same
-    place, by their PYTHONPATH."""
-    try:
-        import ray
-    except ImportError:
-        raise SystemExit('--ray needs Ray: pip install "ray[default]"') from None
-    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, path)])  # of the workers, on this machine
-    ray.init(log_to_driver=False)
-    waiting = {ray.remote(num_cpus=1)(train).remote(cell, out_dir): cell for cell in chosen}
-    failed = 0
-    while waiting:
-        (done,), _ = ray.wait(list(waiting))
-        failed += tell(waiting.pop(done), ray.get(done), out_dir)
     return failed
 
 
@@ -226,41 +199,46 @@ def collect(out_dir):
         folder = Path(out_dir) / cell.folder
         if (folder / "summary.json").exists():
             about = json.loads((folder / "summary.json").read_text())
-            kept[cell.key] = lines(cell, about, folder.with_name(folder.name + ".commit").read_text())
-    order = {cell.key: number for number, cell in enumerate(cells())}
+            kept[cell.key] = lines(
+                cell, about, folder.with_name(folder.name + ".commit").read_text()
+            )
+    order = [cell.key for cell in cells()]
+    known = sorted(kept, key=lambda key: order.index(key) if key in order else len(order))
     if kept:
-        results.save_csv(
-            RESULTS, [row for key in sorted(kept, key=lambda k: order.get(k, len(order))) for row in kept[key]]
-        )
+        files.save_csv(RESULTS, [row for key in known for row in kept[key]])
 
 
 def lines(cell, about, state):
     """The lines of results.csv for one cell, from its summary.json."""
     one = {"updates": about["steps"], "seconds": round(about["wall_seconds"]), "commit": state}
     one |= {name: about.get(name) for name in ("dataset_return", "dataset_win_rate", "best_return")}
-    one |= {"method": cell.method, "task": cell.task.name, "dataset": cell.dataset, "machine": about["device"]}
+    one |= {
+        "method": cell.method,
+        "task": cell.task.name,
+        "dataset": cell.dataset,
+        "machine": about["device"],
+    }
     rows = []
     for place, seed in enumerate(about["seeds"]):
         row = one | {"seed": seed}
-        for name in ("return", "sampled_return", "normalized_return", "win_rate", "sampled_win_rate"):
+        for name in (
+            "return",
+            "sampled_return",
+            "normalized_return",
+            "win_rate",
+            "sampled_win_rate",
+        ):
             row[name] = about[name]["per_seed"][place] if about.get(name) else None
         rows.append({name: "" if row[name] is None else row[name] for name in COLUMNS})
     return rows
 
 
 # ---------------------------------------------------------------- statistics
-def interval(values, level=0.95, draws=10_000):
-    """The bootstrap interval of the mean over seeds: a pair of numbers. The same values give the same interval."""
-    values = np.asarray(values, float)
-    means = np.random.default_rng(0).choice(values, (draws, len(values))).mean(1)
-    return tuple(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
-
-
 def welch(x, y):
     """The two-sided p-value of Welch's t-test for two lists of at least two numbers.
 
-    With t = sqrt(df) tan(a) Student's density is cos(a) ** (df - 1), which a sum integrates. Without any spread two
-    means are equal or not: 1 or 0.
+    With t = sqrt(df) tan(a) Student's density is cos(a) ** (df - 1), which a sum integrates.
+    Without any spread two means are equal or not: 1 or 0.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     a, b = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
@@ -286,36 +264,34 @@ def read_results():
 
 
 def score(rows):
-    """What a cell is judged by, one number a seed: battles won, else the normalised return, else the return."""
+    """What a cell is judged by, one number a seed: battles won, normalised return, or return."""
     for name in ("win_rate", "normalized_return", "return"):
         if rows[0][name] is not None:
             return [row[name] for row in rows]
 
 
 def sampled(rows):
-    """The battles that a team wins which draws its actions, one number a seed; None where a method does not draw."""
-    return None if rows[0]["sampled_win_rate"] is None else [row["sampled_win_rate"] for row in rows]
+    """The battles won by sampling, one number a seed; None where a method does not sample."""
+    return (
+        None if rows[0]["sampled_win_rate"] is None else [row["sampled_win_rate"] for row in rows]
+    )
 
 
 def random_play(task):
     """The mean return of random play in a task without a score of its own."""
     if task.env == "matrix":
         return task.worst
-    import torch
-
-    import envs
-    from envs.play import play
-
     game = envs.make(task.env, task.task, num_envs=1000)
     generator = torch.Generator().manual_seed(0)
 
     def act(obs, info, memory):
-        if (avail := info.get("avail_actions")) is None:
+        avail = info.get("avail_actions")
+        if avail is None:
             return 2 * torch.rand(game.action_space.shape, generator=generator) - 1, memory
         drawn = torch.multinomial(avail.double().flatten(0, 1), 1, generator=generator)
         return drawn.view(avail.shape[:2]), memory
 
-    return play(game, act)[0].double().mean().item()
+    return play(game, act).returns.mean().item()
 
 
 def share(rows, worst):
@@ -331,20 +307,30 @@ def text(number, digits=2):
 
 
 def table(found, tasks, methods, score=score):
-    """Mean ± standard error [bootstrap interval] of each cell; * where Welch's test finds no difference from the best,
-    † where the data are not those of the row's other cells: those of bodies once differed from machine to machine."""
+    """Mean ± standard error of each cell; * where Welch's test finds no difference from the best, †
+    where the data are not those of the row's other cells."""
     known = [(task.name, d) for task in tasks for d in task.datasets]
-    found = {key: rows for key, rows in found.items() if key[1:] in known and score(rows) is not None}
+    found = {
+        key: rows for key, rows in found.items() if key[1:] in known and score(rows) is not None
+    }
     methods = [name for name in methods if any((name, *where) in found for where in known)]
     digits = 3 if tasks[0].env == "polynomial" else 2
     out = [f"| task | data | {' | '.join(methods)} |", "|---" * (2 + len(methods)) + "|"]
     for task in tasks:
         for dataset in task.datasets:
-            row = {name: found[name, task.name, dataset] for name in methods if (name, task.name, dataset) in found}
+            row = {
+                name: found[name, task.name, dataset]
+                for name in methods
+                if (name, task.name, dataset) in found
+            }
             if not row:
                 continue
             scores = {name: score(rows) for name, rows in row.items()}
-            kind = "dataset_return" if next(iter(row.values()))[0]["win_rate"] is None else "dataset_win_rate"
+            kind = (
+                "dataset_return"
+                if next(iter(row.values()))[0]["win_rate"] is None
+                else "dataset_win_rate"
+            )
             data = {name: text(rows[0][kind], digits) for name, rows in row.items()}
             most = max(data.values(), key=list(data.values()).count)
             best = max(scores, key=lambda name: np.mean(scores[name]))
@@ -357,8 +343,7 @@ def table(found, tasks, methods, score=score):
                 star = "*" if name == best or welch(values, scores[best]) >= 0.05 else ""
                 star += "†" * (data[name] != most)
                 spread = values.std(ddof=1) / len(values) ** 0.5
-                low, high = interval(values)
-                range_ = f" ± {text(spread, digits)} [{text(low, digits)}, {text(high, digits)}]" if spread else ""
+                range_ = f"±{text(spread, digits)}" if spread else ""
                 cell.append(f"{text(values.mean(), digits)}{star}{range_}")
             out.append(f"| {task.title} `{dataset}` | {most} | {' | '.join(cell)} |")
     return "\n".join(out)
@@ -366,36 +351,47 @@ def table(found, tasks, methods, score=score):
 
 def picture(found):
     """The heat map task x method, as the tables have it."""
-    tasks = [(t, d) for t in TASKS for d in t.datasets if any((m, t.name, d) in found for m in METHODS)]
+    tasks = [
+        (t, d) for t in TASKS for d in t.datasets if any((m, t.name, d) in found for m in METHODS)
+    ]
     methods = [m for m in METHODS if any((m, t.name, d) in found for t, d in tasks)]
-    worst = {t.name: random_play(t) for t, _ in tasks if t.env in ("matrix", "bridge", "polynomial")}
+    worst = {
+        t.name: random_play(t) for t, _ in tasks if t.env in ("matrix", "bridge", "polynomial")
+    }
     values = np.full((len(tasks), len(methods)), np.nan)
     for i, (task, dataset) in enumerate(tasks):
         for j, method in enumerate(methods):
             if (method, task.name, dataset) in found:
                 values[i, j] = share(found[method, task.name, dataset], worst.get(task.name, 0.0))
-    figure = Figure(figsize=(0.47 * len(methods) + 2, 0.19 * len(tasks) + 1.2), layout="constrained")
+    figure = Figure(
+        figsize=(0.47 * len(methods) + 2, 0.19 * len(tasks) + 1.2), layout="constrained"
+    )
     axes = figure.subplots()
     colours = colormaps["RdYlGn"].with_extremes(bad="0.85")
     axes.imshow(np.clip(values, 0, 1), cmap=colours, vmin=0, vmax=1, aspect="auto")
     for i, j in zip(*np.nonzero(~np.isnan(values))):
         ink = "black" if 0.15 < values[i, j] < 0.85 else "white"
-        axes.text(j, i, text(max(values[i, j], -9.9)), ha="center", va="center", fontsize=7.5, color=ink)
+        axes.text(
+            j, i, text(max(values[i, j], -9.9)), ha="center", va="center", fontsize=7.5, color=ink
+        )
     for i, ((task, _), (following, _)) in enumerate(zip(tasks, tasks[1:])):
         if task.env != following.env:  # a gap between the kinds of games
             axes.axhline(i + 0.5, color="white", linewidth=4)
     axes.set_yticks(range(len(tasks)), [f"{t.title} {d}" for t, d in tasks], fontsize=8)
-    axes.set_xticks(range(len(methods)), methods, rotation=45, ha="left", rotation_mode="anchor", fontsize=8.5)
+    axes.set_xticks(
+        range(len(methods)), methods, rotation=45, ha="left", rotation_mode="anchor", fontsize=8.5
+    )
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     axes.set_xlabel(
-        "greedy teams: 0 plays like chance, 1 is the best possible; of bodies, as good as our experts", fontsize=8.5
+        "greedy teams: 0 plays like chance, 1 is the best possible, or our experts' level",
+        fontsize=8.5,
     )
     return figure
 
 
 def spreads(found):
-    """PJAP where the critic is learned: the score in twin peaks over the spread of the data, with and without it."""
+    """PJAP with a learned critic: scores in twin peaks over the spread of the data."""
     (task,) = [task for task in TASKS if task.name == "twin-peaks"]
     figure = Figure(figsize=(4.5, 3), layout="constrained")
     axes = figure.subplots()
@@ -403,12 +399,18 @@ def spreads(found):
         rows = {float(d.split("-")[1]): found[method, task.name, d] for d in task.datasets}
         values = np.array([score(rows[sigma]) for sigma in rows])  # (spreads, S)
         axes.errorbar(
-            list(rows), values.mean(1), values.std(1, ddof=1) / values.shape[1] ** 0.5, marker="o", label=label
+            list(rows),
+            values.mean(1),
+            values.std(1, ddof=1) / values.shape[1] ** 0.5,
+            marker="o",
+            label=label,
         )
     axes.plot(list(rows), [each[0]["dataset_return"] for each in rows.values()], "k:", label="data")
     best = next(iter(rows.values()))[0]["best_return"]
     axes.axhline(best, color="k", linewidth=1, label="best possible")
-    axes.set(xlabel="σ of the recorded actions around a peak", ylabel="return", ylim=(-0.5, best + 0.1))
+    axes.set(
+        xlabel="σ of the recorded actions around a peak", ylabel="return", ylim=(-0.5, best + 0.1)
+    )
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -426,21 +428,24 @@ def render():
         tasks = [task for task in TASKS if task.env in environments]
         if any(key[1] == task.name for key in found for task in tasks):
             tables.append(f"**{title}**\n\n{table(found, tasks, METHODS, judge)}\n")
-    results.save(PAGE, (before + begin + "\n" + "\n".join(tables) + "\n" + end + after).encode())
-    results.save_figure(PICTURE, picture(found))
+    files.save(PAGE, (before + begin + "\n" + "\n".join(tables) + "\n" + end + after).encode())
+    files.save_figure(PICTURE, picture(found))
     if all((method, "twin-peaks", "peak-1") in found for method in ("MADDPG+CQL", "+PJAP")):
-        results.save_figure(PICTURE.with_name("pjap.png"), spreads(found))
+        files.save_figure(PICTURE.with_name("pjap.png"), spreads(found))
 
 
 # ---------------------------------------------------------------- the command
 @dataclass
 class Args:
-    methods: list[str] = field(default_factory=list)  # only these, names or patterns like "*PJAP"; none: all
-    tasks: list[str] = field(default_factory=list)  # the same for tasks: "xor", or with a dataset "xor/aa-ab-ba"
+    methods: list[str] = field(
+        default_factory=list
+    )  # only these, names or patterns like "*PJAP"; none: all
+    tasks: list[str] = field(
+        default_factory=list
+    )  # the same for tasks: "xor", or with a dataset "xor/aa-ab-ba"
     index: int = -1  # only the cell of this number
     list: bool = False  # print the cells and end
     render: bool = False  # make the tables and the picture from results.csv and end
-    ray: bool = False  # train on a Ray cluster
     processes: int = 2  # how many cells at a time
     out_dir: str = str(ROOT / "runs" / "grid")  # where the runs are kept
 
@@ -454,13 +459,21 @@ def chosen(args):
     found = list(enumerate(cells()))
     for what, names, patterns in (
         ("method", lambda cell: [cell.method], args.methods),
-        ("task", lambda cell: [cell.task.name, f"{cell.task.name}/{cell.dataset}", cell.task.env], args.tasks),
+        (
+            "task",
+            lambda cell: [cell.task.name, f"{cell.task.name}/{cell.dataset}", cell.task.env],
+            args.tasks,
+        ),
     ):
         for pattern in patterns:
             if not any(matches(name, pattern) for cell in cells() for name in names(cell)):
                 raise ValueError(f"no {what} is called {pattern!r}: see --list")
         if patterns:
-            found = [(n, c) for n, c in found if any(matches(name, p) for p in patterns for name in names(c))]
+            found = [
+                (n, c)
+                for n, c in found
+                if any(matches(name, p) for p in patterns for name in names(c))
+            ]
     if args.index >= 0:
         found = [(n, c) for n, c in found if n == args.index]
         if not found:
@@ -482,13 +495,10 @@ def main(args):
             print(f"{number:4d}  {'done' if done else '    '}  {' '.join(map(str, cell.key))}")
         return
     picked = [cell for _, cell in found]
-    failed = train_on_ray(picked, args.out_dir) if args.ray else train_all(picked, args.out_dir, args.processes)
+    failed = train_all(picked, args.out_dir, args.processes)
     if failed:
         raise SystemExit(f"{failed} of {len(picked)} cells failed")
 
 
 if __name__ == "__main__":
-    try:
-        main(flags.read(Args))
-    except ValueError as trouble:
-        raise SystemExit(f"error: {trouble}") from None
+    launch(main, lambda: read_flags(Args, None, __doc__))

@@ -1,4 +1,4 @@
-"""The command line: flags, presets, a run to resume, what numbers may be, and how a program ends."""
+"""The command line: flags, presets, a run to resume, what numbers may be; how a program ends."""
 
 import ctypes
 import math
@@ -155,8 +155,8 @@ def launch(main, parse):
 
 
 def keep_memory():
-    """Let the C library keep what is freed: to hand tensors of megabytes back and ask for them again,
-    page by page, in every update takes up to a fifth of the time."""
+    """Let the C library keep what is freed. To hand tensors of megabytes back and to ask for them
+    again in every update takes up to a fifth of the time."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "mallopt"):  # glibc has it
         library.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap

@@ -11,7 +11,7 @@ from envs.rollout import play
 
 
 def stream(seed, purpose, device="cpu"):
-    """A generator of its own for each seed and purpose: a seed's numbers do not depend on others."""
+    """A generator for each seed and purpose, so that a seed's numbers do not depend on others."""
     return torch.Generator(device).manual_seed((1_000_003 * seed + purpose) % 2**63)
 
 

@@ -1,4 +1,4 @@
-"""The files of a run: written whole or not at all, read without unpickling; its folder, and where results come from."""
+"""The files of a run, written whole or not at all, read without unpickling; and its folder."""
 
 import csv
 import io
@@ -8,40 +8,25 @@ import platform
 import re
 import subprocess
 import time
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from data.dataset import save
+
 HOME = Path(__file__).resolve().parents[2]
 TAKEN = "config.json", "checkpoint.pt", "metrics.csv", "summary.json"  # a folder with one is taken
 
 
 # ---------------------------------------------------------------- writing
-def save(path, content, new=False):
-    """Write bytes whole or not at all, so that a kill leaves the old file or the new one.
-
-    Raises:
-        FileExistsError: the file must be `new`, and is there already.
-    """
-    if new:
-        path.touch(exist_ok=False)  # of two runs that want one folder, one gets it
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def save_json(path, content, new=False):
     save(path, (json.dumps(content, indent=2) + "\n").encode(), new)
 
 
 def save_csv(path, rows):
-    """Write dictionaries as a table; a cell that a row lacks is empty. The last row's columns come first."""
+    """Write dictionaries as a table; the last row's columns come first. A lacking cell is empty."""
     columns = dict.fromkeys(rows[-1])
     for row in rows:
         columns |= dict.fromkeys(row)

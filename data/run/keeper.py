@@ -6,7 +6,7 @@ A script's `main` holds the loop and learns; a `Run` keeps what must not get los
     data = arrange(run.load(), args)
     ...                                                    # make the networks
     run.begin(policies=policies, adam=adam, generators=generators)
-    for step in run.steps(player):                         # evaluates, records, keeps where it is due
+    for step in run.steps(player):                         # evaluates and keeps where it is due
         run.logs = update(...)
     run.finish("BC", player)                               # team.pt2, summary.json, pictures, table
 """
@@ -32,6 +32,12 @@ from data.run.evaluate import game, game_options, score, stream
 from data.run.team import save_team
 
 MAY_CHANGE = {"resume", "out_dir", "device", "threads", "compile", "track"}  # by --resume
+
+GRAPHS = {  # how torch.compile makes them
+    "trace_autograd_ops": True,  # gradients are part of a graph
+    "nested_graph_breaks": True,  # a graph may end inside a function: at an optimiser's step
+    "recompile_limit": 64,  # each agent's networks make graphs of their own
+}
 
 
 class Run:
@@ -108,11 +114,9 @@ class Run:
         dataset = recipes.load(*names, self.device, episodes=args.episodes, options=made, **options)
         continuous = dataset.actions.is_floating_point()
         if discrete is not None and discrete == continuous:
-            kinds = ("continuous", "discrete") if continuous else ("discrete", "continuous")
+            kind, wanted = ("continuous", "discrete") if continuous else ("discrete", "continuous")
             raise ValueError(
-                "{0} holds {1} actions; {3} is for {2} ones".format(
-                    args.dataset, *kinds, self.script
-                )
+                f"{args.dataset} holds {kind} actions; this method needs {wanted} ones"
             )
         rewards = dataset.info.get("team_reward", args.team_reward)
         if ":" in args.env and rewards != args.team_reward:
@@ -126,7 +130,9 @@ class Run:
         self.actions = 0 if continuous else dataset.avail_actions.shape[-1]
         self.learned_from["the dataset"] = dataset.fingerprint()
         episodes, steps = len(dataset.returns), int(dataset.mask.sum())
-        self.say(f"{episodes} episodes, {steps} steps, mean return {dataset.returns.mean():.2f}")
+        self.say(
+            f"{episodes} episodes, {steps} steps, mean return {dataset.returns.mean().item():.2f}"
+        )
         return dataset
 
     def streams(self, purpose, device=None):
@@ -142,9 +148,8 @@ class Run:
         """
         if not self.args.compile:
             return function
-        torch._dynamo.config.trace_autograd_ops = True  # gradients are part of the graph
-        torch._dynamo.config.nested_graph_breaks = True  # at an optimiser's step inside a function
-        torch._dynamo.config.recompile_limit = 64  # one for each agent's networks
+        for name, value in GRAPHS.items():
+            setattr(torch._dynamo.config, name, value)
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         graph = torch.compile(function, dynamic=False, mode=mode)
         if self.device.type != "cuda":
@@ -282,7 +287,8 @@ class Run:
     def _show(self, count, values):
         words = [f"{self.act or 'step'} {count:6d}"]
         for name in self.scores or values:
-            words.append(f"{name.replace('_', ' ')} {values[name].double().mean():9.4f}")
+            mean = values[name].double().mean().item()
+            words.append(f"{name.replace('_', ' ')} {mean:9.4f}")
         if self.timed:
             words.append(f"{self.speed:7.1f} updates/s")
         self.say("   ".join(words))

@@ -1,4 +1,4 @@
-"""How teams play, and a team to keep: the greedy teams of all seeds as one program for torch alone."""
+"""How teams play, and a team to keep: all seeds' greedy teams as one program for torch alone."""
 
 import io
 import json
@@ -76,7 +76,8 @@ def remembering(think, encode, N, A, H, modules, sampled=True):
 
 # ---------------------------------------------------------------- writing
 class Teams(nn.Module):
-    """The program: (obs (B, N, O), avail (B, N, A) if discrete, memory (S, B, N, W)) -> actions, memory.
+    """The program: (obs (B, N, O), avail (B, N, A) if discrete, memory (S, B, N, W)) ->
+    actions, memory.
 
     All S teams see the same B games, and each says what it would do: (S, B, N) or (S, B, N, A). At
     a game's start its memory is 0; the buffer `start` (S, 1, N, W) is that of one game.
@@ -211,3 +212,18 @@ def ask(team, obs, info, memory):
     except Exception as error:  # an AssertionError of the program's guards, or of its operations
         reason = str(error).partition("\n")[0][:80]
         raise ValueError(f"the team does not fit this environment ({reason})") from None
+
+
+def kept_player(team):
+    """The `Player` of a kept team, whose program plays all S teams in all games: own ones count."""
+    S, own = len(team.start), torch.arange(len(team.start))
+
+    def act(obs, avail, memory, clocks=None):
+        info = {} if avail is None else {"avail_actions": avail.flatten(0, 1)}
+        everybody = memory.new_zeros(S, *memory.shape)
+        everybody[own, own] = memory
+        actions, everybody = ask(team, obs.flatten(0, 1), info, everybody.flatten(1, 2))
+        actions, everybody = (x.unflatten(1, (S, -1))[own, own] for x in (actions, everybody))
+        return actions, everybody
+
+    return Player(act, team, team.start.shape[-1])
