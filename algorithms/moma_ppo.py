@@ -942,10 +942,19 @@ def arrange(dataset, args):
     out = torch.isin(layout.episodes(dataset.lengths)[start], episodes)  # (M,)
     togo = torch.zeros_like(rows["reward"])
     togo[start] = layout.togo(dataset, args.gamma)
-    age, opening = layout.age(dataset.lengths)[0], rows["first"].nonzero()[:, 0]
-    steps = action, rows["reward"], rows["done"], togo, age
     return Data(
-        state, *steps, start, opening, start[~out], start[out] if count else start, columns, avail
+        state,
+        action,
+        rows["reward"],
+        rows["done"],
+        togo,
+        layout.age(dataset.lengths)[0],
+        start,
+        rows["first"].nonzero()[:, 0],
+        start[~out],
+        start[out] if count else start,
+        columns,
+        avail,
     )
 
 
