@@ -432,7 +432,7 @@ class Model(nn.Module):
         x = torch.cat([self.state(state), self.action(action)], -1)
         move, log_std = self.for_state(x).chunk(2, -1)  # (U, B, D) each
         reward, reward_log_std = self.for_reward(x).unbind(-1)  # (U, B) each
-        guess = state + self.move.mean + self.move.std * move
+        guess = state + self.move.mean + self.move.std * self.move.vary * move
         if self.end_from == "state":
             x = self.state(guess.detach() if next_state is None else next_state)
         return Guess(
@@ -942,10 +942,19 @@ def arrange(dataset, args):
     out = torch.isin(layout.episodes(dataset.lengths)[start], episodes)  # (M,)
     togo = torch.zeros_like(rows["reward"])
     togo[start] = layout.togo(dataset, args.gamma)
-    age, opening = layout.age(dataset.lengths)[0], rows["first"].nonzero()[:, 0]
-    steps = action, rows["reward"], rows["done"], togo, age
     return Data(
-        state, *steps, start, opening, start[~out], start[out] if count else start, columns, avail
+        state,
+        action,
+        rows["reward"],
+        rows["done"],
+        togo,
+        layout.age(dataset.lengths)[0],
+        start,
+        rows["first"].nonzero()[:, 0],
+        start[~out],
+        start[out] if count else start,
+        columns,
+        avail,
     )
 
 

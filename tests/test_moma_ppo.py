@@ -109,13 +109,13 @@ def predict(model, data, u, state, action, next_state=None):
     x = torch.cat([seen, did])
     move, log_std = through(model.for_state, u, x).chunk(2)
     reward, reward_log_std = through(model.for_reward, u, x)
-    unit = moves.std(0, correction=0).clamp(min=1e-8)
+    unit = moves.std(0, correction=0)
     after = state + moves.mean(0) + unit * move
     if model.end_from == "state":
         x = ((after.detach() if next_state is None else next_state) - data.state.mean(0)) / spread
     return (
         after,
-        unit * log_std.clamp(-6, 2).exp(),
+        unit.clamp(min=1e-8) * log_std.clamp(-6, 2).exp(),
         rewards.mean() + rewards.std(correction=0) * reward,
         rewards.std(correction=0) * reward_log_std.clamp(-6, 2).exp(),
         through(model.for_end, u, x)[0],
