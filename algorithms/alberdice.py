@@ -14,7 +14,8 @@ do what never went with its own action. What is left is a problem of one agent. 
 question is not what the best action is worth, as in Q-learning, but how often each
 state should be visited. That problem has a convex dual, whose only unknown is a
 function nu(s) of states. Where nu says that a step leads to more than it costs, the
-step should be more frequent than in the data. e(s,a) learns by how much, and the
+step should be more frequent than in the data. By how much is known for recorded steps
+only; e(s,a) learns its mean, over what the teammates do and what follows, and the
 policy follows e. Alpha, the weight of the KL divergence to the data, decays over
 training.
 (`inspo.py` takes its turns and its resampling from here, and learns Q and pi in them.)

@@ -140,7 +140,7 @@ def scales(dataset):
     """The spread of the returns, or 1 for none; whether views and states are cells of a grid."""
     spread = dataset.returns.std(correction=0).item() or 1.0
     whole = all(bool((x == x.round()).all()) for x in (dataset.obs, dataset.state))
-    return spread, whole and len(dataset.obs.unique()) <= 20
+    return spread, whole and 1 < len(dataset.obs.unique()) <= 20
 
 
 def inputs(x, args, correction=0):
