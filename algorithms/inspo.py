@@ -1,99 +1,112 @@
 """InSPO: In-Sample Sequential Policy Optimization (Liu et al., AAAI 2025, arXiv 2412.07639).
 
-The problem. A team of N agents learns from a fixed dataset. Where several joint actions are equally good (both go
-left, both go right), each agent's own choice looks good in the data, and yet the combination of two such choices may
-be bad, or one that nobody ever took. Keeping each agent close to the data does not help: both halves are in it.
+The problem. A team of N agents learns from a fixed dataset. Say that two joint actions are equally
+good in it: both go left, or both go right. To each agent alone, left and right look the same. Two
+agents that choose alone may meet in a pair that is bad, or that nobody ever recorded. Staying close
+to the data does not help, as both halves are in the data.
 
-The idea. The agents learn in turns. When it is agent i's turn, the minibatch is resampled so that its teammates'
-recorded actions look as if they came from their *current* policies. So agent i answers the convention that the team
-leans towards by now, not the average of the dataset, and its answer tips the team further. Policies learn by weighted
-cloning of recorded actions, so no policy is ever trained towards an action that was not recorded. An entropy bonus that
-decays over training first flattens the behaviour's preferences, so that a rare but better convention can win. With
-exact values every such turn raises J, and the team ends at a quantal response equilibrium (the paper's theorems).
+The idea. The agents learn in turns. In agent i's turn the minibatch is resampled, so that its
+teammates' recorded actions look as if their *current* policies had chosen them. Agent i thus
+answers the convention towards which the team leans by now, and its answer tips the team further.
+Policies learn by weighted cloning of recorded actions: none is trained towards an action that was
+not recorded. An entropy bonus first flattens the preferences of the behaviour, so that a rare but
+better convention can win; then it decays. With exact values no such turn lowers J, and the team
+ends at a quantal response equilibrium (the paper's theorems).
 
-Equations (numbers of the paper). Agent i acts by pi_i; mu_i is its recorded behaviour. Q_i(s, a_i) is its local value,
-the joint value averaged over what its teammates do now, and Q'_i a slowly moving copy of Q_i. T = alpha + beta. E is
-the mean over recorded steps, E_resampled the same with each weighted by rho_i.
-  Eq. 9   J        = E sum_t gamma^t [ r_t - alpha log(pi/mu) + beta H(pi) ]          mu: who recorded the dataset
-  Eq. 12  pi_i(a)  = mu_i(a)^(alpha/T) exp(Q_i(s,a)/T) / Z             the fixed point, a quantal response equilibrium
-  Eq. 15  L(Q_i)   = E_resampled [ (Q_i(s,a_i) - y_i)^2 ]
-          y_i      = r + gamma (1 - done) E_{a ~ pi_i(s')} [ Q'_i(s',a) - alpha log(pi_i/mu_i) - beta log pi_i ]
-  Eq. 20  L(pi_i)  = -E [ exp( (Q'_i(s,a_i) - V_i(s) - beta log mu_i(a_i|s)) / T ) log pi_i(a_i|s) ]
-          V_i(s)   = T log sum_a mu_i(a|s)^(alpha/T) exp(Q'_i(s,a)/T)      T log Z: it only rescales how a state counts
-  Eq. 21  L(mu_i)  = -E log mu_i(a_i|s)                                behavioural cloning
-  Eq. 22  L(mu)    = -E log mu(a_-i|s,a_i)                             the teammates, one after the other
-  Eq. 23  rho_i    = ( prod_{j != i} pi_j(a_j|s) / mu(a_-i|s,a_i) )^(1/(N-1))        at most --ratio-cap
-  Eq. 24  L(Q_i)   = Eq. 15 + cql E_resampled [ logsumexp_a Q_i(s,a) - Q_i(s,a_i) ]
-  Eq. 25  L(alpha) = -alpha E [ KL(pi_i || mu_i) - target ]
-The public text of the paper has lost its formulas. Eqs. 9 to 25 follow from its words; the forms of V_i (Eq. 20) and of
-the conservative term (Eq. 24), and that beta is what decays, are our reading.
+Equations (numbers of the paper). Agent i acts by pi_i; mu_i is its recorded behaviour. Q_i(s,a_i)
+is the joint value averaged over what the teammates do now; Q'_i is a copy that follows slowly.
+T = alpha + beta. E is the mean over recorded steps, E_rho the mean over steps resampled by rho_i.
+  Eq. 9   J        = E sum_t gamma^t [ r_t - alpha log(pi/mu) + beta H(pi) ]
+  Eq. 12  pi_i(a)  = mu_i(a)^(alpha/T) exp(Q_i(s,a)/T) / Z       the fixed point, an equilibrium
+  Eq. 15  L(Q_i)   = E_rho [ (Q_i(s,a_i) - y_i)^2 ]
+          y_i      = r + gamma (1 - done) E_{a ~ pi_i(s')} [ Q'_i(s',a) - alpha log(pi_i/mu_i)
+                                                             - beta log pi_i ]
+  Eq. 20  L(pi_i)  = -E [ exp((Q'_i(s,a_i) - V_i(s) - beta log mu_i(a_i)) / T) log pi_i(a_i) ]
+          V_i(s)   = T log Z, with the Z of Eq. 12; it only rescales how much a state counts
+  Eq. 21  L(mu_i)  = -E log mu_i(a_i|s)                          behavioural cloning
+  Eq. 22  L(mu)    = -E log mu(a_-i|s,a_i)                       teammates, one after the other
+  Eq. 23  rho_i    = ( prod_{j != i} pi_j(a_j|s) / mu(a_-i|s,a_i) )^(1/(N-1))
+  Eq. 24  L(Q_i)   = Eq. 15 + cql E_rho [ logsumexp_a Q_i(s,a) - Q_i(s,a_i) ]
+  Eq. 25  L(alpha) = -alpha E [ KL(pi_i || mu_i) - target ]      only with --auto-alpha
+Eq. 23 divides by how recorded teammates act given a_i, not by the product of their mu_j: so, after
+resampling, they act by pi_-i whatever a_i is. Its root, a geometric mean, keeps ratios of many
+teammates tame; with two agents there is none. To draw steps again instead of weighting them keeps
+the gradient's variance low. Eq. 20 needs no resampling: it is about a_i alone, and Q_i knows the
+teammates. One update of a run is a sweep: each agent's turn once, first its Q_i (Eq. 24), then its
+pi_i (Eq. 20). mu_i and mu (Eqs. 21, 22) are fitted before the sweeps and never change again.
 
-Commands, and the return you should see (mean of all seeds; one CPU core of a small server, torch 2.13):
-  python algorithms/inspo.py                                              Bridge, mixed data, 5 seeds at once, 50 s:
-      greedy -1.2355 (the best possible) in 5 of 5 seeds, sampled -1.24 to -1.25; the data -9.31, cloning -13.6
-  python algorithms/inspo.py --env matrix --task xor --num-seeds 10       aa-ab-ba, 17 s: 1 in 10 of 10, cloning 0.45
-  python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10      imbalanced, 32 s: 20 in 10 of 10, cloning 3.6
-  ... with --beta 0                                                       5: caught in the data's local optimum
-  ... on xor with --no-resampling                                         0: both play the action nobody combined
-  ... on xor with --no-sequential        still 1: it fails where policies move all the way within a turn, see inspo.md
-  python algorithms/inspo.py --env smac --num-seeds 5    5m_vs_6m, medium-replay data, 8 min beside other work: by
-      sampling it wins 28 % of the battles, its clones 2 %, the data 9 %; greedily both win 48 %. By default 3 seeds
+Commands, and the return to expect (mean of all seeds; seconds on one CPU core):
+  python algorithms/inspo.py
+      Bridge, mixed data, 50 s: greedy -1.2355, the best possible, in 5 of 5 seeds
+      sampled -1.24; the data -9.31, cloning -13.6
+  python algorithms/inspo.py --env matrix --task xor --num-seeds 10
+      17 s: 1 in 10 of 10 seeds; cloning 0.45; with --no-resampling 0
+  python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10
+      32 s: 20 in 10 of 10 seeds; cloning 3.6; with --beta 0 5, the data's local optimum
+  python algorithms/inspo.py --env smac --num-seeds 5
+      5m_vs_6m, 8 min: sampled it wins 28 % of the battles, cloning 2 %, the data 9 %
+      greedily both win 48 %
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, inspo
-  S, N, A, M = 2, 2, 3, 500                                        # seeds, agents, actions, steps of one long episode
+  S, N, A, M = 2, 2, 3, 500                         # seeds, agents, actions, steps of one episode
   args = inspo.Args(num_seeds=S, steps=100, batch_size=64, clone_steps=50)
-  obs, state = torch.rand(M + 2, N, 4), torch.rand(M + 2, 6)       # the last row is padding, the one before it the end
-  last, action = torch.arange(M + 2) >= M, torch.randint(A, (M + 2, N))
-  reward = (action[:, 0] == action[:, 1]) * (~last).float()
-  data = inspo.Data(obs, state, torch.ones(M + 2, N, A).bool(), action, reward, 0 * reward, (~last).float(),
-                    torch.arange(M + 2) == 0, torch.arange(M)[:, None] + torch.arange(2))  # sequences: a row, the next
-  generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
+  row = torch.arange(M + 2)                         # M is the episode's end, M + 1 is padding
+  obs, state = torch.rand(M + 2, N, 4), torch.rand(M + 2, 6)
+  acted, action = (row < M).float(), torch.randint(A, (M + 2, N))
+  reward = (action[:, 0] == action[:, 1]) * acted
+  avail, pairs = torch.ones(M + 2, N, A).bool(), torch.stack([row[:M], row[:M] + 1], 1)
+  data = inspo.Data(obs, state, avail, action, reward, 0 * reward, acted, row == 0, pairs)
+  generators, shared = [torch.Generator().manual_seed(s) for s in range(S)], torch.Generator()
   team = inspo.Team(data, args, generators)
-  adams, behaviour = inspo.optimizers(team, args), inspo.clone(team, data, generators, args)
+  adam = inspo.optimizer(team)
+  data = inspo.clone(team, data, generators, args)
   for step in range(args.steps):
-      inspo.schedule(team, adams, step, args)
-      logs = inspo.update(team, adams, data, behaviour, inspo.draw_noise(generators, N, args), [0, 1], True, args)
+      logs = inspo.update(team, adam, data, shared, generators, step, args)
 
-Choices made here (the authors have published no code):
-  1. alpha, beta, cql, step sizes and lengths are ours. One alpha serves all agents of a seed, one network models all
-     teammates.
-  2. Policies start as copies of the cloned mu_i. Two layers of 64 units do what the paper's three of 256 do, faster.
-  3. In games such as M-NE, beta stays at its start until the policies have flattened, and the Q-functions get a head
-     start; see `preset` for the weights in units of the payoffs. On Bridge, where a detour of one cell is worth .02,
-     and in games that nobody tuned, alpha, the conservative weight and the step sizes fall at the end (--cooldown).
-  4. Steps are resampled within the minibatch that was drawn, not from the whole dataset. On XOR and in the
-     coordination game Eq. 20 uses the resampled minibatch too (--actor-data).
-  5. Bridge's cells enter the networks as one-hot values. A time limit is not the end: Q looks beyond it (the step that
-     meets the limit pays 0 by Bridge's rules, in these data as in AlberDICE's, and is used as it stands).
-  6. Who goes first is drawn once for all seeds, from a stream that no flag changes.
-  7. In battles there is no entropy bonus (beta = 0), alpha is 0.4 (a battle pays up to 20), and the Q-functions learn
-     alone for the first 1,500 updates, as Eq. 20's weights are no better than the Q-functions.
+Choices made here. The authors have published no code, and the public text of the paper has lost its
+formulas: the equations follow from its words.
+  1. The forms of V_i (Eq. 20) and of the conservative term (Eq. 24) are our reading. So is that
+     beta, not alpha, is what decays.
+  2. alpha, beta, cql, step sizes, batches and caps are ours, as the paper's numbers are lost.
+  3. The networks have two layers of 64 units, where the paper has three of 256. A run has thousands
+     of sweeps, where the paper speaks of 10^7 steps without their unit.
+  4. Policies start as copies of the cloned mu_i.
+  5. One alpha serves all agents of a seed; one network models all teammates of all agents.
+  6. Steps are resampled within the minibatch, not from the whole dataset. The policy loss takes the
+     minibatch as it was drawn; on XOR and in coordination the resampled one (--actor-data).
+  7. Q-functions may get a head start (--warmup), and beta may be held before it decays
+     (--beta-hold): a weight of Eq. 20 is no better than the Q-function that it is made of.
+  8. In the last part of a run alpha, cql and the step sizes fall (--cooldown): else, between nearly
+     equal policies, luck decides which one is the last. Not in matrix games and battles.
+  9. log mu_i is at least -20 in the tables of the behaviour, so that beta log mu_i stays finite.
+ 10. Grid cells enter the networks as one-hot values. A time limit is not an end: Q looks beyond it.
+ 11. Who goes first is drawn once for all seeds. Semi-greedy order is A2PO's (Wang et al., 2023).
+ 12. In battles there is no entropy bonus (beta = 0), and alpha is 0.4, as a battle pays up to 20.
+ 13. In a game that nobody tuned, a tenth of the episodes tells when cloning stops (--hold-back).
+ 14. A simultaneous sweep (--no-sequential) shows everybody the policies of the sweep's beginning.
 
-Policies with a memory (--recurrent, the default in StarCraft-like battles, --env smac). There pi_i and mu_i are GRUs
-that see agent i's views and last actions; the Q-functions see the state. A minibatch consists of whole episodes, laid
-end to end in sequences of one length. Eq. 23 is a ratio of single steps, so single steps are resampled from it. One
-minibatch serves a whole sweep: after agent i's turn only log pi_i has to be unrolled again. Without a memory the same
-code runs on "sequences" of two rows, an observation and the next.
+Policies with a memory (--recurrent, the preset in battles). Then pi_i and mu_i are GRUs that see
+agent i's views and last actions, while the Q-functions still see the state. A minibatch consists of
+whole episodes, laid end to end in sequences of one length; single steps are resampled from it, as
+Eq. 23 is a ratio of single steps. One minibatch serves a whole sweep, as it is dear to unroll all
+policies: after a turn only the agent that moved is unrolled again. Without a memory the same code
+runs on "sequences" of two rows, an observation and the next, drawn anew for each turn.
 
-Shapes: S seeds, B steps or B' sequences of a minibatch, L rows of a sequence, K = (L - 1) B' its steps, N agents,
-A actions, O observation, I inputs, D state, R rows (observations).
+Shapes: S seeds, B' sequences of a minibatch, L rows of a sequence, K = (L - 1) B' places where a
+step may begin, B resampled steps, N agents, A actions, I inputs, D state, H memory, R rows.
 """
 
 import copy
 import math
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is loaded, Ctrl-C ends the program without a traceback
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.adam import adam as adam_step
 
 ILLEGAL = -1e10  # the logit of an action that is not available
 
@@ -104,23 +117,25 @@ class Args:
     # --- what to learn
     env: str = "bridge"  # the environment: bridge, matrix, smac, or module:factory
     task: str = ""  # its task: a map of smac; for matrix a name, or any payoff table as JSON
-    dataset: str = "mixed"  # a dataset's name, or the path of a file
+    dataset: str = ""  # a dataset's name, or the path of a file
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
     env_kwargs: str = ""  # more for the environment, as JSON
-    team_reward: Literal["sum", "mean"] = "sum"  # of the agents' rewards, in an environment that is not ours
+    team_reward: Literal["sum", "mean"] = (
+        "sum"  # of the agents' rewards, in a game that is not ours
+    )
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 5  # how many seeds train, all at once
-    steps: int = 4000  # updates; each is a sweep that trains every agent's Q-function and policy once
+    steps: int = 4000  # updates; each is a sweep in which every agent has its turn
     eval_every: int = 100  # updates between evaluations; each writes a checkpoint
-    eval_episodes: int = 32  # games per seed and evaluation, each played greedily and by sampling; 0 for none
+    eval_episodes: int = 32  # games per seed and evaluation, greedy and sampled; 0 for none
     device: str = "auto"  # auto, cpu or cuda
-    threads: int = 1  # CPU threads; networks this small gain little from more, and lose much on a busy machine
-    compile: bool = torch.cuda.is_available()  # compile each turn of an agent, as one graph, with torch.compile
+    threads: int = 1  # CPU threads; networks this small gain little from more
+    compile: bool = torch.cuda.is_available()  # compile each turn of an agent with torch.compile
     out_dir: str = ""  # the run's folder; by default a new one in runs/inspo
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
-    backend: Literal["torch", "sc2"] = "torch"  # smac: evaluate in our simulator, or in the real StarCraft II
+    backend: Literal["torch", "sc2"] = "torch"  # smac: our simulator, or the real StarCraft II
     games: int = 8  # sc2: battles at once, each a process of about 1 GB; at least one a seed
     # --- the method
     alpha: float = 0.02  # weight of the KL divergence to the behaviour
@@ -131,10 +146,10 @@ class Args:
     beta_hold: int = 0  # updates before beta begins to decay
     warmup: int = 0  # updates in which only the Q-functions learn
     cql: float = 0.1  # weight of the conservative term in Eq. 24
-    order: Literal["random", "fixed", "semi-greedy"] = "random"  # in which order agents take their turns
-    inner: int = 1  # gradient steps per agent and turn
-    sequential: bool = True  # see the teammates' policies as they are now, not as they were when the sweep began
-    resampling: bool = True  # see the teammates' policies at all: with --no-resampling every ratio is 1
+    order: str = "random"  # who goes first in a sweep: random, fixed, semi-greedy
+    inner: int = 1  # turns that an agent has in a row
+    sequential: bool = True  # show the policies as they are now, not as when the sweep began
+    resampling: bool = True  # resample by Eq. 23; with --no-resampling every ratio is 1
     actor_data: Literal["uniform", "resampled"] = "uniform"  # the minibatch of the policy loss
     gamma: float = 0.99  # discount
     # --- the optimisation
@@ -142,78 +157,144 @@ class Args:
     layers: int = 2  # hidden layers
     one_hot: bool = True  # feed integer observations as one-hot values (the cells of a grid)
     recurrent: bool = False  # policies with a memory (GRU) that see their last action too
-    sequences: int = 8  # recurrent: sequences of whole episodes per sweep, from which the Q-functions' steps are drawn
-    batch_size: int = 128  # recorded steps per turn; recurrent: of the Q-functions, policies learn from all
+    sequences: int = 8  # recurrent: sequences of whole episodes in a sweep's minibatch
+    batch_size: int = 128  # steps that Q learns from in a turn; without a memory the policy too
     policy_lr: float = 1e-3  # Adam's step size for the policies
     critic_lr: float = 3e-3  # Adam's step size for the Q-functions
-    alpha_lr: float = 1e-3  # Adam's step size for log alpha
-    cooldown: float = 0.6  # the share of the updates, the last ones, in which weights and then step sizes fall
-    tau: float = 0.05  # how far a target network moves in a gradient step
+    cooldown: float = 0.6  # share of the updates, the last ones, in which weights and steps fall
+    tau: float = 0.05  # how far a target network moves in a turn
     weight_cap: float = 100.0  # largest weight in the policy loss
     ratio_cap: float = 100.0  # largest importance ratio
     clone_steps: int = 1000  # updates of the behaviour models before the sweeps, at most
-    hold_back: float = 0.0  # share of the episodes by which they are judged: each seed stops where they get no better
-    clone_lr: float = 2e-3  # their step size
-    clone_batch: int = 128  # their minibatch; recurrent: of the teammate model, mu_i learn from --sequences
+    hold_back: float = 0.0  # share of the episodes by which the clones are judged
+    clone_lr: float = 2e-3  # Adam's step size for the behaviour models
+    clone_batch: int = 128  # their minibatch; recurrent: of the teammate model only
+
+
+CONVENTION = dict(  # joint actions that pay the same; a tie breaks where alpha + beta < cql / 2
+    alpha=0.02,
+    beta=0.1,
+    beta_end=0.001,
+    beta_hold=0,
+    warmup=0,
+    cql=0.5,
+    actor_data="resampled",
+    batch_size=64,
+    policy_lr=5e-4,
+    critic_lr=1e-3,
+    clone_steps=300,
+    clone_batch=128,
+)
+PRESETS = {  # what differs from `Args`; "env task" comes on top of "env"; "" is a game not ours
+    "matrix": dict(  # alpha, beta and cql in units of the largest difference between payoffs
+        steps=1500,
+        one_hot=False,
+        cooldown=0.0,
+        alpha=0.005,
+        beta=1.0,
+        beta_end=0.0005,
+        beta_hold=500,
+        warmup=200,
+        cql=0.025,
+        batch_size=256,
+        weight_cap=1000.0,
+        ratio_cap=1000.0,
+        clone_lr=1e-3,
+        clone_batch=256,
+    ),
+    "matrix xor": dict(CONVENTION, dataset="aa-ab-ba"),
+    "matrix coordination": CONVENTION,
+    "smac": dict(
+        task="5m_vs_6m",
+        num_seeds=3,
+        steps=2500,
+        eval_every=500,
+        warmup=1500,
+        recurrent=True,
+        one_hot=False,
+        cooldown=0.0,
+        alpha=0.4,
+        beta=0.0,
+        batch_size=512,  # sequences: they hold some 500 steps
+        critic_lr=2e-3,
+        clone_lr=1e-3,
+        clone_steps=2000,
+    ),
+    "smac 3m": dict(sequences=9),
+    "smac 8m": dict(sequences=4),
+    "smac 2s3z": dict(sequences=4),
+    "smac 3s5z": dict(sequences=3),
+    "smac 3s_vs_5z": dict(sequences=2),
+    "smac 6h_vs_8z": dict(sequences=3),
+    "": dict(  # alpha, beta and cql in units of the spread of the data's returns
+        num_seeds=3,
+        eval_every=1000,
+        eval_episodes=10,
+        warmup=1000,
+        cooldown=0.4,
+        alpha=0.05,
+        beta=0.01,
+        beta_end=0.001,
+        cql=0.02,
+        batch_size=256,
+        critic_lr=1e-3,
+        clone_lr=1e-3,
+        clone_batch=256,
+        clone_steps=50_000,
+        hold_back=0.1,
+    ),
+}
 
 
 # ---------------------------------------------------------------- data
 class Data(NamedTuple):
-    """The dataset as R rows, one for each observation: episodes end to end, and at last one row of padding.
+    """The dataset as R rows, one for each observation: episodes end to end, then a row of padding.
 
-    In an episode's last row, and in the padding, no step begins: there acted, actions, reward and done are 0.
+    In an episode's last row, and in the padding, no step begins: there acted, actions, reward and
+    done are 0.
     """
 
-    obs: torch.Tensor  # (R, N, I) what the policies see; with a memory their last action belongs to it
+    obs: torch.Tensor  # (R, N, I) what the policies see; with a memory their last actions too
     state: torch.Tensor  # (R, D) what the Q-functions see
     avail: torch.Tensor  # (R, N, A) bool, the available actions
     actions: torch.Tensor  # (R, N) int64, of the step that begins in a row
     reward: torch.Tensor  # (R,)
     done: torch.Tensor  # (R,) 1 where the game ended by its own rules with this step
-    acted: torch.Tensor  # (R,) 1 where there is a step
+    acted: torch.Tensor  # (R,) 1 where a step begins
     first: torch.Tensor  # (R,) bool: an episode begins
-    sequences: torch.Tensor  # (Q, L) row numbers: successive pairs (L = 2), or whole episodes end to end, padded
+    sequences: torch.Tensor  # (Q, L) row numbers: a step's two rows (L = 2), or whole episodes
+    # What the cloned models say of every row, added by `clone`: they never change again.
+    log_mu: list = ()  # for each agent i (S, R, A): log mu_i(.|s)
+    log_mu_others: list = ()  # and (S, R): log mu(a_-i|s,a_i) of the recorded joint actions
 
 
-class Behaviour(NamedTuple):
-    """What the cloned models say of every row. They never change again, so each agent i has two tables."""
-
-    log_mu: list  # of (S, R, A): log mu_i(.|s)
-    log_mu_others: list  # of (S, R): log mu(a_-i | s, a_i) of the recorded joint actions
+def uniform(generators, count):
+    """Uniform numbers in [0, 1), (S, count), each seed's from its own generator."""
+    return torch.stack([torch.rand(count, generator=g, device=g.device) for g in generators])
 
 
-class Noise(NamedTuple):
-    """Uniform numbers in [0, 1) for a sweep of N x inner turns; given them, an update is a function without chance."""
-
-    rows: list  # of (S, B'): which sequences to draw, for each turn; with a memory once for the sweep
-    steps: list  # of (S, B): which of their steps to draw again, for each turn
-
-
-def uniform(generators, *shape):
-    """Uniform numbers in [0, 1), (S, *shape), each seed's from its own generator."""
-    return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
-
-
-def draw_noise(generators, num_agents, args):
-    """The `Noise` of one sweep."""
-    rows, steps = [], []
-    for _ in range(num_agents * args.inner):
-        if not (args.recurrent and rows):
-            rows.append(uniform(generators, args.sequences if args.recurrent else args.batch_size))
-        steps.append(uniform(generators, args.batch_size))
-    return Noise(rows, steps)
+def draw(generators, sequences, batch, args):
+    """B' of the sequences (Q, L) for each seed, without a memory a `batch`: rows (S, L, B')."""
+    noise = uniform(generators, args.sequences if args.recurrent else batch)
+    return sequences[noise.mul(len(sequences)).long()].mT
 
 
 # ---------------------------------------------------------------- networks
+def initial(rows, columns, bound, generators):
+    """Uniform numbers within the bound (S, rows, columns), each seed's from its own generator."""
+    start = torch.empty(rows, columns)
+    return torch.stack([start.uniform_(-bound, bound, generator=g).clone() for g in generators])
+
+
 class Linear(nn.Module):
-    """S independent linear layers as one batched product; seed s is initialised by its own generator."""
+    """S linear layers as one batched product."""
 
     def __init__(self, inputs, outputs, generators):
         super().__init__()
         bound = inputs**-0.5  # as in nn.Linear; nn.init would misread the fan-in of a 3-d weight
-        start = [torch.empty(inputs + 1, outputs).uniform_(-bound, bound, generator=g) for g in generators]
-        self.weight = nn.Parameter(torch.stack(start)[:, :-1].clone())  # (S, in, out)
-        self.bias = nn.Parameter(torch.stack(start)[:, -1:].clone())  # (S, 1, out)
+        start = initial(inputs + 1, outputs, bound, generators)
+        self.weight = nn.Parameter(start[:, :-1].clone())  # (S, in, out)
+        self.bias = nn.Parameter(start[:, -1:].clone())  # (S, 1, out)
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)  # (S, B, out)
@@ -221,31 +302,37 @@ class Linear(nn.Module):
 
 def mlp(inputs, outputs, args, generators):
     """A ReLU network for each seed: (S, B, inputs) -> (S, B, outputs)."""
-    sizes = [inputs] + [args.hidden] * args.layers
-    body = [layer for i, o in zip(sizes, sizes[1:]) for layer in (Linear(i, o, generators), nn.ReLU())]
-    return nn.Sequential(*body, Linear(sizes[-1], outputs, generators))
+    layers, width = [], inputs
+    for _ in range(args.layers):
+        layers += [Linear(width, args.hidden, generators), nn.ReLU()]
+        width = args.hidden
+    return nn.Sequential(*layers, Linear(width, outputs, generators))
 
 
 class GRU(nn.Module):
-    """S independent gated recurrent units with the weights' layout and equations of nn.GRU, as batched products."""
+    """S gated recurrent units with the equations of nn.GRU, as batched products."""
 
     def __init__(self, inputs, hidden, generators):
         super().__init__()
-        bound = hidden**-0.5
-        start = [torch.empty(inputs + hidden + 2, 3 * hidden).uniform_(-bound, bound, generator=g) for g in generators]
-        split = torch.stack(start).split([inputs, hidden, 1, 1], 1)  # columns: reset, update, new
-        self.input, self.state, self.input_bias, self.state_bias = (nn.Parameter(part.clone()) for part in split)
+        start = initial(inputs + hidden + 2, 3 * hidden, hidden**-0.5, generators)
+        parts = start.split([inputs, hidden, 1, 1], 1)  # columns: reset, update, new
+        parts = [nn.Parameter(part.clone()) for part in parts]
+        self.input, self.state, self.input_bias, self.state_bias = parts
 
     def forward(self, x, first, h):
-        """Run over sequences x (S, L, B, I) from h (S, B, H), forgetting where first (S, L, B): (S, L, B, H)."""
-        S, L, B, _ = x.shape
-        sizes, states = [2 * h.shape[-1], h.shape[-1]], []  # reset and update; new
-        gates = torch.baddbmm(self.input_bias, x.flatten(1, 2), self.input).view(S, L, B, -1).split(sizes, -1)
-        keep = (~first)[..., None].to(x.dtype)
-        for gate, new, kept in zip(*(each.unbind(1) for each in (*gates, keep))):
-            h = h * kept
-            past, past_new = torch.baddbmm(self.state_bias, h, self.state).split(sizes, -1)  # (S, B, 2H), (S, B, H)
-            reset, update = (gate + past).sigmoid().chunk(2, -1)
+        """Run along sequences x (S, L B, I) from h (S, B, H): the states (S, L, B, H).
+
+        It forgets everything where an episode begins, first (S, L, B) bool.
+        """
+        H = h.shape[-1]
+        inputs = torch.baddbmm(self.input_bias, x, self.input).view(*first.shape, 3 * H)
+        gates, news = inputs.split([2 * H, H], -1)
+        states = []
+        for gate, new, begins in zip(gates.unbind(1), news.unbind(1), first[..., None].unbind(1)):
+            h = h.masked_fill(begins, 0.0)
+            past = torch.baddbmm(self.state_bias, h, self.state)  # (S, B, 3H)
+            past_gate, past_new = past.split([2 * H, H], -1)
+            reset, update = (gate + past_gate).sigmoid().chunk(2, -1)
             h = torch.lerp((new + reset * past_new).tanh(), h, update)
             states.append(h)
         return torch.stack(states, 1)
@@ -256,8 +343,9 @@ class Policy(nn.Module):
 
     def __init__(self, inputs, outputs, args, generators):
         super().__init__()
-        self.hidden, self.outputs = args.hidden * args.recurrent, outputs
-        if args.recurrent:  # it remembers what it saw and did: no single observation shows the whole battle
+        self.outputs = outputs
+        self.hidden = args.hidden if args.recurrent else 0  # H
+        if args.recurrent:  # no single view shows the whole battle
             self.encoder = nn.Sequential(Linear(inputs, args.hidden, generators), nn.ReLU())
             self.gru = GRU(args.hidden, args.hidden, generators)
             self.head = Linear(args.hidden, outputs, generators)
@@ -265,43 +353,41 @@ class Policy(nn.Module):
             self.body = mlp(inputs, outputs, args, generators)
 
     def forward(self, x, avail, first, h):
-        """x (S, L, B, I), avail (S, L, B, A), first (S, L, B), True where an episode begins, and memory h (S, B, H), or
-        (S, B, 0) without one -> (S, L, B, A), the last memory. An action that is not available has no mass."""
+        """Log-probabilities (S, L B, A), about -1e10 where not available, and the last memory.
+
+        x (S, L B, I), avail (S, L B, A), first (S, L, B) bool, where an episode begins, and memory
+        h (S, B, H).
+        """
         if self.hidden:
-            states = self.gru(self.encoder(x.flatten(1, 2)).unflatten(1, x.shape[1:3]), first, h)
+            states = self.gru(self.encoder(x), first, h)
             logits, h = self.head(states.flatten(1, 2)), states[:, -1]
         else:
-            logits = self.body(x.flatten(1, 2))
-        return F.log_softmax(logits.view_as(avail).masked_fill(~avail, ILLEGAL), -1), h
+            logits = self.body(x)
+        return F.log_softmax(logits.masked_fill(~avail, ILLEGAL), -1), h
 
 
 class Team(nn.Module):
-    """Everything that S teams learn. Each agent has networks of its own, or its turn would change the others."""
+    """What S teams learn. Agents share no network of these: a turn must not change the others."""
 
     def __init__(self, data, args, generators):
         super().__init__()
         (_, N, A), I, D = data.avail.shape, data.obs.shape[-1], data.state.shape[-1]
-        self.mus = nn.ModuleList(Policy(I, A, args, generators) for _ in range(N))  # behaviour, Eq. 21
+        policies = [Policy(I, A, args, generators) for _ in range(N)]
+        self.mus = nn.ModuleList(policies)  # behaviour, Eq. 21
         self.teammates = mlp(D + N + N * A, A, args, generators)  # joint behaviour, Eq. 22
-        self.critics = nn.ModuleList(mlp(D, A, args, generators) for _ in range(N))  # Q_i(s, .), one output an action
+        critics = [mlp(D, A, args, generators) for _ in range(N)]
+        self.critics = nn.ModuleList(critics)  # Q_i(s, .), one output an action
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.policies = copy.deepcopy(self.mus)
-        if not args.sequential:  # what the teammates see: the policies as they were when the sweep began
-            self.before = copy.deepcopy(self.mus).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.full((len(generators), 1), math.log(args.alpha)))  # (S, 1)
-        self.register_buffer("beta", torch.zeros(()), persistent=False)  # weight of the entropy now, see `schedule`
-        self.register_buffer("left", torch.ones(()), persistent=False)  # what is left of alpha and cql
+        log_alpha = torch.full((len(generators), 1), math.log(args.alpha))  # (S, 1)
+        self.log_alpha = nn.ParameterList([log_alpha])
+        # Set anew before each sweep by `schedule`: the entropy's weight, and a factor of alpha, cql
+        self.register_buffer("beta", torch.zeros(()), persistent=False)
+        self.register_buffer("fade", torch.ones(()), persistent=False)
 
     def alpha(self, args):
         """The weight of the KL divergence now, (S, 1)."""
-        return self.log_alpha.detach().exp() * (1 if args.auto_alpha else self.left)
-
-
-def together(policies):
-    """N policies of S seeds as one function of N S seeds: every layer is one batched product for the whole team."""
-    parts = [dict(policy.named_parameters()) for policy in policies]
-    stacked = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}  # (N S, ...)
-    return lambda *inputs: torch.func.functional_call(policies[0], stacked, inputs)
+        return self.log_alpha[0].detach().exp() * (1 if args.auto_alpha else self.fade)
 
 
 def chosen(values, action):
@@ -309,20 +395,22 @@ def chosen(values, action):
     return values.gather(-1, action[..., None])[..., 0]
 
 
-def teammate_log_prob(network, state, avail, actions, i, prior=None):
-    """Eq. 22: log mu(a_-i | s, a_i), (S, B): the sum over teammates j, each given a_i and the teammates before it.
+def teammate_log_prob(network, data, rows, i, prior=None):
+    """Eq. 22: log mu(a_-i|s,a_i) in rows (S, B): a sum over teammates j, given those before j.
 
-    state (S, B, D), avail (S, B, N, A), actions (S, B, N). One network serves every i and j: its input holds the
-    state, which j is asked for, and the known part of the joint action, zeros in place of the rest. With a prior,
-    log mu_j (S, B, N, A) of models that remember the episode, the network only adds what the joint action tells.
+    One network serves every i and j. It sees the state, which j is asked for, and the known
+    actions, zeros in place of the rest. With a prior, log mu_j (S, B, N, A) of models with a
+    memory, it only adds what the known actions tell.
     """
+    state, avail, actions = data.state[rows], data.avail[rows], data.actions[rows]
     S, B, N, A = avail.shape
-    agent = torch.arange(N, device=state.device)
+    agent = torch.arange(N, device=rows.device)
     j = agent[:-1] + (agent[:-1] >= i)  # (N-1,) everybody but i
     known = (agent == i) | (agent < j[:, None])  # (N-1, N)
     joint = F.one_hot(actions, A)[:, :, None] * known[..., None]  # (S, B, N-1, N, A)
     who = F.one_hot(j, N).expand(S, B, -1, -1)  # (S, B, N-1, N)
-    x = torch.cat([state[:, :, None].expand(-1, -1, N - 1, -1), who, joint.flatten(3)], -1)
+    state = state[:, :, None].expand(-1, -1, N - 1, -1)
+    x = torch.cat([state, who, joint.flatten(3)], -1)
     logits = network(x.flatten(1, 2)).view(S, B, N - 1, A)
     if prior is not None:
         logits = logits + prior[:, :, j]
@@ -331,42 +419,38 @@ def teammate_log_prob(network, state, avail, actions, i, prior=None):
 
 
 # ---------------------------------------------------------------- looking at the data
-def draw(noise, data):
-    """Sequences for each seed as row numbers (S, L, B'), chosen by uniform numbers, noise (S, B')."""
-    return data.sequences[noise.mul(len(data.sequences)).long()].mT
-
-
 def unroll(policies, agents, rows, data):
-    """log_pi of the agents' policies along the sequences rows (S, L, B): (len(agents), S, L, B, A)."""
-    n, (S, _, B) = len(agents), rows.shape
-    obs, avail = (torch.stack([table[rows, i] for i in agents]) for table in (data.obs, data.avail))
-    h = obs.new_zeros(n * S, B, policies[0].hidden)
-    first = data.first[rows].repeat(n, 1, 1)
-    policy = together(policies) if n > 1 else policies[0]
-    return policy(obs.flatten(0, 1), avail.flatten(0, 1), first, h)[0].unflatten(0, (n, S))
+    """log pi of n agents along the sequences rows (S, L, B'): (n, S, L B', A)."""
+    S, _, B = rows.shape
+    h, first = data.obs.new_zeros(S, B, policies[0].hidden), data.first[rows]
+    flat, log_pi = rows.flatten(1), []
+    for i in agents:
+        along, _ = policies[i](data.obs[flat, i], data.avail[flat, i], first, h)
+        log_pi.append(along)
+    return torch.stack(log_pi)
 
 
 def recall(table, rows):
-    """Each seed's entries of its own table: (S, R, A), rows (S, ...) -> (S, ..., A). Of log mu_i it is what `unroll`
-    returns for a policy that is still the cloned mu_i."""
-    return table[torch.arange(len(rows), device=rows.device).view(-1, *[1] * (rows.dim() - 1)), rows]
+    """Each seed's entries of its own table: (S, R, ...), rows (S, B) -> (S, B, ...)."""
+    return table[torch.arange(len(rows), device=rows.device)[:, None], rows]
 
 
-def look(agents, policies, data, behaviour, noise, improve):
-    """Draw a minibatch and see how these agents play in it now: row numbers (S, L, B'), and {j: log_pi_j}, each
-    (S, L - 1, B', A). As long as no policy learns (improve is False), all still are their clones."""
-    rows = draw(noise, data)
-    now = rows[:, :-1]
-    with torch.no_grad():
-        if not improve:
-            return rows, {j: recall(behaviour.log_mu[j], now) for j in agents}
-        return rows, dict(zip(agents, unroll([policies[j] for j in agents], agents, now, data)))
+@torch.no_grad()
+def look(agents, policies, rows, data, improve):
+    """How these agents act along the sequences rows (S, L, B'): a list of log pi (S, L B', A).
+
+    As long as no policy learns (improve is False), all still are their clones.
+    """
+    if improve:
+        return list(unroll(policies, agents, rows, data))
+    return [recall(data.log_mu[j], rows.flatten(1)) for j in agents]
 
 
 # ---------------------------------------------------------------- losses
 def importance_ratio(log_pi_others, log_mu_others, num_agents, cap):
-    """Eq. 23: the geometric mean over teammates of pi_j / mu, (S, B); both inputs are sums of logs over teammates."""
-    return ((log_pi_others - log_mu_others) / (num_agents - 1)).exp().clamp(1e-10, cap)
+    """Eq. 23, (S, K): the geometric mean over teammates; both inputs are sums of their logs."""
+    log_ratio = (log_pi_others - log_mu_others) / (num_agents - 1)
+    return log_ratio.exp().clamp(1e-10, cap)
 
 
 def resample(ratio, noise):
@@ -375,387 +459,420 @@ def resample(ratio, noise):
     ratio (S, K), noise (S, B) in [0, 1): the places (S, B); one whose ratio is 0 is never drawn.
     """
     cumulative = ratio.cumsum(1)
-    places = torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True)  # the first sum above it
+    heights = noise * cumulative[:, -1:]
+    places = torch.searchsorted(cumulative, heights, right=True)  # the first sum above it
     return places.clamp(max=ratio.shape[1] - 1)  # if rounding led past the end
 
 
 @torch.no_grad()
 def soft_target(q, log_pi, log_mu, reward, done, alpha, beta, gamma):
-    """Eq. 15: y_i (S, B) from Q'_i, log pi_i and log mu_i of the next state (S, B, A); alpha (S, 1), beta (). As in the
-    paper, it leaves out the others' KL and entropy."""
+    """Eq. 15: y_i (S, B) from Q'_i, log pi_i and log mu_i of the next state (S, B, A).
+
+    alpha (S, 1), beta (). As in the paper, it leaves out the teammates' KL and entropy.
+    """
     soft = q - alpha[..., None] * (log_pi - log_mu) - beta * log_pi
     return reward + gamma * (1 - done) * (log_pi.exp() * soft).sum(-1)
 
 
-def critic_loss(q, y, action, avail, valid, cql):
-    """Eq. 24, for each seed (S,), from Q_i (S, B, A); valid (S, B) is 1 where there is a step."""
+def critic_loss(q, y, action, avail, cql):
+    """Eq. 24, for each seed (S,), from Q_i and avail (S, B, A), y and action (S, B).
+
+    Between conventions that pay the same, the squared error has no preference. The conservative
+    term has one: it lifts the resampled actions, those that go with what the teammates do now.
+    """
     q_taken = chosen(q, action)
-    # Between conventions that pay the same, the squared error has no preference. This term has one: it lifts the
-    # resampled actions, those that go with what the teammates do now, and so breaks the tie.
     gap = q.masked_fill(~avail, ILLEGAL).logsumexp(-1) - q_taken
-    return (valid / valid.sum(1, keepdim=True) * ((q_taken - y) ** 2 + cql * gap)).sum(1)
+    return ((q_taken - y) ** 2 + cql * gap).mean(1)
 
 
 @torch.no_grad()
 def policy_weight(q, log_mu, action, avail, alpha, beta, cap):
-    """The weight of a recorded action in Eq. 20, (S, B): how much likelier Eq. 12 makes it than mu_i does. With this
-    V_i they average to 1 under mu_i, and no exp(Q/T) can overflow. q is Q'_i, as log_mu (S, B, A); alpha (S, 1)."""
+    """The weight of a recorded action in Eq. 20, (S, B): Eq. 12's pi_i(a) over mu_i(a).
+
+    q is Q'_i, as log_mu (S, B, A); alpha (S, 1). With this V_i the weights average to 1 under mu_i,
+    and no exp(Q/T) can overflow.
+    """
     T = alpha + beta  # (S, 1)
     scaled = (q + alpha[..., None] * log_mu) / T[..., None]
     v_over_T = scaled.masked_fill(~avail, ILLEGAL).logsumexp(-1)  # (S, B)
-    return ((chosen(q, action) - beta * chosen(log_mu, action)) / T - v_over_T).exp().clamp(max=cap)
+    advantage = chosen(q, action) - beta * chosen(log_mu, action)
+    return (advantage / T - v_over_T).exp().clamp(max=cap)
 
 
 def policy_loss(log_pi, log_mu, action, weight, valid):
-    """Eq. 20, for each seed: the loss (S,) and KL(pi_i || mu_i) (S,); valid (S, B) is 1 where there is a step."""
-    share, kl = valid / valid.sum(1, keepdim=True), (log_pi.exp() * (log_pi - log_mu)).sum(-1)
-    return -(share * weight * chosen(log_pi, action)).sum(1), (share * kl).sum(1).detach()
+    """Eq. 20: the loss and KL(pi_i || mu_i) of each seed (S,); valid (S, B): 1 where a step is."""
+    share = valid / valid.sum(1, keepdim=True)
+    kl = (log_pi.exp() * (log_pi - log_mu)).sum(-1)
+    loss = -(share * weight * chosen(log_pi, action)).sum(1)
+    return loss, (share * kl).sum(1).detach()
 
 
 # ---------------------------------------------------------------- update
-class Adam(nn.Module):
-    """Adam with all that it knows in tensors, so that a graph can hold a whole update: torch's own class breaks it.
+def optimizer(team):
+    """Adam. In a turn only the networks of one agent have gradients, so only these move."""
+    parts = team.critics, team.policies, team.log_alpha
+    return torch.optim.Adam([{"params": part.parameters()} for part in parts], fused=True)
 
-    The arithmetic is torch's: on a CPU fused, elsewhere and in a graph op by op, for the compiler to fuse.
+
+@torch.compiler.disable  # a graph ends here, as torch.compile cannot hold an optimiser's step
+def take_step(adam, parameters, gradients):
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient.contiguous()  # fused on a CPU, Adam ignores strides
+    adam.step()
+    adam.zero_grad()
+
+
+def descend(adam, module, losses):
+    """One step down the losses (S,) of independent seeds; returns them, detached.
+
+    Their sum leaves each seed the gradient that it would have alone.
     """
-
-    def __init__(self, parameters, lr):
-        super().__init__()
-        self.moved = list(parameters)
-        self.means, self.squares = (nn.ParameterList(map(torch.zeros_like, self.moved)) for _ in range(2))
-        self.counts = nn.ParameterList(p.new_zeros((), dtype=torch.float64) for p in self.moved)
-        self.requires_grad_(False)
-        self.register_buffer("lr", self.moved[0].new_tensor(lr, dtype=torch.float64))  # may change between updates
-
-    @torch.no_grad()
-    def step(self, gradients):
-        fused = self.lr.device.type == "cpu" and not torch.compiler.is_compiling()
-        state = (list(each) for each in (self.means, self.squares, (), self.counts))
-        how = dict(fused=fused, foreach=not fused, capturable=not fused, amsgrad=False, maximize=False)
-        how |= dict(lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
-        gradients = [gradient.contiguous() for gradient in gradients]  # fused on a CPU, it takes strides for granted
-        adam_step(self.moved, gradients, *state, **how)
+    parameters = list(module.parameters())
+    gradients = torch.autograd.grad(losses.sum(), parameters)
+    losses = losses.detach()
+    take_step(adam, parameters, gradients)
+    return losses
 
 
-def optimizers(team, args):
-    """Adam for each agent's Q-function and policy, and for log alpha."""
-    return {
-        "critics": [Adam(critic.parameters(), args.critic_lr) for critic in team.critics],
-        "policies": [Adam(policy.parameters(), args.policy_lr) for policy in team.policies],
-        "alpha": Adam([team.log_alpha], args.alpha_lr),
-    }
+def evaluation(i, team, adam, data, rows, places, log_pi, args):
+    """A step of Q_i on some places (S, B) of the sequences rows (S, L, B'); the loss (S,).
 
-
-def descend(adam, loss):
-    """One step down a loss (S,). Its sum over seeds leaves each seed the gradient that it would have alone."""
-    adam.step(torch.autograd.grad(loss.sum(), adam.moved))
-
-
-def turn(i, team, seen, adams, data, behaviour, view, row_noise, step_noise, improve, args):
-    """One update of agent i, its Q-function and, if policies `improve` by now, its policy: diagnostics, (S,) tensors.
-
-    Args:
-        seen: the policies by which teammates are judged, `team.policies` or their copy from when the sweep began.
-        view: the sweep's minibatch as `look` returns it, or None to draw one of its own by row_noise (S, B').
-        step_noise: (S, B) in [0, 1), which resamples its steps.
+    log_pi (S, L B', A) is agent i's, before its step.
     """
-    N = len(team.policies)
-    others = [j for j in range(N) if j != i]
-    rows, log_pi = view or look(others, seen, data, behaviour, row_noise, improve)
-    now = rows[:, :-1].flatten(1)  # (S, K) the minibatch's places, every entry that has a successor
-    ratio = data.acted[now]  # 0 for padding and for an episode's last observation
-    if args.resampling:
-        # Eq. 23, with the teammates as they are now: this is what makes the method sequential
-        actions = data.actions[now]  # (S, K, N)
-        log_pi_others = sum(chosen(log_pi[j].flatten(1, 2), actions[..., j]) for j in others)
-        log_mu_others = behaviour.log_mu_others[i].gather(1, now)
-        ratio = ratio * importance_ratio(log_pi_others, log_mu_others, N, args.ratio_cap)
-    every = torch.arange(now.shape[1], device=now.device).expand_as(now)
-    again = resample(ratio, step_noise) if args.resampling or args.recurrent else every
-    log_mu = behaviour.log_mu[i]
-    own = unroll([team.policies[i]], [i], rows, data)[0] if improve else recall(log_mu, rows)  # (S, L, B', A)
-    alpha, beta, cql = team.alpha(args), team.beta, args.cql * team.left
-
-    # Policy evaluation
-    row, after = now.gather(1, again), rows[:, 1:].flatten(1).gather(1, again)  # (S, B): where a step begins and ends
-    next_pi, next_mu = recall(own.detach()[:, 1:].flatten(1, 2), again), recall(log_mu, after)  # (S, B, A), logs
-    paid, next_q = (data.reward[row], data.done[row]), team.targets[i](data.state[after])
-    y = soft_target(next_q, next_pi, next_mu, *paid, alpha, beta, args.gamma)
-    taken = data.actions[row, i], data.avail[row, i]
-    q_loss = critic_loss(team.critics[i](data.state[row]), y, *taken, data.acted[row], cql)
-    descend(adams["critics"][i], q_loss)
+    critic, target = team.critics[i], team.targets[i]
+    after = places + rows.shape[2]  # one row further in the same sequence
+    begin, end = (rows.flatten(1).gather(1, at) for at in (places, after))  # (S, B)
+    y = soft_target(
+        target(data.state[end]),
+        recall(log_pi, after),
+        recall(data.log_mu[i], end),
+        data.reward[begin],
+        data.done[begin],
+        team.alpha(args),
+        team.beta,
+        args.gamma,
+    )
+    action, avail = data.actions[begin, i], data.avail[begin, i]
+    loss = critic_loss(critic(data.state[begin]), y, action, avail, args.cql * team.fade)
+    loss = descend(adam, critic, loss)
     with torch.no_grad():
-        torch._foreach_lerp_(list(team.targets[i].parameters()), list(team.critics[i].parameters()), args.tau)
-    effective = ratio.sum(1) ** 2 / (ratio**2).sum(1)  # as many equally weighted steps would tell as much
-    logs = {"q_loss": q_loss.detach(), "sample_size": effective}
-
-    # Policy improvement
-    if improve:
-        at = again if args.actor_data == "resampled" else every
-        row, own = now.gather(1, at), recall(own[:, :-1].flatten(1, 2), at)
-        action, mu, q = data.actions[row, i], recall(log_mu, row), team.targets[i](data.state[row])
-        weight = policy_weight(q, mu, action, data.avail[row, i], alpha, beta, args.weight_cap)
-        pi_loss, kl = policy_loss(own, mu, action, weight, data.acted[row])
-        descend(adams["policies"][i], pi_loss)
-        logs |= {"policy_loss": pi_loss.detach(), "kl": kl}
-        if args.auto_alpha:
-            descend(adams["alpha"], team.log_alpha.exp()[:, 0] * (args.kl_target - kl))  # Eq. 25
-            with torch.no_grad():
-                team.log_alpha.clamp_(-12, 4)  # a target out of reach must not drive alpha to 0 or infinity
-    return logs
-
-
-def update(team, adams, data, behaviour, noise, order, improve, args, turn=turn, look=look):
-    """One sweep: every agent's turn, in this order, for all seeds; returns the diagnostics of the last turn.
-
-    `turn` and `look` can be given in compiled form.
-    """
-    seen, view = team.policies, None
-    if not args.sequential:  # "simultaneous": all see the policies as they are now
-        seen = team.before
-        torch._foreach_copy_(list(seen.parameters()), [p.detach() for p in team.policies.parameters()])
-    if args.recurrent:  # one minibatch serves the sweep
-        view = look(range(len(order)), seen, data, behaviour, noise.rows[0], improve)
-    turns = [i for i in order for _ in range(args.inner)]
-    for t, i in enumerate(turns):
-        mine = None if args.recurrent else noise.rows[t]
-        logs = turn(i, team, seen, adams, data, behaviour, view, mine, noise.steps[t], improve, args)
-        if args.recurrent and args.sequential and improve and turns[t + 1 :] and turns[t + 1] != i:
-            view[1].update(look([i], seen, data, behaviour, noise.rows[0], True)[1])  # only agent i has moved
-    return logs
-
-
-def schedule(team, adams, step, args):
-    """Set what changes from update to update. The weight of the entropy is held at first, then it falls exponentially,
-    to its end in the last one. What would make the last team a matter of luck falls at the end (--cooldown): first, to
-    a tenth, alpha (not with --auto-alpha) and the conservative weight together, as their ratio breaks ties; then, to 0,
-    the step sizes."""
-    decay = max(0, step - args.beta_hold) / max(1, args.steps - 1 - args.beta_hold)
-    team.beta.fill_(args.beta * (args.beta_end / args.beta) ** decay if args.beta else 0.0)
-    half = max(1.0, args.cooldown * args.steps / 2)
-    team.left.fill_(0.1 ** min(1.0, max(0.0, (step - args.steps) / half + 2)) if args.cooldown else 1.0)
-    left = min(1.0, (args.steps - step) / half)
-    for name, lr in (("critics", args.critic_lr), ("policies", args.policy_lr)):
-        for each in adams[name]:
-            each.lr.fill_(left * lr)
-
-
-@torch.no_grad()
-def semi_greedy(order, team, data, noise):
-    """A2PO's order of the agents (Wang et al., 2023), the same for all seeds.
-
-    Every other place goes to the remaining agent with the largest mean |Q'_i(s,a_i) - E_pi Q'_i(s,.)| over a minibatch
-    and all seeds, those between to the agents as they come in `order`. It waits for the device, once.
-    """
-    rows, size = draw(noise, data), []
-    now = rows[:, :-1].flatten(1)  # (S, K)
-    for i, log_pi in enumerate(unroll(team.policies, range(len(order)), rows, data)):
-        q = team.targets[i](data.state[now])  # (S, K, A)
-        mean = (log_pi[:, :-1].flatten(1, 2).exp() * q).sum(-1)
-        size.append(((chosen(q, data.actions[now, i]) - mean).abs() * data.acted[now]).sum())
-    left, order, size = list(order), [], torch.stack(size).tolist()
-    while left:
-        order.append(left[0] if len(order) % 2 else max(left, key=size.__getitem__))
-        left.remove(order[-1])
-    return order
-
-
-# ---------------------------------------------------------------- behaviour
-def clone_loss(team, data, rows, args, step_noise=None):
-    """For each seed, (S,): the loss of mu_i of each agent (Eq. 21) and of the teammate model (Eq. 22) on the sequences
-    rows (S, L, B'); with a memory step_noise (S, B) draws the steps that the teammate model learns from."""
-    agents, rows = range(len(team.mus)), rows[:, :-1]  # (S, L - 1, B')
-    log_mu = unroll(team.mus, agents, rows, data).flatten(2, 3)  # (N, S, K, A)
-    rows = rows.flatten(1)  # (S, K)
-    valid = data.acted[rows]
-    own = sum(chosen(log_mu[i], data.actions[rows, i]) for i in agents)
-    loss = -(own * valid).sum(1) / valid.sum(1)
-    prior = None
-    if args.recurrent:  # some of the steps are enough for the teammate model
-        at = resample(valid, step_noise)
-        rows, prior = rows.gather(1, at), recall(log_mu.detach().movedim(0, 2), at)  # (S, B), (S, B, N, A)
-    known = data.state[rows], data.avail[rows], data.actions[rows]
-    for i in agents:
-        loss = loss - teammate_log_prob(team.teammates, *known, i, prior).mean(1)
+        parts = list(target.parameters()), list(critic.parameters())
+        torch._foreach_lerp_(*parts, args.tau)
     return loss
 
 
-def clone_update(team, adam, data, args, row_noise, step_noise=None):
-    """One update of the behaviour on sequences that row_noise (S, B') draws."""
-    descend(adam, clone_loss(team, data, draw(row_noise, data), args, step_noise))
+def improvement(i, team, adam, data, rows, places, args):
+    """A step of pi_i, and of alpha, on some places (S, B) of the sequences; diagnostics (S,)."""
+    log_pi = recall(unroll(team.policies, [i], rows, data)[0], places)  # (S, B, A)
+    begin = rows.flatten(1).gather(1, places)  # (S, B)
+    log_mu, action = recall(data.log_mu[i], begin), data.actions[begin, i]
+    weight = policy_weight(
+        team.targets[i](data.state[begin]),
+        log_mu,
+        action,
+        data.avail[begin, i],
+        team.alpha(args),
+        team.beta,
+        args.weight_cap,
+    )
+    loss, kl = policy_loss(log_pi, log_mu, action, weight, data.acted[begin])
+    loss = descend(adam, team.policies[i], loss)
+    if args.auto_alpha:  # Eq. 25
+        alpha = team.log_alpha[0].exp()[:, 0]
+        descend(adam, team.log_alpha, alpha * (args.kl_target - kl))
+    return {"policy_loss": loss, "kl": kl}
 
 
-def clone(team, data, generators, args, clone_update=clone_update, judge=None):
-    """Fit the behaviour before anything else, start the policies from it, and return it as a `Behaviour`.
+def turn(i, team, adam, data, rows, log_pi, noise, improve, args):
+    """Agent i's turn: its Q-function learns and, if policies `improve` by now, its policy.
 
-    judge: a `data.layout.Judge`, which holds episodes back and ends it when these get no likelier.
+    Args:
+        rows: (S, L, B') the minibatch, as row numbers.
+        log_pi: of every agent along it, a list of (S, L B', A).
+        noise: (S, B) in [0, 1), which resamples its steps.
+    Returns:
+        Diagnostics, (S,) each.
     """
-    adam, S = Adam([*team.mus.parameters(), *team.teammates.parameters()], args.clone_lr), args.num_seeds
-    learned = data._replace(sequences=judge.rest) if judge else data
-    sizes = [args.sequences, args.clone_batch] if args.recurrent else [args.clone_batch]
-    even = torch.linspace(0, 0.999, args.clone_batch, device=data.obs.device).expand(S, -1)
+    begin = rows[:, :-1].flatten(1)  # (S, K) where steps may begin, the first K of all places
+    every = torch.arange(begin.shape[1], device=rows.device).expand_as(begin)
+    ratio = data.acted[begin]
+    if args.resampling:
+        # Eq. 23, with the teammates as they are now: this is what makes the method sequential
+        others = [j for j in range(len(log_pi)) if j != i]
+        action = data.actions[begin]  # (S, K, N)
+        log_pi_others = sum(chosen(log_pi[j][:, : begin.shape[1]], action[..., j]) for j in others)
+        log_mu_others = data.log_mu_others[i].gather(1, begin)
+        ratio *= importance_ratio(log_pi_others, log_mu_others, len(log_pi), args.ratio_cap)
+    drawn = resample(ratio, noise) if args.resampling or args.recurrent else every  # (S, B)
+    logs = {"q_loss": evaluation(i, team, adam, data, rows, drawn, log_pi[i], args)}
+    if improve:
+        places = drawn if args.actor_data == "resampled" else every
+        logs |= improvement(i, team, adam, data, rows, places, args)
+    return logs
 
-    def held_loss():
-        return clone_loss(team, data, judge.held.mT.expand(S, -1, -1), args, even)
 
+def update(team, adam, data, shared, generators, step, args, turn=turn, look=look):
+    """Update number `step`, a sweep: every agent's turn, for all seeds at once.
+
+    Args:
+        shared: a generator for the order of the agents, the same for all seeds.
+        generators: one for each seed, for its minibatches.
+        turn, look: may be compiled.
+    Returns:
+        Diagnostics (S,), means over the turns.
+    """
+    schedule(team, adam, step, args)
+    improve = step >= args.warmup
+    order = ORDERS[args.order](team, data, shared, generators, args)
+    movers = [i for i in order for _ in range(args.inner)]
+    seen = team.policies if args.sequential else copy.deepcopy(team.policies)
+    logs = []
+    for t, i in enumerate(movers):
+        if t == 0 or not args.recurrent:
+            rows = draw(generators, data.sequences, args.batch_size, args)
+            log_pi = look(range(len(order)), seen, rows, data, improve)
+        elif args.sequential and improve:
+            last = movers[t - 1]  # only the last one to act has moved
+            log_pi[last] = look([last], seen, rows, data, improve)[0]
+        noise = uniform(generators, args.batch_size)
+        logs.append(turn(i, team, adam, data, rows, log_pi, noise, improve, args))
+    means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
+    return means | {"alpha": team.alpha(args)[:, 0]}
+
+
+def schedule(team, adam, step, args):
+    """Set what changes from update to update.
+
+    The weight of the entropy is held at first, then it falls exponentially, to its end in the last
+    update. In the first half of the cool-down alpha (not with --auto-alpha) and cql fall to a
+    tenth, together, as their ratio breaks ties; in the second half the step sizes fall to 0.
+    """
+    decay = max(0, step - args.beta_hold) / max(1, args.steps - 1 - args.beta_hold)
+    team.beta.fill_(args.beta * (args.beta_end / args.beta) ** decay if args.beta else 0.0)
+    half = args.cooldown * args.steps / 2 or 1e-9  # of the cool-down, in updates
+    remaining = (args.steps - step) / half  # from 2 to 0 in the cool-down
+    team.fade.fill_(0.1 ** min(1.0, max(0.0, 2 - remaining)))
+    slow = min(1.0, remaining)
+    for group, lr in zip(adam.param_groups, (args.critic_lr, args.policy_lr)):
+        group["lr"] = slow * lr
+
+
+# ---------------------------------------------------------------- order of the agents
+def random_order(team, data, shared, generators, args):
+    return torch.randperm(len(team.policies), generator=shared).tolist()
+
+
+def fixed_order(team, data, shared, generators, args):
+    return list(range(len(team.policies)))
+
+
+@torch.no_grad()
+def semi_greedy(team, data, shared, generators, args):
+    """A2PO's order of the agents, the same for all seeds. It waits for the device, once.
+
+    Every other place goes to the remaining agent with the largest advantage: the mean over a
+    minibatch and all seeds of |Q'_i(s,a_i) - E_pi Q'_i(s,.)|. The others go to agents at random.
+    """
+    remaining = random_order(team, data, shared, generators, args)
+    rows = draw(generators, data.sequences, args.batch_size, args)[:, :-1]
+    begin, advantages = rows.flatten(1), []  # (S, K)
+    for i, log_pi in enumerate(unroll(team.policies, range(len(remaining)), rows, data)):
+        q = team.targets[i](data.state[begin])  # (S, K, A)
+        advantage = chosen(q, data.actions[begin, i]) - (log_pi.exp() * q).sum(-1)
+        advantages.append((advantage.abs() * data.acted[begin]).sum())
+    advantages = torch.stack(advantages).tolist()
+    order = []
+    for place in range(len(remaining)):
+        greedy = max(remaining, key=advantages.__getitem__)
+        order.append(remaining[0] if place % 2 else greedy)
+        remaining.remove(order[-1])
+    return order
+
+
+ORDERS = {"random": random_order, "fixed": fixed_order, "semi-greedy": semi_greedy}
+
+
+# ---------------------------------------------------------------- behaviour
+def clone_loss(team, data, rows, args, noise=None):
+    """Eqs. 21 and 22 on the sequences rows (S, L, B'): all mu_i, and all teammates; (S,).
+
+    With a memory noise (S, B) draws the steps that the teammate model learns from.
+    """
+    agents, rows = range(len(team.mus)), rows[:, :-1]  # (S, L - 1, B')
+    log_mu, rows = unroll(team.mus, agents, rows, data), rows.flatten(1)  # (N, S, K, A), (S, K)
+    acted = data.acted[rows]
+    log_likelihood = sum(chosen(log_mu[i], data.actions[rows, i]) for i in agents)
+    loss = -(log_likelihood * acted).sum(1) / acted.sum(1)
+    prior = None
+    if args.recurrent:  # some of the steps are enough for the teammate model
+        places = resample(acted, noise)
+        rows = rows.gather(1, places)  # (S, B)
+        prior = recall(log_mu.detach().movedim(0, 2), places)  # (S, B, N, A)
+    for i in agents:
+        loss = loss - teammate_log_prob(team.teammates, data, rows, i, prior).mean(1)
+    return loss
+
+
+@torch.enable_grad()
+def clone_update(team, models, adam, data, rows, args, noise=None):
+    return descend(adam, models, clone_loss(team, data, rows, args, noise))
+
+
+def hold_back(data, share, most=5000):
+    """Part the sequences (Q, L): those to clone, and those to judge the clones by.
+
+    The latter begin in a `share` of the episodes, evenly spread over the data, less where that
+    would be more than `most` sequences; none if there is a single episode.
+    """
+    episode = data.first.cumsum(0)[data.sequences[:, 0]]
+    names, number = episode.unique(return_inverse=True)  # (Q,) of those that have a sequence
+    if share == 0 or len(names) == 1:
+        return data.sequences, data.sequences[:0]
+    every = max(2, round(1 / min(share, most / len(number))))
+    held = number % every == 0
+    return data.sequences[~held], data.sequences[held]
+
+
+@torch.no_grad()
+def clone(team, data, generators, args, clone_update=clone_update):
+    """Fit the behaviour, start the policies from it, and return the data with its tables.
+
+    With --hold-back each seed keeps the models that make the held-back episodes likeliest. These
+    are asked every 250 updates; once 4 times in a row they are no likelier, a seed is done.
+    """
+    models, S = nn.ModuleList([team.mus, team.teammates]), args.num_seeds
+    parameters = list(models.parameters())
+    adam = torch.optim.Adam(parameters, args.clone_lr, fused=True)
+    learned, held = hold_back(data, args.hold_back)
+    best, kept = data.reward.new_full((S,), torch.inf), [x.clone() for x in parameters]
+    checks = torch.zeros_like(best)  # since the best one
+    even = torch.linspace(0, 0.999, args.clone_batch, device=best.device).expand(S, -1)
     for step in range(1, args.clone_steps + 1):
-        clone_update(team, adam, learned, args, *(uniform(generators, size) for size in sizes))
-        if judge and judge.over(step, adam.moved, held_loss):
-            break
-    team.policies.load_state_dict(team.mus.state_dict())  # a cloned team is a good place to start from
+        rows = draw(generators, learned, args.clone_batch, args)
+        noise = uniform(generators, args.clone_batch) if args.recurrent else None
+        clone_update(team, models, adam, data, rows, args, noise)
+        if len(held) and (step % 250 == 0 or step == args.clone_steps):
+            loss = clone_loss(team, data, held.mT.expand(S, -1, -1), args, even)
+            better = (loss < best) & (checks < 4)
+            best, checks = torch.where(better, loss, best), torch.where(better, 0, checks + 1)
+            for old, new in zip(kept, parameters):
+                old[better] = new[better]
+            if (checks >= 4).all():
+                break
+    if len(held):
+        torch._foreach_copy_(parameters, kept)
+    team.policies.load_state_dict(team.mus.state_dict())  # a good place to start from
     return tabulate(team, data, args)
 
 
 @torch.no_grad()
 def tabulate(team, data, args):
-    """The behaviour never changes again, so it becomes tables: a `Behaviour`."""
+    """The data with the tables of the cloned models, which are made in parts, to spare memory."""
     S, (R, N, A) = args.num_seeds, data.avail.shape
-    log_mu, others = data.obs.new_zeros(N, S, R, A), data.obs.new_zeros(N, S, R)
+    log_mu, log_mu_others = data.obs.new_zeros(N, S, R, A), data.obs.new_zeros(N, S, R)
     for rows in data.sequences.split(max(1, 10_000 // data.sequences.shape[1])):
-        for i, table in enumerate(unroll(team.mus, range(N), rows.T.expand(S, -1, -1), data)):
-            log_mu[i, :, rows.T] = table
-    for r in torch.arange(R, device=log_mu.device).split(5_000):
-        state, avail, actions = (x[r].expand(S, *x[r].shape) for x in (data.state, data.avail, data.actions))
-        prior = log_mu[:, :, r].movedim(0, 2) if args.recurrent else None
+        rows = rows.T.expand(S, -1, -1)  # (S, L, Q)
+        table, rows = unroll(team.mus, range(N), rows, data), rows.flatten(1)  # (N, S, L Q, A)
+        log_mu[:, :, rows[0]] = table.clamp(min=-20)  # as good as never; beta log mu stays finite
+        prior = table.movedim(0, 2) if args.recurrent else None
         for i in range(N):
-            others[i, :, r] = teammate_log_prob(team.teammates, state, avail, actions, i, prior)
-    log_mu.clamp_(min=-20)  # as good as never, and safe to multiply by beta
-    return Behaviour(list(log_mu), list(others))
+            others = teammate_log_prob(team.teammates, data, rows, i, prior)
+            log_mu_others[i, :, rows[0]] = others
+    return data._replace(log_mu=list(log_mu), log_mu_others=list(log_mu_others))
 
 
 # ---------------------------------------------------------------- run
 HOME = Path(__file__).resolve().parents[1]
-if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists():  # not if this file was copied alone
+if (HOME / "data" / "run").is_dir():  # not if this file was copied alone
     sys.path.insert(0, str(HOME))
-    import data as datasets
-    import envs
-    from data import layout, runs
+    from data import layout
+    from data.run import Run, launch, read_args, remembering
     from envs.bridge import draw_strips
     from envs.matrix import draw_policies
 elif __name__ == "__main__":
-    sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
-
-
-def preset(args):
-    """What differs from Bridge's values, above, in the other environments; each value can be set by its flag."""
-    env, task, values = args.env, args.task or {"smac": "5m_vs_6m", "matrix": "xor"}.get(args.env, ""), {}
-    if env == "smac":
-        count = max(2, 560 // envs.make(env, task).time_limit)  # so that they hold some 500 steps
-        values = dict(dataset="medium-replay", num_seeds=3, steps=2500, warmup=1500, eval_every=500, recurrent=True)
-        values |= dict(one_hot=False, alpha=0.4, beta=0.0, batch_size=512, critic_lr=2e-3, sequences=count)
-        values |= dict(clone_steps=2000, clone_lr=1e-3, cooldown=0.0)
-    elif env == "matrix":
-        payoff, name = envs.make(env, task).payoff, "aa-ab-ba" if task == "xor" else datasets.names(env, task)[-1]
-        values = dict(dataset=name, steps=1500, one_hot=False, clone_lr=1e-3, cooldown=0.0)
-        if task in ("xor", "coordination"):  # conventions that pay the same; a tie breaks where alpha + beta < cql / 2
-            values |= dict(beta=0.1, cql=0.5, actor_data="resampled", batch_size=64, policy_lr=5e-4, critic_lr=1e-3)
-            values |= dict(clone_steps=300)
-        else:  # unequal ones: beta starts at the largest difference between payoffs, the other weights in proportion
-            unit = (payoff.max() - payoff.min()).item() / 200 or 1.0
-            values |= dict(alpha=unit, beta=200 * unit, beta_end=0.1 * unit, cql=5 * unit, beta_hold=500, warmup=200)
-            values |= dict(batch_size=256, weight_cap=1000.0, ratio_cap=1000.0, clone_batch=256)
-    elif env != "bridge":  # not ours: weights in units of the spread of the data's returns
-        unit, cells = layout.scales(datasets.load("", "", args.dataset))
-        values = dict(dataset="", num_seeds=3, one_hot=cells, alpha=0.05 * unit, beta=0.01 * unit)
-        values |= dict(beta_end=0.001 * unit, cql=0.02 * unit, warmup=1000, clone_steps=50_000, hold_back=0.1)
-        values |= dict(batch_size=256, clone_lr=1e-3, clone_batch=256, critic_lr=1e-3, cooldown=0.4)
-        values |= dict(eval_every=1000, eval_episodes=10)
-    return values | dict(env=env, task=task)
+    sys.exit("error: this file runs beside data/ and envs/ of its repository; alone, import it")
 
 
 def arrange(dataset, args):
-    """The dataset as `Data`, and the function that makes the policies' inputs of what a game shows: `layout.teams`.
-    Raises ValueError for a single agent."""
+    """The dataset as `Data`, and the function that makes inputs of what a game shows.
+
+    Raises:
+        ValueError: there is a single agent.
+    """
     if dataset.obs.shape[2] < 2:
         raise ValueError("InSPO is for two agents or more, and here is one")
     tensors, encode = layout.teams(dataset, args, whole=args.recurrent)
     return Data(*tensors), encode
 
 
+# ---------------------------------------------------------------- evaluation
 def player(policies, encode):
-    """The teams of all seeds as they play: a `data.team.Player`."""
-    policy, N = together(policies), len(policies)
+    """How the teams of all seeds play."""
 
-    def think(*seen):  # x, avail, h
-        x, avail, h = (each.movedim(2, 0).flatten(0, 1) for each in seen)  # (N S, B, ...)
-        goes_on = torch.zeros(len(x), 1, x.shape[1], dtype=torch.bool, device=x.device)
-        log_pi, h = policy(x[:, None], avail[:, None], goes_on, h)
-        return (each.unflatten(0, (N, -1)).movedim(0, 2) for each in (log_pi[:, 0], h))  # (S, B, N, ...)
+    def think(x, avail, h):
+        first = torch.zeros_like(avail[:, None, :, 0, 0])  # (S, 1, B)
+        answers = []
+        for i, policy in enumerate(policies):
+            answers.append(policy(x[:, :, i], avail[:, :, i], first, h[:, :, i]))
+        return [torch.stack(parts, 2) for parts in zip(*answers)]  # log pi, memory
 
-    return runs.Player(think, encode, N, policies[0].outputs, policies[0].hidden)
-
-
-def evaluate(policies, encode, args, step, episodes, device, film=None):
-    """Scores (S, E) of the teams of all seeds, greedily and by sampling, and what happened: `runs.score`."""
-    teams = player(policies, encode)
-    return runs.score(teams, args, step, episodes, device, teams.memory, teams.clocks, film)
+    sizes = len(policies), policies[0].outputs, policies[0].hidden
+    return remembering(think, encode, *sizes, policies)
 
 
 @torch.no_grad()
-def draw_pictures(args, team, data, dataset, films, seeds):
-    """What the teams came to: on Bridge film strips, in a game of two agents the tables of their joint actions."""
-    if args.env == "bridge" and films["InSPO"]:
-        strips = {"cloned team": films["behavioural cloning"][1], "InSPO": films["InSPO"][0]}  # sampled, greedy
-        return {"policy.png": draw_strips(strips)}, {}
-    if args.env != "matrix" or len(team.policies) != 2:
-        return {}, {}
-    one = torch.zeros(len(seeds), 1, 1, dtype=torch.int64, device=data.obs.device)  # a row: there is one state
-    figure, joint = draw_policies(unroll(team.policies, range(2), one, data)[:, :, 0, 0].exp(), dataset, seeds)
-    return {"policy.png": figure}, {"joint_policy": joint.tolist()}
+def draw_policy(run, team, data, film):
+    """Pictures of the team: on Bridge film strips, of two agents in one state a table."""
+    if film:
+        greedy, _, _, cloned_sampled = film
+        return {"policy.png": draw_strips({"cloned team": cloned_sampled, "InSPO": greedy})}
+    if run.args.env == "matrix" and len(team.policies) == 2:
+        row = data.sequences[None, :1, :1].expand(len(run.seeds), -1, -1)  # all are the same
+        pi = unroll(team.policies, range(2), row, data)[:, :, 0].exp()  # (N, S, A)
+        return {"policy.png": draw_policies(pi, run.dataset, run.seeds)[0]}
+    return {}
 
 
 def main(args):
-    """Train, evaluate and fill the run folder; returns what summary.json holds."""
-    run = runs.Run("inspo", args)
-    device = run.device
-    dataset = run.load(True, episodes=args.episodes)
-    data, encode = arrange(dataset, args)
-    team = Team(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
-    adams, N = optimizers(team, args), data.avail.shape[1]
-    shared, own = torch.Generator().manual_seed(0), [runs.stream(seed, 2, device) for seed in run.seeds]
-    steps = {"turn": run.compile(turn), "look": run.compile(look)}
-    if run.begin(team=team, adams=list(adams.values()), generators=[shared, *own]):
-        behaviour = tabulate(team, data, args)
+    """Train, evaluate and fill the run's folder; returns what summary.json holds."""
+    run = Run("inspo", args)
+    data, encode = arrange(run.load(discrete=True), args)
+    team = Team(data, args, run.streams(0, "cpu")).to(run.device)
+    adam = optimizer(team)
+    shared, generators = torch.Generator().manual_seed(0), run.streams(2)
+    compiled = {"turn": run.compile(turn), "look": run.compile(look)}
+    if run.begin(team=team, adam=adam, generators=[shared, *generators]):
+        data = tabulate(team, data, args)
     else:
-        generators = [runs.stream(seed, 1, device) for seed in run.seeds]
-        judge = layout.judge(args, data.sequences, dataset.lengths)
-        behaviour = clone(team, data, generators, args, run.compile(clone_update), judge)
-
-    if args.steps <= args.warmup:
-        runs.say(f"note: only the Q-functions learn, as --steps {args.steps} are not more than --warmup {args.warmup}")
-    logs = {name: torch.zeros(args.num_seeds, device=device) for name in ("q_loss", "policy_loss", "kl", "sample_size")}
-    for step in run.steps(args.steps, args.eval_every):
-        if run.due(logs):
-            scores = evaluate(team.policies, encode, args, step, args.eval_episodes, device)
-            run.record(logs | {"alpha": team.alpha(args)[:, 0]}, {name: x.mean(1) for name, x in scores.items()})
-        if step < args.steps:
-            schedule(team, adams, step, args)
-            order = torch.randperm(N, generator=shared).tolist()
-            if args.order == "semi-greedy":
-                size = args.sequences if args.recurrent else args.batch_size
-                order = semi_greedy(order, team, data, uniform(own, size))
-            order = sorted(order) if args.order == "fixed" else order
-            noise = draw_noise(own, N, args)
-            logs |= update(team, adams, data, behaviour, noise, order, step >= args.warmup, args, **steps)
-
-    scores, films, E = {}, {"InSPO": [], "behavioural cloning": []}, 10 * args.eval_episodes
-    for policies, (name, film) in zip((team.policies, team.mus), films.items()):
-        scores[name] = evaluate(policies, encode, args, args.steps, E, device, film if args.env == "bridge" else None)
-    figures, more = draw_pictures(args, team, data, dataset, films, run.seeds)
-    others, teams = {"behavioural cloning": ("cloned_", scores["behavioural cloning"])}, player(team.policies, encode)
-    run.keep_team(teams, dataset.obs.shape[2:], teams.A, teams.memory)
-    return run.finish("InSPO", scores["InSPO"], dataset, run.best, others, figures, **more)
+        data = clone(team, data, run.streams(1), args, run.compile(clone_update))
+    learner, cloned = player(team.policies, encode), player(team.mus, encode)
+    for step in run.steps(learner):
+        run.logs = update(team, adam, data, shared, generators, step, args, **compiled)
+    film = [] if args.env == "bridge" else None
+    scores, cloned_scores = run.score(learner, film), run.score(cloned, film)
+    figures = draw_policy(run, team, data, film)
+    others = {"behavioural cloning": ("cloned_", cloned_scores)}
+    return run.finish("InSPO", learner, scores, others, figures)
 
 
 def parse(argv=None):
-    """Read the command line; where no flag speaks, the task's own values or those of the resumed run hold."""
-    args = runs.parse(Args, preset, argv, __doc__, "InSPO is for discrete actions", ("bridge", "matrix", "smac"))
-    if args.backend == "sc2" and args.env != "smac":
-        raise ValueError("--backend sc2 plays the maps of --env smac")
-    zero = "seed episodes eval_episodes beta beta_hold warmup cql kl_target gamma layers clone_steps cooldown hold_back"
-    runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma tau cooldown hold_back")
+    """Read the command line; where no flag speaks, `PRESETS` or the resumed run do."""
+    args = read_args(
+        Args,
+        PRESETS,
+        argv,
+        __doc__,
+        "InSPO is for discrete actions",
+        ("bridge", "matrix", "smac"),
+        in_units="alpha beta beta_end cql",
+        may_be_zero="seed episodes eval_episodes beta beta_hold warmup cql kl_target gamma layers "
+        "clone_steps cooldown hold_back",
+        at_most_one="gamma tau cooldown hold_back",
+    )
+    if args.order not in ORDERS:
+        raise ValueError(f"unknown --order {args.order}: choose {', '.join(ORDERS)}")
     return args
 
 
 if __name__ == "__main__":
-    runs.launch(main, parse)
+    launch(main, parse)

@@ -1,85 +1,98 @@
-"""IQL and MAIQL: implicit Q-learning for teams (Kostrikov et al., ICLR 2022; for teams as in arXiv 2305.17198).
+"""IQL and MAIQL: implicit Q-learning for teams.
 
-The problem. To learn from a fixed dataset, values must not be asked about actions that nobody recorded: nothing would
-correct a wrong answer, and the policy would run after it.
+Kostrikov et al., ICLR 2022; for teams as in MOMA-PPO's comparison, arXiv 2305.17198.
 
-The idea. Do not look for the best action; look at the good ones among the recorded. V is an upper expectile of Q over
-recorded actions, a regression that weighs what lies above it more than what lies below, and Q looks ahead through V.
-Then the policy clones the recorded actions, those with a large advantage most. How far a team can agree depends on who
-does this (--team). "central": one learner sees all views and chooses the joint action. It can weigh whole conventions
-against each other, but no agent could act on its own view alone; it is an upper bound. "mixed" (MAIQL): each agent has
-values and a policy of its own, and a mixer adds the values up for the team. Every agent then clones its own part of
-good joint actions, and the parts of two conventions need not fit. "independent": each agent alone, with the team's
-reward.
+The problem. To learn from a fixed dataset, values must not be asked about actions that nobody
+recorded. Nothing would correct a wrong answer, and the policy would run after it.
 
-Equations, by numbers of our own. Player i = 1..K has Q_i(o_i, a_i), twice, and V_i(o_i); a prime marks slowly moving
-copies, s' the next state; m is 0 where the game ended by its own rules. The players are the agents; with "central"
-there is one, which has the views and the actions of all.
- 1 mixing   Q = sum_i w_i(s, a) Q_i + b(s, a),   V = sum_i u_i(s) V_i + c(s)   (mixed; otherwise Q = Q_i, V = V_i)
- 2          A(s, a)  = Q'(s, a) - V(s),          Q' made of copies of w and b, and the lower of both copies of Q_i
+The idea. Do not look for the best action; look at the good ones among the recorded. V is an upper
+expectile of Q over recorded actions: a regression that weighs what lies above it more than what
+lies below. Q looks ahead through V. Then the policy clones the recorded actions, those with a large
+advantage most. How far a team can agree depends on who does this (--team). "central": one learner
+sees all views and chooses the joint action. It can weigh whole conventions against each other, but
+no agent could act on its own view alone; it is an upper bound. "mixed" (MAIQL): each agent has
+values and a policy of its own, and a mixer adds the values up for the team. Every agent then clones
+its own part of good joint actions, and the parts of two conventions need not fit. "independent":
+each agent alone, with the team's reward.
+
+Equations, by numbers of our own. Player i = 1..K has Q_i(o_i, a_i), twice, and V_i(o_i). The
+players are the agents; with "central" there is one, which has the views and the actions of all. A
+prime marks slowly moving copies, s' the next state; m is 0 where the game ended by its own rules.
+ 1 mixing   Q = sum_i w_i(s, a) Q_i + b(s, a),   V = sum_i u_i(s) V_i + c(s)
+ 2          A(s, a)  = Q'(s, a) - V(s)
  3          L(V)     = E [ |expectile - 1(A < 0)| A^2 ]
  4          L(Q)     = E [ r + gamma m V(s') - Q(s, a) ]^2      for both Q
  5          L(pi)    = -E [ min( exp(temperature A), 100 ) sum_i log pi_i(a_i|o_i) ]
-With --temperature 0 all weights are 1: plain cloning.
+Eq. 1 is for "mixed"; otherwise Q = Q_i and V = V_i, and Eqs. 2 to 5 hold for each player. Q' mixes
+the lower of both copies of each Q_i, by copies of w and b. With --temperature 0 all weights are 1:
+plain cloning.
 
-Commands, and the return you should see (last policy, greedy; one CPU core of a small server, torch 2.13):
-  python algorithms/iql.py --team central                      the coordination game, unfavourable data, 10 seeds at
-      once, 24 s: IQL, 1 in 10 of 10 seeds; the data 0.37
-  python algorithms/iql.py                                     the same for MAIQL, 35 s: 0.1 +- 0.1, sampled 0.52
-  python algorithms/iql.py --finetune 1                        50 s: MAIQL-ft, 0.9 +- 0.1, sampled 0.51
-  python algorithms/iql.py --env matrix --task xor --dataset aa-ab-ba    43 s: MAIQL, greedy 0.4 +- 0.16, sampled 0.48
+Commands, and the return you should see (last policy, greedy; one CPU core, torch 2.13):
+  python algorithms/iql.py --team central
+      the coordination game, unfavourable data, 10 seeds at once, 24 s: IQL, 1 in 10 of 10 seeds;
+      the data 0.37
+  python algorithms/iql.py
+      the same for MAIQL, 35 s: 0.1 +- 0.1, sampled 0.52
+  python algorithms/iql.py --finetune 1
+      50 s: MAIQL-ft, 0.9 +- 0.1, sampled 0.51
+  python algorithms/iql.py --env matrix --task xor --dataset aa-ab-ba
+      43 s: MAIQL, greedy 0.4 +- 0.16, sampled 0.48
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, iql
-  S, N, A, M = 2, 3, 4, 1000                                       # seeds, players, actions, steps of one long episode
-  obs, state, action = torch.randn(M + 1, N, 5), torch.randn(M + 1, 6), torch.randint(A, (M + 1, N))
-  reward, none = (action == obs[..., :A].argmax(-1)).float().mean(1), torch.zeros(M + 1)
-  data = iql.Data(obs, state, torch.ones(M + 1, N, A).bool(), action, reward, none, torch.arange(M))
+  S, N, A, M = 2, 3, 4, 1000  # seeds, players, actions, steps of one long episode
+  obs, state = torch.randn(M + 1, N, 5), torch.randn(M + 1, 6)
+  avail, action = torch.ones(M + 1, N, A).bool(), torch.randint(A, (M + 1, N))
+  reward = (action == obs[..., :A].argmax(-1)).float().mean(1)
+  data = iql.Data(obs, state, avail, action, reward, torch.zeros(M + 1), torch.arange(M))
   args = iql.Args(num_seeds=S, team="mixed")
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = iql.Team(data, args, generators)
   adams = iql.optimizers(team, args)
   for step in range(200):
       logs = iql.update(team, adams, data, iql.draw_rows(generators, data, args), args)
-  greedy = team.policies.sample(team.policies(obs.transpose(0, 1).expand(S, N, M + 1, 5), data.avail.transpose(0, 1)))
+  out = team.policies(obs.transpose(0, 1).expand(S, N, M + 1, 5), avail.transpose(0, 1))
+  greedy = team.policies.sample(out)  # (S, N, M + 1)
 
 Differences from the authors' code (of MOMA-PPO's baselines), and choices made here:
-  1. The mixers see the state, Q's also the joint action, rather than all views. Their weights may have any sign, as in
-     the code; the paper says QMIX, where they may not.
-  2. On games with discrete actions the central player has one logit for each joint action. With one for each agent's
-     action it could not tell two conventions from their mixture.
-  3. Agents have no memory; the authors' look at their last ten views and actions. Networks are smaller, copies move
-     twice as fast, and a seed's gradient has a limited length also without mixers.
-  4. Continuous policies are normal and clipped when played, as in bc.py; the authors' go through a tanh.
-  5. --scale-rewards (the ant's default, as in the code) measures rewards in thousandths of the difference between the
-     best and the worst return of the data.
+  1. The mixers see the state, Q's also the joint action, rather than all views. Their weights may
+     have any sign, as in the code; the paper says QMIX, where they may not.
+  2. On games with discrete actions the central player has one logit for each joint action. With one
+     for each agent's action it could not tell two conventions from their mixture.
+  3. Agents have no memory; the authors' look at their last ten views and actions. Networks are
+     smaller (theirs 256 units), copies move twice as fast, and a seed's gradient has a limited
+     length also without mixers. Views of bodies are in units of the data's mean and spread.
+  4. Continuous policies are normal and clipped when played, as in bc.py; the authors' go through a
+     tanh.
+  5. Rewards are as recorded, but on the ant, as in the code. There --scale-rewards measures them in
+     thousandths of the difference between the best and the worst return of the data. IQL's own code
+     does so on every body that walks.
   6. Step sizes of the policies fall linearly to 0 (the code: along a cosine).
-  7. --finetune 1 (MAIQL-ft): as many updates again, in which the teams play as well. Before every tenth each seed plays
-     games of up to ten steps from recorded states (the authors' one), so many that half of all steps are its own in the
-     end, or fewer where games end early; a minibatch draws from all alike.
-  8. The ant's temperature is 0.3 (--temperature 3: the code's): after so few updates the errors of V differ more from
-     state to state than actions do in value, and with 3 only a tenth of a minibatch has weights that count.
+  7. --finetune 1 (MAIQL-ft): as many updates again, in which the teams play as well. Before every
+     tenth each seed plays games of up to ten steps from recorded states (the authors' one). In the
+     end half of all steps are its own, or fewer where games end early. A minibatch draws from all
+     alike.
+  8. The ant's temperature is 0.3 (--temperature 3: the code's). After so few updates the errors of
+     V differ more from state to state than actions do in value. With 3 only a tenth of a minibatch
+     has weights that count.
 
 Seeds differ in all that is random here, and are evaluated in one environment.
 
-Shapes: S seeds, N agents, K players (N or 1), Q = S K networks, B steps of a minibatch, M recorded steps, R rows
-(observations), E games, T steps, A actions (or entries of an action), O observation, I inputs, D state.
+Shapes: S seeds, N agents, K players (N or 1), Q = S K networks, B steps of a minibatch, M recorded
+steps, R rows (observations), E games, T steps, A actions (or entries of an action), O observation,
+I inputs, D state.
 """
 
 import copy
 import math
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is loaded, Ctrl-C ends the program without a traceback
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.adam import adam as adam_step
 
 ILLEGAL = -1e10  # the logit of an action that is not available
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -89,12 +102,12 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 @dataclass
 class Args:
     # --- what to learn
-    env: str = "matrix"  # matrix, bridge, smac, polynomial, reacher, halfcheetah, ant, or module:factory
+    env: str = "matrix"  # matrix, bridge, smac, polynomial, a body's name, or module:factory
     task: str = ""  # its task; by default the coordination game, or the environment's first
     dataset: str = "unfavourable"  # a dataset's name, or the path of a file
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
     env_kwargs: str = ""  # more for the environment, as JSON
-    team_reward: Literal["sum", "mean"] = "sum"  # of the agents' rewards, in an environment that is not ours
+    team_reward: Literal["sum", "mean"] = "sum"  # of agents' rewards, in games that are not ours
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 10  # how many seeds train, all at once
@@ -108,8 +121,8 @@ class Args:
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
     # --- the method
-    team: Literal["central", "mixed", "independent"] = "mixed"  # who learns: one for all, or each agent
-    finetune: float = 0.0  # updates after that, as a multiple of --steps, in which the teams play the true game as well
+    team: Literal["central", "mixed", "independent"] = "mixed"  # one learner for all, or each agent
+    finetune: float = 0.0  # more updates, in units of --steps, while the teams play the true game
     expectile: float = 0.7  # which expectile of the recorded actions' Q is V
     temperature: float = 3.0  # how much more a good action counts than a bad one; 0 clones
     scale_rewards: bool = False  # measure them in thousandths of the range of the data's returns
@@ -125,35 +138,56 @@ class Args:
     max_grad_norm: float = 1.0  # longest gradient of one seed's agents
 
 
+SMALL = dict(normalize=False, steps=3000, eval_every=500, eval_episodes=32)
+LONG = dict(num_seeds=3, steps=10_000, eval_every=2000)
+BODY = LONG | dict(hidden=128, batch_size=256, lr=5e-4)
+PRESETS = {  # what differs from the values above, by environment; "" is a game that is not ours
+    "matrix": dict(task="coordination"),
+    "bridge": SMALL | dict(num_seeds=5, one_hot=True, batch_size=128),
+    "smac": SMALL | dict(task="5m_vs_6m", num_seeds=3, batch_size=512),
+    "polynomial": dict(steps=3000, eval_every=1000, normalize=False),
+    "reacher": BODY,
+    "halfcheetah": BODY,
+    "ant": BODY | dict(scale_rewards=True, temperature=0.3),
+    "": BODY,
+}
+
+
 # ---------------------------------------------------------------- data
 class Data(NamedTuple):
-    """The dataset as R rows, one for each observation: episodes end to end. In an episode's last row no step begins."""
+    """The dataset as R rows, one for each observation: episodes end to end.
+
+    In an episode's last row no step begins.
+    """
 
     obs: torch.Tensor  # (R, K, I) what the players see
     state: torch.Tensor  # (R, D) what the mixers see
-    avail: torch.Tensor | None  # (R, K, A) bool, the available actions; None where actions are continuous
+    avail: torch.Tensor | None  # (R, K, A) bool, what can be played; None if actions are continuous
     action: torch.Tensor  # (R, K) int64, or (R, K, A) in [-1, 1], of the step that begins in a row
     reward: torch.Tensor  # (R,)
     done: torch.Tensor  # (R,) 1 where the game ended by its own rules with this step
-    steps: torch.Tensor  # (M,) the rows where a step begins; the next observation is in the next row
+    steps: torch.Tensor  # (M,) rows where a step begins; its next observation is in the next row
 
 
 def draw_rows(generators, data, args):
-    """A minibatch for each seed, with replacement, from its own generator: (S, B) rows where a step begins."""
+    """Rows (S, B) where a step begins: each seed's minibatch, drawn with replacement."""
     M, B = len(data.steps), args.batch_size
-    return data.steps[torch.stack([torch.randint(M, (B,), generator=g, device=g.device) for g in generators])]
+    drawn = [torch.randint(M, (B,), generator=g, device=g.device) for g in generators]
+    return data.steps[torch.stack(drawn)]
 
 
 # ---------------------------------------------------------------- networks
 class Linear(nn.Module):
-    """Q independent linear layers as one batched product; each is initialised by its own seed's generator."""
+    """Q independent linear layers as one batched product, each drawn by its seed's generator."""
 
     def __init__(self, inputs, outputs, generators, scale=1.0):
         super().__init__()
         bound = inputs**-0.5  # as in nn.Linear; nn.init would misread the fan-in of a 3-d weight
-        start = [torch.empty(inputs + 1, outputs).uniform_(-bound, bound, generator=g) for g in generators]
-        self.weight = nn.Parameter(scale * torch.stack(start)[:, :-1])  # (Q, in, out)
-        self.bias = nn.Parameter(torch.stack(start)[:, -1:] * (scale == 1))  # (Q, 1, out); small heads begin at 0
+        start = torch.empty(len(generators), inputs + 1, outputs)
+        for network, generator in zip(start, generators):
+            network.uniform_(-bound, bound, generator=generator)
+        self.weight = nn.Parameter(scale * start[:, :-1])  # (Q, in, out)
+        self.bias = nn.Parameter(start[:, -1:] * (scale == 1))  # (Q, 1, out); 0 in small heads
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)  # (Q, B, out)
@@ -161,9 +195,16 @@ class Linear(nn.Module):
 
 def mlp(inputs, outputs, args, generators, scale=1.0):
     """A ReLU network for each generator: (Q, B, inputs) -> (Q, B, outputs)."""
-    sizes = [inputs] + [args.hidden] * args.layers
-    body = [layer for i, o in zip(sizes, sizes[1:]) for layer in (Linear(i, o, generators), nn.ReLU())]
-    return nn.Sequential(*body, Linear(sizes[-1], outputs, generators, scale))
+    layers = []
+    for _ in range(args.layers):
+        layers += [Linear(inputs, args.hidden, generators), nn.ReLU()]
+        inputs = args.hidden
+    return nn.Sequential(*layers, Linear(inputs, outputs, generators, scale))
+
+
+def side_by_side(network, x):
+    """What the players' own networks make of x: (S, K, B, I) -> (S, K, B, out)."""
+    return network(x.flatten(0, 1)).view(*x.shape[:3], -1)
 
 
 class Policies(nn.Module):
@@ -171,33 +212,43 @@ class Policies(nn.Module):
 
     def __init__(self, data, args, generators):
         super().__init__()
-        (_, self.K, I), self.discrete = data.obs.shape, data.avail is not None
+        self.discrete = data.avail is not None
         self.A = (data.avail if self.discrete else data.action).shape[-1]
-        each = [g for g in generators for _ in range(self.K)]
-        self.body = mlp(I, self.A * (1 if self.discrete else 2), args, each, scale=0.1)
+        _, self.N, I = data.obs.shape
+        outputs = self.A if self.discrete else 2 * self.A
+        each = [g for g in generators for _ in range(self.N)]
+        self.body = mlp(I, outputs, args, each, scale=0.1)
         if not self.discrete:  # actions begin as far apart as the recorded ones
-            spread = data.action[data.steps].std(0, correction=0).clamp(min=math.exp(-6), max=1)
-            self.register_buffer("log_spread", spread.log()[:, None])  # (K, 1, A)
+            spread = data.action[data.steps].std(0, correction=0)
+            log_spread = spread.clamp(min=math.exp(-6), max=1).log()
+            self.register_buffer("log_spread", log_spread[:, None])  # (K, 1, A)
 
     def forward(self, obs, avail):
-        """Log-probabilities of all actions (S, K, B, A) from views (S, K, B, I) and available actions (..., K, B, A);
-        where actions are continuous (None) their means and log-deviations (S, K, B, 2A)."""
-        out = self.body(obs.flatten(0, 1)).view(*obs.shape[:3], -1)
+        """From views (S, K, B, I), and what can be played (..., K, B, A), None if continuous.
+
+        Returns the log-probabilities of all actions (S, K, B, A), or the means and log-deviations
+        of continuous ones (S, K, B, 2A).
+        """
+        out = side_by_side(self.body, obs)
         if self.discrete:
             return F.log_softmax(out.masked_fill(~avail, ILLEGAL), -1)
         mean, log_std = out.chunk(2, -1)
         return torch.cat([mean, (self.log_spread + log_std).clamp(-6, 0)], -1)
 
     def log_prob(self, out, action):
-        """log pi_i of Eq. 5 for each player's action, (S, K, B); `out` from `forward`."""
-        if self.discrete:
-            return out.gather(-1, action[..., None])[..., 0]
+        """log pi_i of Eq. 5 for actions (S, K, B, A), (S, K, B); `out` from `forward`."""
+        if self.discrete:  # of one-hot actions
+            return (out * action).sum(-1)
         mean, log_std = out.chunk(2, -1)
-        return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - HALF_LOG_2PI).sum(-1)
+        z = (action - mean) / log_std.exp()
+        return (-0.5 * z**2 - log_std - HALF_LOG_2PI).sum(-1)
 
     def sample(self, out, clocks=None):
-        """The likeliest actions, (S, K, B) or (S, K, B, A); with clocks (S, K, B, A), which are exponential or, where
-        actions are continuous, normal numbers, actions drawn from the policies."""
+        """The likeliest actions, (S, K, B) or (S, K, B, A).
+
+        With clocks (S, K, B, A) actions are drawn from the policies; the clocks are exponential
+        numbers or, where actions are continuous, normal ones.
+        """
         if self.discrete:  # which clock rings first is a draw from pi
             return (out if clocks is None else out - clocks.log()).argmax(-1)
         mean, log_std = out.chunk(2, -1)
@@ -205,13 +256,20 @@ class Policies(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Eq. 1: the players' values (S, K, B), and what the weights depend on (S, B, I) -> the team's value, (S, 1, B)."""
+    """Eq. 1: a team's value, (S, 1, B), of the players' own, (S, K, B), if they are "mixed".
 
-    def __init__(self, inputs, num_agents, args, generators):
+    Its weights, of any sign, and its bias depend on the context (S, B, I).
+    """
+
+    def __init__(self, inputs, num_players, args, generators):
         super().__init__()
-        self.net = mlp(inputs, num_agents + 1, args, generators)
+        self.net = None
+        if args.team == "mixed":
+            self.net = mlp(inputs, num_players + 1, args, generators)
 
     def forward(self, local, context):
+        if self.net is None:
+            return local
         out = self.net(context).movedim(2, 1)  # (S, K + 1, B)
         return (out[:, :-1] * local).sum(1, keepdim=True) + out[:, -1:]
 
@@ -224,11 +282,11 @@ class Team(nn.Module):
         self.policies = Policies(data, args, generators)
         (_, K, I), A, D = data.obs.shape, self.policies.A, data.state.shape[1]
         each = [g for g in generators for _ in range(K)]
-        self.q = nn.ModuleList(mlp(I + A, 1, args, each) for _ in range(2))
-        self.v = mlp(I, 1, args, each)
-        self.q_mixer = Mixer(D + K * A, K, args, generators) if args.team == "mixed" else None
-        self.v_mixer = Mixer(D, K, args, generators) if args.team == "mixed" else None
-        self.targets = copy.deepcopy(nn.ModuleList([self.q, self.q_mixer])).requires_grad_(False)
+        twins = nn.ModuleList(mlp(I + A, 1, args, each) for _ in range(2))
+        v = mlp(I, 1, args, each)
+        self.critic = nn.ModuleList([twins, Mixer(D + K * A, K, args, generators)])
+        self.value = nn.ModuleList([v, Mixer(D, K, args, generators)])
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
 
 
 # ---------------------------------------------------------------- losses
@@ -240,299 +298,315 @@ class Batch(NamedTuple):
     state: torch.Tensor  # (S, B, D)
     next_state: torch.Tensor
     avail: torch.Tensor | None  # (S, K, B, A) bool
-    action: torch.Tensor  # (S, K, B) or (S, K, B, A)
-    taken: torch.Tensor  # (S, K, B, A) the same, one-hot where actions are discrete
+    action: torch.Tensor  # (S, K, B, A), one-hot where actions are discrete
     reward: torch.Tensor  # (S, 1, B)
     done: torch.Tensor  # (S, 1, B)
 
 
 def gather(data, rows):
     """The steps that begin in the rows (S, B) as a `Batch`."""
-    obs, next_obs, action = (x.transpose(1, 2) for x in (data.obs[rows], data.obs[rows + 1], data.action[rows]))
-    avail = None if data.avail is None else data.avail[rows].transpose(1, 2)
-    taken = action if avail is None else F.one_hot(action, avail.shape[-1]).to(obs.dtype)
-    rest = data.reward[rows][:, None], data.done[rows][:, None]
-    return Batch(obs, next_obs, data.state[rows], data.state[rows + 1], avail, action, taken, *rest)
+    obs, next_obs = data.obs[rows].transpose(1, 2), data.obs[rows + 1].transpose(1, 2)
+    action, avail = data.action[rows].transpose(1, 2), data.avail
+    if avail is not None:
+        avail = avail[rows].transpose(1, 2)
+        action = F.one_hot(action, avail.shape[-1]).to(obs.dtype)
+    state, next_state = data.state[rows], data.state[rows + 1]
+    reward, done = data.reward[rows][:, None], data.done[rows][:, None]
+    return Batch(obs, next_obs, state, next_state, avail, action, reward, done)
 
 
-def value(team, obs, state):
+def state_value(value, obs, state):
     """V of Eq. 1, (S, 1, B) where the players' values are mixed, else (S, K, B)."""
-    local = team.v(obs.flatten(0, 1)).view(obs.shape[:3])
-    return local if team.v_mixer is None else team.v_mixer(local, state)
+    network, mixer = value
+    return mixer(side_by_side(network, obs)[..., 0], state)
+
+
+def local_values(twins, batch):
+    """The players' Q_i(o_i, a_i), by both networks of each: (2, S, K, B)."""
+    x = torch.cat([batch.obs, batch.action], -1)
+    return torch.stack([side_by_side(network, x)[..., 0] for network in twins])
 
 
 def joint_value(mixer, local, batch):
-    """Q of Eq. 1, likewise, from the players' own, (S, K, B)."""
-    if mixer is None:
-        return local
-    return mixer(local, torch.cat([batch.state, batch.taken.transpose(1, 2).flatten(2)], -1))
-
-
-def local_values(networks, batch):
-    """The players' Q_i(o_i, a_i), by both networks of each: (2, S, K, B)."""
-    x = torch.cat([batch.obs, batch.taken], -1).flatten(0, 1)
-    return torch.stack([network(x) for network in networks]).view(2, *batch.obs.shape[:3])
+    """Q of Eq. 1 from the players' own (S, K, B), of the shape of V."""
+    everyones = batch.action.transpose(1, 2).flatten(2)  # (S, B, K A)
+    return mixer(local, torch.cat([batch.state, everyones], -1))
 
 
 def advantage(team, batch):
-    """Eq. 2, of the shape of V; only V has a gradient here."""
-    networks, mixer = team.targets
+    """Eq. 2, of the shape of V; only V has a gradient."""
+    twins, mixer = team.target
     with torch.no_grad():
-        q = joint_value(mixer, local_values(networks, batch).amin(0), batch)
-    return q - value(team, batch.obs, batch.state)
+        q = joint_value(mixer, local_values(twins, batch).amin(0), batch)
+    return q - state_value(team.value, batch.obs, batch.state)
 
 
 def value_loss(team, batch, expectile):
     """Eq. 3 for each seed, (S,)."""
     gap = advantage(team, batch)
-    return ((expectile - (gap < 0).to(gap.dtype)).abs() * gap**2).mean((1, 2))
+    weight = (expectile - (gap < 0).to(gap.dtype)).abs()
+    return (weight * gap**2).mean((1, 2))
 
 
 def critic_loss(team, batch, gamma):
     """Eq. 4 for each seed, (S,)."""
+    twins, mixer = team.critic
     with torch.no_grad():
-        y = batch.reward + gamma * (1 - batch.done) * value(team, batch.next_obs, batch.next_state)
-    return sum(((y - joint_value(team.q_mixer, q, batch)) ** 2).mean((1, 2)) for q in local_values(team.q, batch))
+        next_v = state_value(team.value, batch.next_obs, batch.next_state)
+        y = batch.reward + gamma * (1 - batch.done) * next_v
+    errors = [y - joint_value(mixer, local, batch) for local in local_values(twins, batch)]
+    return sum((error**2).mean((1, 2)) for error in errors)
 
 
 def policy_loss(team, batch, temperature):
     """Eq. 5 for each seed, (S,)."""
     with torch.no_grad():
         weight = (temperature * advantage(team, batch)).exp().clamp(max=100)
-    log_pi = team.policies.log_prob(team.policies(batch.obs, batch.avail), batch.action)  # (S, K, B)
+    out = team.policies(batch.obs, batch.avail)
+    log_pi = team.policies.log_prob(out, batch.action)  # (S, K, B)
     return -(weight * log_pi).sum(1).mean(1)
 
 
 # ---------------------------------------------------------------- update
-class Adam(nn.Module):
-    """Adam with all that it knows in tensors, so that a graph can hold a whole update: torch's own class breaks it.
-
-    The arithmetic is torch's: on a CPU fused, elsewhere and in a graph op by op, for the compiler to fuse.
-    """
-
-    def __init__(self, parameters, lr):
-        super().__init__()
-        self.moved = list(parameters)
-        self.means, self.squares = (nn.ParameterList(map(torch.zeros_like, self.moved)) for _ in range(2))
-        self.counts = nn.ParameterList(p.new_zeros((), dtype=torch.float64) for p in self.moved)
-        self.requires_grad_(False)
-        self.register_buffer("lr", self.moved[0].new_tensor(lr, dtype=torch.float64))  # may change between updates
-
-    @torch.no_grad()
-    def step(self, gradients):
-        fused = self.lr.device.type == "cpu" and not torch.compiler.is_compiling()
-        state = (list(each) for each in (self.means, self.squares, (), self.counts))
-        how = dict(fused=fused, foreach=not fused, capturable=not fused, amsgrad=False, maximize=False)
-        how |= dict(lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
-        gradients = [gradient.contiguous() for gradient in gradients]  # fused on a CPU, it takes strides for granted
-        adam_step(self.moved, gradients, *state, **how)
+@torch.compiler.disable  # a graph ends here, as torch.compile cannot hold an optimiser's step
+def take_step(adam, parameters, gradients):
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
+    adam.step()
+    adam.zero_grad()
 
 
-def descend(adam, losses, args):
+def descend(adam, module, losses, max_grad_norm):
     """One step down the losses (S,) of independent seeds, each with a gradient of limited length.
 
-    Their sum leaves each seed the gradient that it would have alone.
+    Their sum leaves each seed the gradient that it would have alone. Returns the losses, detached.
     """
-    gradients = torch.autograd.grad(losses.sum(), adam.moved)
+    parameters = list(module.parameters())
+    gradients = torch.autograd.grad(losses.sum(), parameters)
     rows = [gradient.reshape(len(losses), -1) for gradient in gradients]
     length = sum((row**2).sum(1) for row in rows).sqrt()  # (S,)
-    factor = (args.max_grad_norm / length.clamp(min=args.max_grad_norm))[:, None]
-    adam.step((row * factor).view_as(gradient) for row, gradient in zip(rows, gradients))
+    factor = (max_grad_norm / length.clamp(min=max_grad_norm))[:, None]
+    losses = losses.detach()
+    take_step(adam, parameters, [(row * factor).view_as(p) for row, p in zip(rows, parameters)])
+    return losses
 
 
 def optimizers(team, args):
     """Adam for the policies, for V and for Q, each with its mixer."""
-    parts = {"policies": [team.policies], "values": [team.v, team.v_mixer], "critics": [team.q, team.q_mixer]}
-    return {name: Adam(nn.ModuleList(nets).parameters(), args.lr) for name, nets in parts.items()}
+    adams = {}
+    for name in ("policies", "value", "critic"):
+        parameters = getattr(team, name).parameters()
+        adams[name] = torch.optim.Adam(parameters, args.lr, fused=True)
+    return adams
 
 
 def update(team, adams, data, rows, args):
-    """One update of all networks of all seeds, on the steps that begin in `rows` (S, B); returns diagnostics, (S,)."""
-    batch = gather(data, rows)
-    v_loss = value_loss(team, batch, args.expectile)
-    descend(adams["values"], v_loss, args)
-    pi_loss = policy_loss(team, batch, args.temperature)
-    descend(adams["policies"], pi_loss, args)
-    q_loss = critic_loss(team, batch, args.gamma)
-    descend(adams["critics"], q_loss, args)
+    """One update of all networks, on the steps that begin in `rows` (S, B); diagnostics, (S,)."""
+    batch, limit = gather(data, rows), args.max_grad_norm
+    v_loss = descend(adams["value"], team.value, value_loss(team, batch, args.expectile), limit)
+    pi_loss = descend(
+        adams["policies"], team.policies, policy_loss(team, batch, args.temperature), limit
+    )
+    q_loss = descend(adams["critic"], team.critic, critic_loss(team, batch, args.gamma), limit)
+    targets, networks = list(team.target.parameters()), list(team.critic.parameters())
     with torch.no_grad():
-        torch._foreach_lerp_(list(team.targets.parameters()), adams["critics"].moved, args.tau)
-    return {"policy_loss": pi_loss.detach(), "q_loss": q_loss.detach(), "v_loss": v_loss.detach()}
+        torch._foreach_lerp_(targets, networks, args.tau)
+    return {"policy_loss": pi_loss, "q_loss": q_loss, "v_loss": v_loss}
 
 
 # ---------------------------------------------------------------- run
 HOME = Path(__file__).resolve().parents[1]
-if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists():  # not if this file was copied alone
+if (HOME / "data" / "run").is_dir():  # not if this file was copied alone
     sys.path.insert(0, str(HOME))
-    import data as datasets
-    import envs
-    from data import layout, runs
+    from data import layout
+    from data.dataset import Dataset
+    from data.run import Player, Run, game, launch, memoryless, read_args
+    from envs.rollout import play
 elif __name__ == "__main__":
-    sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
+    sys.exit("error: this file runs in its repository, beside data/ and envs/; alone, import it")
 
 
-def preset(args):
-    """What differs from the coordination game's values, above, in the other environments."""
-    env, first = args.env, {"matrix": "coordination", "smac": "5m_vs_6m"}
-    task = args.task or first.get(env) or envs.TASKS.get(env, ("",))[0]
-    small = dict(normalize=False, steps=3000, eval_every=500)
-    body = dict(num_seeds=3, hidden=128, steps=10_000, eval_every=2000, batch_size=256, lr=5e-4)
-    values = {
-        "matrix": dict(dataset=datasets.names("matrix", task)[-1]) if env == "matrix" else {},
-        "bridge": small | dict(dataset="mixed", num_seeds=5, one_hot=True, batch_size=128, eval_episodes=32),
-        "smac": small | dict(dataset="medium-replay", num_seeds=3, batch_size=512, eval_episodes=32),
-        "polynomial": body | dict(dataset="peak-0.5", num_seeds=10, steps=3000, eval_every=1000, hidden=64,
-                                  batch_size=64, lr=1e-3, normalize=False),
-        "halfcheetah": body | dict(dataset="good"), "reacher": body | dict(dataset="expert-mix"),
-        "ant": body | dict(dataset="full-replay", scale_rewards=True, temperature=0.3),
-    }  # fmt: skip
-    return values.get(env, body | dict(dataset="")) | dict(env=env, task=task)
+# A player decides for G = N / K agents: for one, or for all if there is one player. Its discrete
+# action is a number, whose digits to base A are its agents' actions.
+def joint_avail(avail, K):
+    """What players can do, (..., K, A^G), of what agents can, (..., N, A); None stays None."""
+    if avail is None:
+        return None
+    joint, *others = avail.unflatten(-2, (K, -1)).unbind(-2)  # (..., K, A) each
+    for other in others:
+        joint = (joint[..., None] & other[..., None, :]).flatten(-2)
+    return joint
+
+
+def join(action, avail, K):
+    """Players' actions of the agents': (..., N) -> (..., K), or (..., N, A) -> (..., K, G A)."""
+    if avail is None:
+        return action.flatten(-2).unflatten(-1, (K, -1))
+    number, *digits = action.unflatten(-1, (K, -1)).unbind(-1)
+    for digit in digits:
+        number = number * avail.shape[-1] + digit
+    return number
+
+
+def split(action, avail, N):
+    """The agents' actions of the players': `join` backwards."""
+    if avail is None:
+        return action.flatten(-2).unflatten(-1, (N, -1))
+    A, G = avail.shape[-1], N // action.shape[-1]
+    digits = [action // A**place % A for place in reversed(range(G))]
+    return torch.stack(digits, -1).flatten(-2)
 
 
 def arrange(dataset, args):
-    """The dataset as `Data`, and the function that turns observations (..., N, O) into the players' inputs."""
+    """The dataset as `Data`, and two functions, for what is played later.
+
+    Returns:
+        The data; the function that turns observations (..., N, O) into the players' inputs; the
+        one that turns what happened, under the names of a dataset, into `Data`.
+    """
     rows = layout.rows(dataset)
-    view, see = layout.inputs(rows["obs"], args), layout.inputs(rows["state"], args, correction=1)
-    K = 1 if args.team == "central" else rows["obs"].shape[1]
+    view = layout.inputs(rows["obs"], args)
+    see_state = layout.inputs(rows["state"], args, correction=1)
+    K = 1 if args.team == "central" else rows["obs"].shape[-2]
+    scale = 1.0
+    if args.scale_rewards:
+        scale = 1000 / (dataset.returns.max() - dataset.returns.min()).clamp(min=1e-6)
 
     def encode(obs):
         return view(obs).flatten(-2).unflatten(-1, (K, -1))
 
-    avail, reward = rows["avail_actions"], rows["reward"] * reward_scale(dataset, args)
-    players = layout.joint_avail(avail, K), layout.join(rows["actions"], avail, K)
-    return Data(encode(rows["obs"]), see(rows["state"]), *players, reward, rows["done"], rows["start"]), encode
+    def see(played):
+        avail = played["avail_actions"]
+        return Data(
+            encode(played["obs"]),
+            see_state(played["state"]),
+            joint_avail(avail, K),
+            join(played["actions"], avail, K),
+            played["reward"] * scale,
+            played["done"],
+            played["start"],
+        )
+
+    return see(rows), encode, see
 
 
-def reward_scale(dataset, args):
-    """What rewards are multiplied by."""
-    return 1000 / (dataset.returns.max() - dataset.returns.min()).clamp(min=1e-6) if args.scale_rewards else 1.0
+def player(policies, encode):
+    """How the teams of all seeds play."""
+    players = memoryless(policies, encode)
+
+    def act(obs, avail, memory, clocks=None):
+        action, memory = players.act(obs, joint_avail(avail, policies.N), memory, clocks)
+        return split(action, avail, obs.shape[2]), memory
+
+    return Player(act, policies, clocks=players.clocks)
 
 
-def act(policies, encode, obs, avail, memory, clocks=None):
-    """What the agents do, by what `runs.react` says of the players, and the memory: obs (S, B, N, O), avail
-    (S, B, N, A) or None -> (S, B, N) or (S, B, N, A). Greedy without clocks."""
-    action, memory = runs.react(policies, encode, obs, layout.joint_avail(avail, policies.K), memory, clocks)
-    return layout.split(action, avail, obs.shape[2]), memory
-
-
-class Practice(nn.Module):
-    """Room behind the dataset's rows for what the teams play while they are fine-tuned: E games of T steps a round.
+class Practice:
+    """What the teams play while they are fine-tuned: in each round, E games of up to T steps.
 
     Attributes:
-        data: the dataset's rows, and behind them the room: a row for each observation of each game.
-        obs, state, avail, action, reward, done: (S, rounds, E, T + 1, ...) the room, as views into `data`.
-        row: (S, rounds, E, T + 1) the numbers of its rows.
-        own: (S, rounds E T + 1) the rows where steps begin that a seed has played, the first `count` (S,) of each.
+        data: the dataset's rows and, behind them, those of all games.
+        steps: for each seed, the rows where recorded steps and its own begin.
+        films: what happened, a dictionary a round.
     """
 
-    def __init__(self, dataset, data, encode, args, updates):
-        super().__init__()
-        R, M, S, rounds, device = len(data.obs), len(data.steps), args.num_seeds, -(-updates // 10), data.obs.device
-        self.T = min(10, runs.game(args).time_limit)
-        self.E = -(-M // (rounds * self.T))  # in the end there are as many steps of their own as in the data
-        sizes = S, rounds, self.E, self.T + 1
-        self.data = data
-        for name, x in data._asdict().items():
-            if x is not None and name != "steps":
-                x = torch.cat([x, x.new_zeros(math.prod(sizes), *x.shape[1:])])
-                self.data = self.data._replace(**{name: x})
-                self.register_buffer(name, x[R:].unflatten(0, sizes))
-        self.register_buffer("row", torch.arange(R, R + math.prod(sizes), device=device).view(sizes))
-        self.register_buffer("own", data.steps.new_zeros(S, rounds * self.E * self.T + 1))
-        self.register_buffer("count", data.steps.new_zeros(S))
-        states = layout.rows(dataset)["state"]  # (R, D) as the game knows them
-        self.starts, self.see = states[data.steps], layout.inputs(states, args, correction=1)
-        self.game, self.encode, self.scale = runs.game(args, S * self.E, device), encode, reward_scale(dataset, args)
+    def __init__(self, dataset, data, see, args, updates):
+        S, M, rounds = args.num_seeds, len(data.steps), math.ceil(updates / 10)
+        T = min(10, game(args).time_limit)
+        self.shape = S, math.ceil(M / (rounds * T))  # in the end, half of a seed's steps are own
+        self.game = game(args, math.prod(self.shape), data.obs.device)
+        self.game.time_limit = T
+        self.starts = layout.rows(dataset)["state"][data.steps]  # as the game knows them
+        self.data, self.see, self.steps, self.films = data, see, [data.steps] * S, []
 
     def draw(self, generators, args):
-        """A minibatch for each seed, of recorded steps and its own, all equally likely: (S, B) rows."""
-        M, B = len(self.data.steps), args.batch_size
-        uniform = [torch.rand(B, generator=g, device=g.device, dtype=torch.float64) for g in generators]
-        at = (torch.stack(uniform) * (M + self.count[:, None])).long()
-        return torch.where(at < M, self.data.steps[at.clamp(max=M - 1)], self.own.gather(1, (at - M).clamp(min=0)))
+        """Rows (S, B): each seed's minibatch, a step of its own as likely as a recorded one."""
+        rows = []
+        for steps, g in zip(self.steps, generators):
+            share = torch.rand(args.batch_size, generator=g, device=g.device, dtype=torch.float64)
+            rows.append(steps[(share * len(steps)).long()])
+        return torch.stack(rows)
 
-    @torch.no_grad()
-    def play(self, r, policies, generators):
-        """Round r: every seed plays E games of the batch by sampling, from recorded states or, where the environment
-        cannot be put into one, as all its games begin."""
-        game, M, S, K, E = self.game, len(self.starts), len(generators), policies.K, self.E
-        chosen = [torch.randint(M, (E,), generator=g, device=g.device) for g in generators]
-        starts = self.starts[torch.stack(chosen)].flatten(0, 1)  # (S E, D)
-        obs, info = game.set_state(starts) if hasattr(game, "set_state") else game.reset()
+    def play(self, team, generators):
+        """A round of games, from recorded states or, where a game takes none, as it begins."""
+        (S, E), policies, M = self.shape, team.modules, len(self.starts)
         draw = torch.Tensor.exponential_ if policies.discrete else torch.Tensor.normal_
-        going = torch.ones(S, E, dtype=torch.bool, device=obs.device)
-        for t in range(self.T + 1):
-            seen = obs, info["state"], info.get("avail_actions")
-            obs, state, avail = (None if x is None else x.unflatten(0, (S, E)) for x in seen)
-            self.obs[:, r, :, t], self.state[:, r, :, t] = self.encode(obs), self.see(state)
-            if avail is not None:
-                self.avail[:, r, :, t] = layout.joint_avail(avail, K)
-            if t == self.T:
-                return
-            chance = [draw(torch.empty(K, E, policies.A, device=obs.device), generator=g) for g in generators]
-            action, _ = act(policies, self.encode, obs, avail, None, torch.stack(chance))
-            obs, reward, ended, cut, info = game.step(action.flatten(0, 1))
-            self.action[:, r, :, t] = layout.join(action, avail, K)
-            self.reward[:, r, :, t], self.done[:, r, :, t] = reward.view(S, E) * self.scale, ended.view(S, E)
-            place = torch.where(going, self.count[:, None] + going.cumsum(1) - 1, self.own.shape[1] - 1)
-            self.own.scatter_(1, place, self.row[:, r, :, t])  # what follows a game's end goes to the last place
-            self.count += going.sum(1)
-            going &= ~(ended | cut).view(S, E)
+        chosen = [torch.randint(M, (E,), generator=g, device=g.device) for g in generators]
+        starts = self.starts[torch.cat(chosen)]  # (S E, D)
+        if hasattr(self.game, "set_state"):
+            self.game.reset = lambda seed: self.game.set_state(starts)
 
+        def act(obs, info, memory):
+            avail = info.get("avail_actions")
+            avail = avail if avail is None else avail.unflatten(0, (S, E))
+            clocks = torch.empty(S, policies.N, E, policies.A, device=obs.device)
+            for mine, generator in zip(clocks, generators):
+                draw(mine, generator=generator)
+            action, _ = team.act(obs.unflatten(0, (S, E)), avail, None, clocks)
+            return action.flatten(0, 1), None
 
-def evaluate(policies, encode, args, step, episodes, device):
-    """Scores (S, E) of the greedy teams of all seeds and, where actions are discrete, by sampling: `runs.score`."""
-    clocks = (policies.K, -1, policies.A) if policies.discrete else None
-    return runs.score(lambda *seen: act(policies, encode, *seen), args, step, episodes, device, clocks=clocks)
+        self.add(play(self.game, act, film=True).film)
+
+    def add(self, film):
+        """Lay what happened behind the other rows."""
+        self.films.append(film)
+        played = Dataset(**film)
+        new = self.see(layout.rows(played))
+        order = layout.age(played.lengths)[0][new.steps].argsort(stable=True)  # by time
+        steps = new.steps[order]
+        seed = layout.episodes(played.lengths)[steps] // self.shape[1]
+        for s, own in enumerate(self.steps):
+            self.steps[s] = torch.cat([own, steps[seed == s] + len(self.data.obs)])
+        pairs = zip(self.data[:-1], new)
+        fields = [x if x is None else torch.cat([x, y]) for x, y in pairs]
+        self.data = Data(*fields, self.data.steps)
+
+    def state_dict(self):
+        return {"films": self.films}
+
+    def load_state_dict(self, state):
+        for film in state["films"]:
+            self.add(film)
 
 
 def main(args):
-    """Train, evaluate and fill the run folder; returns what summary.json holds."""
-    run = runs.Run("iql", args)
-    device = run.device
-    dataset = run.load(episodes=args.episodes)
-    data, encode = arrange(dataset, args)
-    team = Team(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
-    adams, generators = optimizers(team, args), [runs.stream(seed, 1, device) for seed in run.seeds]
-    learn, policies, more = run.compile(update), team.policies, round(args.finetune * args.steps)
-    logs = dict.fromkeys(("policy_loss", "q_loss", "v_loss"), torch.full((args.num_seeds,), math.nan))
+    """Train, evaluate and fill the run's folder; returns what summary.json holds."""
+    run = Run("iql", args)
+    dataset = run.load()
+    data, encode, see = arrange(dataset, args)
+    team = Team(data, args, run.streams(0, "cpu")).to(run.device)
+    adams, generators = optimizers(team, args), run.streams(1)
     parts = dict(team=team, adams=adams, generators=generators)
+    more = round(args.finetune * args.steps)
     if more:
-        practice = parts["practice"] = Practice(dataset, data, encode, args, more)
-        data = practice.data
+        practice = parts["practice"] = Practice(dataset, data, see, args, more)
+    learn = run.compile(update)
     run.begin(**parts)
-
-    for step in run.steps(args.steps + more, args.eval_every):
-        if run.due(logs):
-            scores = evaluate(policies, encode, args, step, args.eval_episodes, device)
-            run.record(logs, {name: x.mean(1) for name, x in scores.items()})
-        if step < args.steps:
-            adams["policies"].lr.fill_(args.lr * (1 - step / args.steps))
-            logs = learn(team, adams, data, draw_rows(generators, data, args), args)
-        elif (tuned := step - args.steps) < more:
+    players = player(team.policies, encode)
+    for step in run.steps(players, args.steps + more):
+        tuned = step - args.steps  # updates of fine-tuning so far
+        share = step / args.steps if tuned < 0 else tuned / more
+        adams["policies"].param_groups[0]["lr"] = args.lr * (1 - share)
+        if tuned < 0:
+            run.logs = learn(team, adams, data, draw_rows(generators, data, args), args)
+        else:  # not compiled, as the data grow
             if tuned % 10 == 0:
-                practice.play(tuned // 10, policies, generators)
-            adams["policies"].lr.fill_(args.lr * (1 - tuned / more))
-            logs = learn(team, adams, data, practice.draw(generators, args), args)
-
-    scores = evaluate(policies, encode, args, args.steps + more, 10 * args.eval_episodes, device)
-    views, actions = dataset.obs.shape[2:], dataset.avail_actions.shape[-1] if policies.discrete else 0
-    run.keep_team(lambda *seen: act(policies, encode, *seen), views, actions, 0, policies)
-    method = {"central": "IQL", "mixed": "MAIQL", "independent": "independent IQL"}[args.team] + "-ft" * (more > 0)
-    return run.finish(method, scores, dataset, run.best)
+                practice.play(players, generators)
+            rows = practice.draw(generators, args)
+            run.logs = update(team, adams, practice.data, rows, args)
+    names = {"central": "IQL", "mixed": "MAIQL", "independent": "independent IQL"}
+    return run.finish(names[args.team] + "-ft" * (more > 0), players)
 
 
 def parse(argv=None):
-    """Read the command line; where no flag speaks, the environment's own values or those of the resumed run hold."""
-    args = runs.parse(Args, preset, argv, __doc__)
+    """Read the command line; where no flag speaks, the preset's values or a resumed run's hold."""
     zero = "seed episodes eval_episodes layers gamma temperature finetune"
-    runs.check_numbers(args, may_be_zero=zero, at_most_one="gamma tau expectile")
+    most = "gamma tau expectile"
+    args = read_args(Args, PRESETS, argv, __doc__, may_be_zero=zero, at_most_one=most)
     if args.finetune and args.env not in ("matrix", "polynomial", "reacher", "ant"):
-        raise ValueError(
-            f"--finetune cannot put {args.env} into a recorded state: choose matrix, polynomial, reacher or ant"
-        )
+        raise ValueError("--finetune is for matrix, polynomial, reacher or ant")
     return args
 
 
 if __name__ == "__main__":
-    runs.launch(main, parse)
+    launch(main, parse)

@@ -1,79 +1,99 @@
-"""OMIGA: offline multi-agent RL with implicit global-to-local value regularisation (Wang et al., NeurIPS 2023).
+"""OMIGA: offline multi-agent RL with implicit global-to-local value regularisation.
 
-The problem. A team of N agents learns from a fixed dataset. A penalty that keeps the *joint* policy near the recorded
-one is the right safeguard against actions that nobody tried, but each agent has to act, and to learn, by itself.
+Wang et al., NeurIPS 2023.
 
-The idea. Write the team's value as a weighted sum of local values, with weights w_i(s) >= 0. Then the penalty on the
-joint policy falls apart into one for each agent, and every agent has a closed solution: its recorded behaviour, times
-the exponential of its own advantage. Nothing is ever asked about an action that is not in the data: V_i is found by a
-regression whose minimum is the soft maximum over recorded actions, and the policy by cloning with weights. What holds
-the team together are the weights and one bias, b(s), and so the method sees a joint action's worth only as far as a sum
-of local values can tell it: a mixture of two conventions that exclude each other looks as good to it, or better.
+The problem. A team of N agents learns from a fixed dataset. A penalty that keeps the *joint* policy
+near the recorded one is the right safeguard against actions that nobody tried. But each agent has
+to act, and to learn, by itself.
 
-Equations, by numbers of our own. q_i(o_i, a_i) and v_i(o_i) are agent i's values, w_i(s) >= 0 and b(s) the mixer's
-weights; a prime marks slowly moving copies, s' the next state; m is 0 where the game ended by its own rules.
+The idea. Write the team's value as a weighted sum of local values, with weights w_i(s) >= 0. Then
+the penalty on the joint policy falls apart into one for each agent. Every agent has a closed
+solution: its recorded behaviour, times the exponential of its own advantage. Nothing is ever asked
+about an action that is not in the data. V_i comes from a regression whose minimum is the soft
+maximum over recorded actions, and the policy from cloning with weights. The weights and one bias,
+b(s), hold the team together. So the method sees a joint action's worth only as far as a sum of
+local values can tell it. A mixture of two conventions that exclude each other looks as good to it
+as either, or better.
+
+Equations, by numbers of our own. q_i(o_i, a_i) and v_i(o_i) are agent i's values, w_i(s) >= 0 and
+b(s) the mixer's weights. A prime marks slowly moving copies, s' the next state; m is 0 where the
+game ended by its own rules.
  1 mixing     Q(s, a) = sum_i w_i(s) q_i(o_i, a_i) + b(s),     V(s) = sum_i w_i(s) v_i(o_i) + b(s)
  2            L(q, w, b) = E [ Q(s, a) - r - gamma m V'(s') ]^2
  3 advantage  z_i     = clip( w'_i(s) (q'_i(o_i, a_i) - v_i(o_i)) / alpha, -10, 10 )
- 4            L(v_i)  = E [ exp(z_i) + w'_i(s) v_i(o_i) / alpha ]       level where E exp(z_i) = 1
- 5            L(pi_i) = -E [ exp(z_i) log pi_i(a_i|o_i) ]               so pi_i is mu_i exp(w_i (q_i - v_i) / alpha)
-mu_i is the recorded behaviour. With a large alpha every exp(z_i) is 1: plain cloning.
+ 4            L(v_i)  = E [ exp(z_i) + w'_i(s) v_i(o_i) / alpha ]
+ 5            L(pi_i) = -E [ exp(z_i) log pi_i(a_i|o_i) ]
+Eq. 4 is level where E exp(z_i) = 1. The best policy is mu_i exp(w_i (q_i - v_i) / alpha), with mu_i
+the recorded behaviour. With a large alpha every exp(z_i) is 1: plain cloning.
 
-Commands, and the return you should see (last policy, greedy; one CPU core of a small server, torch 2.13):
-  python algorithms/omiga.py                                   the coordination game, unfavourable data, 10 seeds at
-      once, 13 s: 0 in 10 of 10 seeds, sampled 0.05; the data 0.37
-  python algorithms/omiga.py --env matrix --task xor --dataset aa-ab-ba   13 s: 0 greedily and sampled: all play BB,
-      which nobody recorded; the data 0.67
-  python algorithms/omiga.py --env matrix --task m-ne --dataset imbalanced   13 s: 5, the data's local optimum; best 20
-  python algorithms/omiga.py --env bridge                      mixed data, 5 seeds, 81 s: sampled -2.19 +- 0.06, greedy
-      -15.5, both wait; best -1.2355, the data -9.31
+Commands, and the return you should see (last policy, greedy; one CPU core, torch 2.13):
+  python algorithms/omiga.py
+      the coordination game, unfavourable data, 10 seeds at once, 13 s: 0 in 10 of 10 seeds,
+      sampled 0.05; the data 0.37
+  python algorithms/omiga.py --env matrix --task xor --dataset aa-ab-ba
+      13 s: 0 greedily and sampled: all play BB, which nobody recorded; the data 0.67
+  python algorithms/omiga.py --env matrix --task m-ne --dataset imbalanced
+      13 s: 5, the data's local optimum; best 20
+  python algorithms/omiga.py --env bridge
+      mixed data, 5 seeds, 81 s: sampled -2.19 +- 0.06; greedy -15.5, as both wait; best -1.2355,
+      the data -9.31
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, omiga
-  S, N, A, M = 2, 3, 4, 1000                                       # seeds, agents, actions, steps of one long episode
-  obs, state, action = torch.randn(M + 1, N, 5), torch.randn(M + 1, 6), torch.randint(A, (M + 1, N))
-  reward, none = (action == obs[..., :A].argmax(-1)).float().mean(1), torch.zeros(M + 1)
-  data = omiga.Data(obs, state, torch.ones(M + 1, N, A).bool(), action, reward, none, torch.arange(M))
+  S, N, A, M = 2, 3, 4, 1000  # seeds, agents, actions, steps of one long episode
+  obs, state = torch.randn(M + 1, N, 5), torch.randn(M + 1, 6)
+  avail, action = torch.ones(M + 1, N, A).bool(), torch.randint(A, (M + 1, N))
+  reward = (action == obs[..., :A].argmax(-1)).float().mean(1)
+  data = omiga.Data(obs, state, avail, action, reward, torch.zeros(M + 1), torch.arange(M))
   args = omiga.Args(num_seeds=S, alpha=0.1)
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = omiga.Team(data, args, generators)
   adams = omiga.optimizers(team, args)
   for step in range(200):
       logs = omiga.update(team, adams, data, omiga.draw_rows(generators, data, args), args)
-  greedy = team.policies.sample(team.policies(obs.transpose(0, 1).expand(S, N, M + 1, 5), data.avail.transpose(0, 1)))
+  out = team.policies(obs.transpose(0, 1).expand(S, N, M + 1, 5), avail.transpose(0, 1))
+  greedy = team.policies.sample(out)  # (S, N, M + 1)
 
 Differences from the authors' code, and choices made here:
-  1. Each agent has networks of its own; the authors' agents share one of each kind, told which agent it is: --shared.
-  2. alpha is in units of the rewards as they are: 10 in both branches of the authors' code, which with returns of 1 to
-     20 is almost cloning. Ours is smaller (see `preset`), but where returns are thousands, on HalfCheetah and the ant.
-  3. The authors divide Eq. 4 by exp(max z) of the whole minibatch, so that its scale hangs on one step, and limit the
-     length of the gradient. Here only the latter is done, for each seed.
-  4. log pi counts available actions only; theirs gives some of the mass to actions that cannot be played.
-  5. Continuous policies are normal and clipped when played, as in bc.py; theirs go through a tanh, which cannot reach
-     the recorded actions at the bounds.
-  6. The end of the game is the environment's word; in the authors' StarCraft branch it is a state that does not change.
-  7. Policies have no memory, as in the authors' code, also in battles. Step sizes fall linearly to 0.
+  1. Each agent has networks of its own. The authors' agents share one of each kind, and are told
+     which agent they are: --shared.
+  2. alpha is in units of the rewards as they are. Both branches of the authors' code have 10, which
+     with returns of 1 to 20 is almost cloning. `PRESETS` has less, but where returns are thousands.
+  3. The authors divide Eq. 4 by exp(max z) of the whole minibatch, so that its scale hangs on one
+     step, and limit the length of the gradient. Here only the latter is done, for each seed.
+  4. log pi counts available actions only; theirs gives some of the mass to actions that cannot be
+     played.
+  5. Continuous policies are normal and clipped when played, as in bc.py, with log-deviations from
+     -6 to 0. Theirs go through a tanh, which cannot reach the recorded actions at the bounds, and
+     have log-deviations from -5 to 2.
+  6. The end of the game is the environment's word; in the authors' StarCraft branch it is a state
+     that does not change.
+  7. The mixer is a network like the others, of the state. Theirs has one hidden layer of 64 units,
+     and two linear heads, for w and for b; in StarCraft it sees what all agents see.
+  8. Hidden layers have 64 units, and 128 on bodies; theirs 256. Copies move by tau = 0.01 an
+     update; theirs by 0.005. A minibatch has from 64 steps in a matrix game to 512 in battles;
+     theirs 128.
+  9. Adam's step size is 0.001, and 0.0005 on bodies and in games that are not ours, and falls
+     linearly to 0. Theirs stays 0.0005. They make a million updates.
+ 10. Policies have no memory, as in the authors' code, also in battles.
 
 Seeds differ in all that is random here, and are evaluated in one environment.
 
-Shapes: S seeds, N agents, Q = S N networks (S if shared), B steps of a minibatch, M recorded steps, R rows
-(observations), E games, A actions (or entries of an action), O observation, I inputs, D state.
+Shapes: S seeds, N agents, Q = S N networks (S if shared), B steps of a minibatch, M recorded steps,
+R rows (observations), E games, A actions (or entries of an action), O observation, I inputs,
+D state.
 """
 
 import copy
 import math
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is loaded, Ctrl-C ends the program without a traceback
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.adam import adam as adam_step
 
 ILLEGAL = -1e10  # the logit of an action that is not available
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -83,12 +103,12 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 @dataclass
 class Args:
     # --- what to learn
-    env: str = "matrix"  # matrix, bridge, smac, polynomial, reacher, halfcheetah, ant, or module:factory
+    env: str = "matrix"  # matrix, bridge, smac, polynomial, a body's name, or module:factory
     task: str = ""  # its task; by default the coordination game, or the environment's first
     dataset: str = "unfavourable"  # a dataset's name, or the path of a file
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
     env_kwargs: str = ""  # more for the environment, as JSON
-    team_reward: Literal["sum", "mean"] = "sum"  # of the agents' rewards, in an environment that is not ours
+    team_reward: Literal["sum", "mean"] = "sum"  # of agents' rewards, in games that are not ours
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 10  # how many seeds train, all at once
@@ -102,7 +122,7 @@ class Args:
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
     # --- the method
-    alpha: float = 0.1  # how dear it is to leave the recorded behaviour, in units of the return
+    alpha: float = 0.1  # the price of leaving the recorded behaviour, in units of the return
     gamma: float = 0.99  # discount
     shared: bool = False  # one network of each kind for all agents, told which agent it is
     # --- the optimisation
@@ -116,35 +136,56 @@ class Args:
     max_grad_norm: float = 1.0  # longest gradient of one seed's agents
 
 
+SMALL = dict(normalize=False, steps=3000, eval_every=500, eval_episodes=32)
+LONG = dict(num_seeds=3, steps=10_000, eval_every=2000)
+BODY = LONG | dict(hidden=128, batch_size=256, lr=5e-4, alpha=1.0)
+PRESETS = {  # what differs from the values above, by environment; "" is a game that is not ours
+    "matrix": dict(task="coordination"),
+    "bridge": SMALL | dict(num_seeds=5, one_hot=True, batch_size=128),
+    "smac": SMALL | dict(task="5m_vs_6m", num_seeds=3, batch_size=512, alpha=1.0),
+    "polynomial": dict(steps=3000, eval_every=1000, alpha=1.0, normalize=False),
+    "reacher": BODY,
+    "halfcheetah": BODY | dict(alpha=10.0),
+    "ant": BODY | dict(alpha=10.0),
+    "": BODY,
+}
+
+
 # ---------------------------------------------------------------- data
 class Data(NamedTuple):
-    """The dataset as R rows, one for each observation: episodes end to end. In an episode's last row no step begins."""
+    """The dataset as R rows, one for each observation: episodes end to end.
 
-    obs: torch.Tensor  # (R, N, I) what the policies see; if they share a network, whose eyes these are belongs to it
+    In an episode's last row no step begins. If agents share networks, `obs` says whose eyes it is.
+    """
+
+    obs: torch.Tensor  # (R, N, I) what the policies see
     state: torch.Tensor  # (R, D) what the mixer sees
-    avail: torch.Tensor | None  # (R, N, A) bool, the available actions; None where actions are continuous
+    avail: torch.Tensor | None  # (R, N, A) bool, what can be played; None if actions are continuous
     action: torch.Tensor  # (R, N) int64, or (R, N, A) in [-1, 1], of the step that begins in a row
     reward: torch.Tensor  # (R,)
     done: torch.Tensor  # (R,) 1 where the game ended by its own rules with this step
-    steps: torch.Tensor  # (M,) the rows where a step begins; the next observation is in the next row
+    steps: torch.Tensor  # (M,) rows where a step begins; its next observation is in the next row
 
 
 def draw_rows(generators, data, args):
-    """A minibatch for each seed, with replacement, from its own generator: (S, B) rows where a step begins."""
+    """Rows (S, B) where a step begins: each seed's minibatch, drawn with replacement."""
     M, B = len(data.steps), args.batch_size
-    return data.steps[torch.stack([torch.randint(M, (B,), generator=g, device=g.device) for g in generators])]
+    drawn = [torch.randint(M, (B,), generator=g, device=g.device) for g in generators]
+    return data.steps[torch.stack(drawn)]
 
 
 # ---------------------------------------------------------------- networks
 class Linear(nn.Module):
-    """Q independent linear layers as one batched product; each is initialised by its own seed's generator."""
+    """Q independent linear layers as one batched product, each drawn by its seed's generator."""
 
     def __init__(self, inputs, outputs, generators, scale=1.0):
         super().__init__()
         bound = inputs**-0.5  # as in nn.Linear; nn.init would misread the fan-in of a 3-d weight
-        start = [torch.empty(inputs + 1, outputs).uniform_(-bound, bound, generator=g) for g in generators]
-        self.weight = nn.Parameter(scale * torch.stack(start)[:, :-1])  # (Q, in, out)
-        self.bias = nn.Parameter(torch.stack(start)[:, -1:] * (scale == 1))  # (Q, 1, out); small heads begin at 0
+        start = torch.empty(len(generators), inputs + 1, outputs)
+        for network, generator in zip(start, generators):
+            network.uniform_(-bound, bound, generator=generator)
+        self.weight = nn.Parameter(scale * start[:, :-1])  # (Q, in, out)
+        self.bias = nn.Parameter(start[:, -1:] * (scale == 1))  # (Q, 1, out); 0 in small heads
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)  # (Q, B, out)
@@ -152,19 +193,22 @@ class Linear(nn.Module):
 
 def mlp(inputs, outputs, args, generators, scale=1.0):
     """A ReLU network for each generator: (Q, B, inputs) -> (Q, B, outputs)."""
-    sizes = [inputs] + [args.hidden] * args.layers
-    body = [layer for i, o in zip(sizes, sizes[1:]) for layer in (Linear(i, o, generators), nn.ReLU())]
-    return nn.Sequential(*body, Linear(sizes[-1], outputs, generators, scale))
+    layers = []
+    for _ in range(args.layers):
+        layers += [Linear(inputs, args.hidden, generators), nn.ReLU()]
+        inputs = args.hidden
+    return nn.Sequential(*layers, Linear(inputs, outputs, generators, scale))
 
 
 def owners(generators, num_agents, args):
-    """A generator for each network: of each agent of each seed or, where agents share, of each seed."""
+    """A generator for each network: of each agent of each seed or, if they share, of each seed."""
     return generators if args.shared else [g for g in generators for _ in range(num_agents)]
 
 
 def side_by_side(network, x):
-    """What the networks of S teams, an agent's own or shared, make of the agents' x: (S, N, B, I) -> (S, N, B, out)."""
-    return network(x.reshape(len(network[0].weight), -1, x.shape[-1])).view(*x.shape[:3], -1)
+    """What the agents' networks, their own or shared, make of x: (S, N, B, I) -> (S, N, B, out)."""
+    Q = len(network[0].weight)
+    return network(x.reshape(Q, -1, x.shape[-1])).view(*x.shape[:3], -1)
 
 
 class Policies(nn.Module):
@@ -172,17 +216,22 @@ class Policies(nn.Module):
 
     def __init__(self, data, args, generators):
         super().__init__()
-        (_, self.N, I), self.discrete = data.obs.shape, data.avail is not None
+        self.discrete = data.avail is not None
         self.A = (data.avail if self.discrete else data.action).shape[-1]
-        each = owners(generators, self.N, args)
-        self.body = mlp(I, self.A * (1 if self.discrete else 2), args, each, scale=0.1)
+        _, self.N, I = data.obs.shape
+        outputs = self.A if self.discrete else 2 * self.A
+        self.body = mlp(I, outputs, args, owners(generators, self.N, args), scale=0.1)
         if not self.discrete:  # actions begin as far apart as the recorded ones
-            spread = data.action[data.steps].std(0, correction=0).clamp(min=math.exp(-6), max=1)
-            self.register_buffer("log_spread", spread.log()[:, None])  # (N, 1, A)
+            spread = data.action[data.steps].std(0, correction=0)
+            log_spread = spread.clamp(min=math.exp(-6), max=1).log()
+            self.register_buffer("log_spread", log_spread[:, None])  # (N, 1, A)
 
     def forward(self, obs, avail):
-        """Log-probabilities of all actions (S, N, B, A) from views (S, N, B, I) and available actions (..., N, B, A);
-        where actions are continuous (None) their means and log-deviations (S, N, B, 2A)."""
+        """From views (S, N, B, I), and what can be played (..., N, B, A), None if continuous.
+
+        Returns the log-probabilities of all actions (S, N, B, A), or the means and log-deviations
+        of continuous ones (S, N, B, 2A).
+        """
         out = side_by_side(self.body, obs)
         if self.discrete:
             return F.log_softmax(out.masked_fill(~avail, ILLEGAL), -1)
@@ -194,14 +243,19 @@ class Policies(nn.Module):
         if self.discrete:
             return out.gather(-1, action[..., None])[..., 0]
         mean, log_std = out.chunk(2, -1)
-        return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - HALF_LOG_2PI).sum(-1)
+        z = (action - mean) / log_std.exp()
+        return (-0.5 * z**2 - log_std - HALF_LOG_2PI).sum(-1)
 
     def sample(self, out, clocks=None):
-        """The likeliest actions, (S, N, B) or (S, N, B, A); with exponential clocks (S, N, B, A) actions drawn from
-        discrete policies."""
-        if self.discrete:  # which clock rings first is a draw from pi
-            return (out if clocks is None else out - clocks.log()).argmax(-1)
-        return out.chunk(2, -1)[0]
+        """The likeliest actions, (S, N, B) or (S, N, B, A).
+
+        With exponential clocks (S, N, B, A) discrete policies are sampled.
+        """
+        if not self.discrete:
+            return out.chunk(2, -1)[0]
+        if clocks is None:
+            return out.argmax(-1)
+        return (out - clocks.log()).argmax(-1)  # which clock rings first is a draw from pi
 
 
 class Mixer(nn.Module):
@@ -223,15 +277,16 @@ class Team(nn.Module):
     def __init__(self, data, args, generators):
         super().__init__()
         self.policies = Policies(data, args, generators)
-        (_, N, I), A = data.obs.shape, self.policies.A
+        _, N, I = data.obs.shape
         each = owners(generators, N, args)
-        self.q, self.v = mlp(I + A, 1, args, each), mlp(I, 1, args, each)
-        self.mixer = Mixer(data.state.shape[1], N, args, generators)
-        self.targets = copy.deepcopy(nn.ModuleList([self.q, self.v, self.mixer])).requires_grad_(False)
+        q, self.v = mlp(I + self.policies.A, 1, args, each), mlp(I, 1, args, each)
+        self.critic = nn.ModuleList([q, Mixer(data.state.shape[1], N, args, generators)])
+        self.targets = copy.deepcopy(nn.ModuleList([self.critic, self.v])).requires_grad_(False)
 
-    def local(self, network, *x):
-        """Values of agents, (S, N, B), by networks of inputs (S, N, B, ...)."""
-        return side_by_side(network, torch.cat(x, -1)).squeeze(-1)
+
+def local_values(network, *x):
+    """The agents' q_i or v_i, (S, N, B), of inputs (S, N, B, ...)."""
+    return side_by_side(network, torch.cat(x, -1)).squeeze(-1)
 
 
 # ---------------------------------------------------------------- losses
@@ -251,182 +306,158 @@ class Batch(NamedTuple):
 
 def gather(data, rows):
     """The steps that begin in the rows (S, B) as a `Batch`."""
-    obs, next_obs, action = (x.transpose(1, 2) for x in (data.obs[rows], data.obs[rows + 1], data.action[rows]))
-    avail = None if data.avail is None else data.avail[rows].transpose(1, 2)
-    taken = action if avail is None else F.one_hot(action, avail.shape[-1]).to(obs.dtype)
-    rest = data.reward[rows], data.done[rows]
-    return Batch(obs, next_obs, data.state[rows], data.state[rows + 1], avail, action, taken, *rest)
+    taken = action = data.action[rows].transpose(1, 2)
+    avail = None
+    if data.avail is not None:
+        avail = data.avail[rows].transpose(1, 2)
+        taken = F.one_hot(action, avail.shape[-1]).to(data.obs.dtype)
+    return Batch(
+        obs=data.obs[rows].transpose(1, 2),
+        next_obs=data.obs[rows + 1].transpose(1, 2),
+        state=data.state[rows],
+        next_state=data.state[rows + 1],
+        avail=avail,
+        action=action,
+        taken=taken,
+        reward=data.reward[rows],
+        done=data.done[rows],
+    )
 
 
 def critic_loss(team, batch, gamma):
     """Eq. 2 for each seed, (S,)."""
-    _, target_v, target_mixer = team.targets
+    (_, target_mixer), target_v = team.targets
     with torch.no_grad():
-        weight, bias = target_mixer(batch.next_state)
-        next_v = (weight * team.local(target_v, batch.next_obs)).sum(1) + bias  # (S, B)
+        w, b = target_mixer(batch.next_state)
+        next_v = (w * local_values(target_v, batch.next_obs)).sum(1) + b  # (S, B)
         y = batch.reward + gamma * (1 - batch.done) * next_v
-    weight, bias = team.mixer(batch.state)
-    q = (weight * team.local(team.q, batch.obs, batch.taken)).sum(1) + bias
-    return ((q - y) ** 2).mean(1)
+    q, mixer = team.critic
+    w, b = mixer(batch.state)
+    joint_q = (w * local_values(q, batch.obs, batch.taken)).sum(1) + b
+    return ((joint_q - y) ** 2).mean(1)
+
+
+def advantage(team, batch, alpha):
+    """Eq. 3: z_i, and the w'_i and v_i in it, (S, N, B) each; only v has a gradient."""
+    (target_q, target_mixer), _ = team.targets
+    with torch.no_grad():
+        w, _ = target_mixer(batch.state)
+        q = local_values(target_q, batch.obs, batch.taken)
+    v = local_values(team.v, batch.obs)
+    return (w * (q - v) / alpha).clamp(-10, 10), w, v
 
 
 def value_loss(team, batch, alpha):
-    """Eq. 4, the mean over agents, for each seed, (S,), and the exp(z_i) of Eq. 3, (S, N, B)."""
-    target_q, _, target_mixer = team.targets
-    with torch.no_grad():
-        weight, _ = target_mixer(batch.state)  # (S, N, B)
-        q = team.local(target_q, batch.obs, batch.taken)
-    v = team.local(team.v, batch.obs)
-    exp_z = (weight * (q - v) / alpha).clamp(-10, 10).exp()
-    return (exp_z + weight * v / alpha).mean((1, 2)), exp_z.detach()
+    """Eq. 4, the mean over agents, for each seed, (S,)."""
+    z, w, v = advantage(team, batch, alpha)
+    return (z.exp() + w * v / alpha).mean((1, 2))
 
 
-def policy_loss(policies, batch, exp_z):
-    """Eq. 5, summed over agents, for each seed, (S,)."""
-    return -(exp_z * policies.log_prob(policies(batch.obs, batch.avail), batch.action)).sum(1).mean(1)
+def policy_loss(policies, batch, weight):
+    """Eq. 5, summed over agents, for each seed, (S,); weight: exp(z_i), (S, N, B)."""
+    log_pi = policies.log_prob(policies(batch.obs, batch.avail), batch.action)
+    return -(weight * log_pi).sum(1).mean(1)
 
 
 # ---------------------------------------------------------------- update
-class Adam(nn.Module):
-    """Adam with all that it knows in tensors, so that a graph can hold a whole update: torch's own class breaks it.
-
-    The arithmetic is torch's: on a CPU fused, elsewhere and in a graph op by op, for the compiler to fuse.
-    """
-
-    def __init__(self, parameters, lr):
-        super().__init__()
-        self.moved = list(parameters)
-        self.means, self.squares = (nn.ParameterList(map(torch.zeros_like, self.moved)) for _ in range(2))
-        self.counts = nn.ParameterList(p.new_zeros((), dtype=torch.float64) for p in self.moved)
-        self.requires_grad_(False)
-        self.register_buffer("lr", self.moved[0].new_tensor(lr, dtype=torch.float64))  # may change between updates
-
-    @torch.no_grad()
-    def step(self, gradients):
-        fused = self.lr.device.type == "cpu" and not torch.compiler.is_compiling()
-        state = (list(each) for each in (self.means, self.squares, (), self.counts))
-        how = dict(fused=fused, foreach=not fused, capturable=not fused, amsgrad=False, maximize=False)
-        how |= dict(lr=self.lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
-        gradients = [gradient.contiguous() for gradient in gradients]  # fused on a CPU, it takes strides for granted
-        adam_step(self.moved, gradients, *state, **how)
+@torch.compiler.disable  # a graph ends here, as torch.compile cannot hold an optimiser's step
+def take_step(adam, parameters, gradients):
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
+    adam.step()
+    adam.zero_grad()
 
 
-def descend(adam, losses, args):
+def descend(adam, module, losses, max_grad_norm):
     """One step down the losses (S,) of independent seeds, each with a gradient of limited length.
 
-    Their sum leaves each seed the gradient that it would have alone.
+    Their sum leaves each seed the gradient that it would have alone. Returns the losses, detached.
     """
-    gradients = torch.autograd.grad(losses.sum(), adam.moved)
+    parameters = list(module.parameters())
+    gradients = torch.autograd.grad(losses.sum(), parameters)
     rows = [gradient.reshape(len(losses), -1) for gradient in gradients]
     length = sum((row**2).sum(1) for row in rows).sqrt()  # (S,)
-    factor = (args.max_grad_norm / length.clamp(min=args.max_grad_norm))[:, None]
-    adam.step((row * factor).view_as(gradient) for row, gradient in zip(rows, gradients))
+    factor = (max_grad_norm / length.clamp(min=max_grad_norm))[:, None]
+    losses = losses.detach()
+    take_step(adam, parameters, [(row * factor).view_as(p) for row, p in zip(rows, parameters)])
+    return losses
 
 
 def optimizers(team, args):
     """Adam for the policies, for q with the mixer, and for v."""
-    parts = {"policies": [team.policies], "critics": [team.q, team.mixer], "values": [team.v]}
-    return {name: Adam([p for net in nets for p in net.parameters()], args.lr) for name, nets in parts.items()}
+    parts = {"policies": team.policies, "critic": team.critic, "v": team.v}
+    return {
+        name: torch.optim.Adam(part.parameters(), args.lr, fused=True)
+        for name, part in parts.items()
+    }
 
 
 def update(team, adams, data, rows, args):
-    """One update of all networks of all seeds, on the steps that begin in `rows` (S, B); returns diagnostics, (S,)."""
-    batch = gather(data, rows)
-    v_loss, exp_z = value_loss(team, batch, args.alpha)
-    losses = {"policies": policy_loss(team.policies, batch, exp_z), "critics": critic_loss(team, batch, args.gamma)}
-    losses["values"] = v_loss
-    for name, loss in losses.items():
-        descend(adams[name], loss, args)
+    """One update of all networks, on the steps that begin in `rows` (S, B); diagnostics, (S,)."""
+    batch, limit = gather(data, rows), args.max_grad_norm
     with torch.no_grad():
-        networks = nn.ModuleList([team.q, team.v, team.mixer])
-        torch._foreach_lerp_(list(team.targets.parameters()), list(networks.parameters()), args.tau)
-    logs = {"policy_loss": losses["policies"], "q_loss": losses["critics"], "v_loss": v_loss}
-    return {name: loss.detach() for name, loss in logs.items()} | {"weight": exp_z.mean((1, 2))}
+        weight = advantage(team, batch, args.alpha)[0].exp()  # (S, N, B)
+    pi_loss = descend(
+        adams["policies"], team.policies, policy_loss(team.policies, batch, weight), limit
+    )
+    q_loss = descend(adams["critic"], team.critic, critic_loss(team, batch, args.gamma), limit)
+    v_loss = descend(adams["v"], team.v, value_loss(team, batch, args.alpha), limit)
+    networks = [*team.critic.parameters(), *team.v.parameters()]
+    with torch.no_grad():
+        torch._foreach_lerp_(list(team.targets.parameters()), networks, args.tau)
+    weight = weight.mean((1, 2))
+    return {"policy_loss": pi_loss, "q_loss": q_loss, "v_loss": v_loss, "weight": weight}
 
 
 # ---------------------------------------------------------------- run
 HOME = Path(__file__).resolve().parents[1]
-if (HOME / "data" / "runs.py").exists() and (HOME / "envs" / "play.py").exists():  # not if this file was copied alone
+if (HOME / "data" / "run").is_dir():  # not if this file was copied alone
     sys.path.insert(0, str(HOME))
-    import data as datasets
-    import envs
-    from data import layout, runs
+    from data import layout
+    from data.run import Run, launch, memoryless, read_args
 elif __name__ == "__main__":
-    sys.exit("error: this file runs inside its repository, beside data/ and envs/; alone, it is to be imported")
-
-
-def preset(args):
-    """What differs from the coordination game's values, above, in the other environments."""
-    env, first = args.env, {"matrix": "coordination", "smac": "5m_vs_6m"}
-    task = args.task or first.get(env) or envs.TASKS.get(env, ("",))[0]
-    small = dict(normalize=False, steps=3000, eval_every=500)
-    body = dict(num_seeds=3, hidden=128, steps=10_000, eval_every=2000, batch_size=256, lr=5e-4, alpha=1.0)
-    values = {
-        "matrix": dict(dataset=datasets.names("matrix", task)[-1]) if env == "matrix" else {},
-        "bridge": small | dict(dataset="mixed", num_seeds=5, one_hot=True, batch_size=128, eval_episodes=32),
-        "smac": small | dict(dataset="medium-replay", num_seeds=3, batch_size=512, eval_episodes=32, alpha=1.0),
-        "polynomial": body | dict(dataset="peak-0.5", num_seeds=10, steps=3000, eval_every=1000, hidden=64,
-                                  batch_size=64, lr=1e-3, normalize=False),
-        "halfcheetah": body | dict(dataset="good", alpha=10.0), "ant": body | dict(dataset="full-replay", alpha=10.0),
-        "reacher": body | dict(dataset="expert-mix"),
-    }  # fmt: skip
-    return values.get(env, body | dict(dataset="")) | dict(env=env, task=task)
+    sys.exit("error: this file runs in its repository, beside data/ and envs/; alone, import it")
 
 
 def arrange(dataset, args):
-    """The dataset as `Data`, and the function that turns observations (..., N, O) into the policies' inputs."""
+    """The dataset as `Data`, and the function from observations (..., N, O) to policies' inputs."""
     rows = layout.rows(dataset)
-    view, see = (layout.inputs(rows[name], args) for name in ("obs", "state"))
+    view = layout.inputs(rows["obs"], args)
+    see_state = layout.inputs(rows["state"], args)
     N = rows["obs"].shape[1]
 
     def encode(obs):
         seen = view(obs)
+        if not args.shared:
+            return seen
         who = torch.eye(N, dtype=seen.dtype, device=seen.device)
-        return torch.cat([seen, who.expand(*seen.shape[:-1], N)], -1) if args.shared else seen
+        return torch.cat([seen, who.expand(*seen.shape[:-1], N)], -1)
 
-    rest = (rows[name] for name in ("avail_actions", "actions", "reward", "done", "start"))
-    return Data(encode(rows["obs"]), see(rows["state"]), *rest), encode
-
-
-def evaluate(policies, encode, args, step, episodes, device):
-    """Scores (S, E) of the greedy teams of all seeds and, where actions are discrete, by sampling: `runs.score`."""
-    clocks = (policies.N, -1, policies.A) if policies.discrete else None
-    return runs.score(lambda *seen: runs.react(policies, encode, *seen), args, step, episodes, device, clocks=clocks)
+    rest = [rows[name] for name in ("avail_actions", "actions", "reward", "done", "start")]
+    return Data(encode(rows["obs"]), see_state(rows["state"]), *rest), encode
 
 
 def main(args):
-    """Train, evaluate and fill the run folder; returns what summary.json holds."""
-    run = runs.Run("omiga", args)
-    device = run.device
-    dataset = run.load(episodes=args.episodes)
-    data, encode = arrange(dataset, args)
-    team = Team(data, args, [runs.stream(seed, 0) for seed in run.seeds]).to(device)
-    adams, generators = optimizers(team, args), [runs.stream(seed, 1, device) for seed in run.seeds]
-    learn, policies = run.compile(update), team.policies
-    logs = dict.fromkeys(("policy_loss", "q_loss", "v_loss", "weight"), torch.full((args.num_seeds,), math.nan))
+    """Train, evaluate and fill the run's folder; returns what summary.json holds."""
+    run = Run("omiga", args)
+    data, encode = arrange(run.load(), args)
+    team = Team(data, args, run.streams(0, "cpu")).to(run.device)
+    adams, generators = optimizers(team, args), run.streams(1)
+    learn = run.compile(update)
     run.begin(team=team, adams=adams, generators=generators)
-
-    for step in run.steps(args.steps, args.eval_every):
-        if run.due(logs):
-            scores = evaluate(policies, encode, args, step, args.eval_episodes, device)
-            run.record(logs, {name: x.mean(1) for name, x in scores.items()})
-        if step < args.steps:
-            for adam in adams.values():
-                adam.lr.fill_(args.lr * (1 - step / args.steps))
-            logs = learn(team, adams, data, draw_rows(generators, data, args), args)
-
-    scores = evaluate(policies, encode, args, args.steps, 10 * args.eval_episodes, device)
-    views, actions = dataset.obs.shape[2:], policies.A * policies.discrete
-    run.keep_team(lambda *seen: runs.react(policies, encode, *seen), views, actions, 0, policies)
-    return run.finish("OMIGA", scores, dataset, run.best)
+    player = memoryless(team.policies, encode)
+    for step in run.steps(player):
+        for adam in adams.values():
+            adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+        run.logs = learn(team, adams, data, draw_rows(generators, data, args), args)
+    return run.finish("OMIGA", player)
 
 
 def parse(argv=None):
-    """Read the command line; where no flag speaks, the environment's own values or those of the resumed run hold."""
-    args = runs.parse(Args, preset, argv, __doc__)
-    runs.check_numbers(args, may_be_zero="seed episodes eval_episodes layers gamma", at_most_one="gamma tau")
-    return args
+    """The command line as `Args`; what no flag says has the environment's own value."""
+    zero = "seed episodes eval_episodes layers gamma"
+    return read_args(Args, PRESETS, argv, __doc__, may_be_zero=zero, at_most_one="gamma tau")
 
 
 if __name__ == "__main__":
-    runs.launch(main, parse)
+    launch(main, parse)

@@ -1,4 +1,4 @@
-"""The dataset: episodes of a team, padded to the longest, as tensors on one device and as one HDF5 file."""
+"""The dataset: episodes of a team, padded to the longest, as tensors and as one HDF5 file."""
 
 import copy
 import hashlib
@@ -21,9 +21,9 @@ FORMAT = 1  # written into each file; raise it when the meaning of a field chang
 class Dataset:
     """E episodes of at most T steps, N agents, O observation entries, S state entries, A actions.
 
-    Step t of an episode leads from `obs[:, t]` to `obs[:, t + 1]`, so the last observation is always
-    there to bootstrap from. The last real step of an episode is `terminated` if the game ended by its
-    own rules; otherwise it was cut off (a time limit), and its value goes on.
+    Step t of an episode leads from `obs[:, t]` to `obs[:, t + 1]`, so the last observation is
+    always there to bootstrap from. The last real step of an episode is `terminated` if the game
+    ended by its own rules; otherwise it was cut off (a time limit), and its value goes on.
 
     The fields may be given as tensors, numpy arrays or lists of any kind of number. They become
     tensors of the kinds below, without a copy where that is possible. What lies behind the mask
@@ -93,8 +93,8 @@ class Dataset:
         """A dataset of a replay buffer: M steps laid end to end, the oldest first.
 
         Without `next_obs` a copy of an episode's last observation stands in for the one after it.
-        Nothing reads it where the game terminated; where it was cut off, a value function bootstraps
-        from that copy, one step old.
+        Nothing reads it where the game terminated; where it was cut off, a value function
+        bootstraps from that copy, one step old.
 
         Args:
             arrays: a dictionary as in `from_episodes`, of arrays (M, ...): obs, actions, reward,
@@ -256,7 +256,7 @@ def as_tensor(array, name, mask=None):
     """The tensor that the field `name` calls for: float32, bool, or, for actions, float32 or int64.
 
     Args:
-        array: a tensor, a numpy array or nested lists. It is not changed, and copied only if need be.
+        array: a tensor, a numpy array or nested lists. It is not changed, only copied if need be.
         mask: (E, T) bool; what lies behind it in (E, T, ...), or (E, T+1, ...), becomes 0.
     Raises:
         ValueError: it does not hold real numbers, or flags that are neither 0 nor 1.
@@ -265,9 +265,8 @@ def as_tensor(array, name, mask=None):
         tensor = array.detach()
     else:
         try:
-            array = np.asarray(array)
-            native = array.dtype.newbyteorder("=")
-            tensor = torch.from_numpy(np.require(array, native, "CWO"))
+            array = np.require(np.asarray(array), requirements="CWO")
+            tensor = torch.from_numpy(array)
         except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, texts, objects
             raise ValueError(f"{name} is no array of numbers ({error})") from None
     insist(not tensor.is_complex(), f"{name} holds complex numbers")
@@ -312,15 +311,18 @@ def read_episodes(episodes, time_limit=None):
     for e, episode in enumerate(episodes):
         try:
             parts.append(read_episode(episode, time_limit))
-            for name in {**parts[0], **parts[e]}:
-                found, wanted = (
-                    (*part[name].shape[1:], part[name].dtype) if name in part else "none"
-                    for part in (parts[e], parts[0])
-                )
-                insist(found == wanted, f"{name} of a step is {found}, of episode 0 {wanted}")
+            steps, first = shapes(parts[e]), shapes(parts[0])
+            insist(steps == first, f"a step of it is {steps}, one of episode 0 {first}")
         except ValueError as error:
             raise ValueError(f"episode {e}: {error}") from None
     return parts
+
+
+def shapes(part):
+    """What each step of an episode consists of, in words."""
+    words = [f"{name} {tuple(part[name].shape[1:])}" for name in sorted(part)]
+    kind = str(part["actions"].dtype).removeprefix("torch.")
+    return f"{', '.join(words)} ({kind} actions)"
 
 
 def read_episode(given, time_limit=None):
@@ -387,13 +389,12 @@ def read_ends(part, steps, time_limit):
 
 
 def all_available(whole, num_actions=None):
-    """avail_actions (E, T+1, N, A), all True, , for padded episodes; or None."""
+    """avail_actions (E, T+1, N, A), all True, for padded episodes; None for continuous actions."""
     actions = whole["actions"]
     if actions.is_floating_point():
         return None
-    A = num_actions or int(actions.max()) + 1
-    insist(A <= 10_000, f"the largest action is {A - 1}: if there are so many, give avail_actions")
-    return torch.ones(*whole["obs"].shape[:3], max(A, 1), dtype=torch.bool)
+    A = num_actions or max(int(actions.max()) + 1, 1)
+    return torch.ones(*whole["obs"].shape[:3], A, dtype=torch.bool)
 
 
 def cut(arrays, ends):
@@ -492,7 +493,8 @@ def read_own(file):
     info = {key: json.loads(value) for key, value in file.attrs.items()}
     if info.get("format") != FORMAT:
         raise ValueError(f"it has format {info.get('format')}, this code reads {FORMAT}")
-    arrays = {name: file[name][()] for name in TENSORS if name in file}
-    missing = [name for name in TENSORS if name not in file and name != "avail_actions"]
-    insist(not missing, f"it lacks {', '.join(missing)}")
+    arrays = {}
+    for name in TENSORS:
+        if name in file or name != "avail_actions":
+            arrays[name] = file[name][()]
     return Dataset(**{"avail_actions": None} | arrays, info=info)

@@ -1,4 +1,4 @@
-"""Which datasets have a name, how each is recorded and by whom, and how to load one by name or path.
+"""Which datasets have a name, how each is recorded and by whom, and how to load any.
 
 The teams' weights are files that `algorithms/mappo.py --save-snapshots` writes, in data/behaviour/:
 MAP/TEAM.npz for the battles; for the bodies that a team shares (halfcheetah, reacher, ant)
@@ -50,10 +50,9 @@ MATRIX_BEHAVIOURS = {
     "climbing": {"uniform": [[1, 1, 1]] * 2},
     "penalty": {"uniform": [[1, 1, 1]] * 2},
 }
-BRIDGE_DATASETS = ("optimal", "mixed")
-# Polynomial games. Each agent plays uniformly, or around its part of (0, 0) or of a best joint action
-# with the standard deviation in the name. These are examples: any one above 0 will do.
-POLYNOMIAL_DATASETS = ("uniform", "origin-0.5", "peak-0.5")
+# Polynomial games. Each agent plays uniformly, or around its part of (0, 0) or of a best joint
+# action with the standard deviation in the name. These are examples: any one above 0 will do.
+POLYNOMIAL = ("uniform", "origin-0.5", "peak-0.5")
 SPREAD = re.compile(r"(peak|origin)-((?:\d+(?:\.\d*)?|\.\d+)(?:e-?\d+)?)", re.ASCII)
 
 # Which teams play, in this order and in equal parts; "*" stands for 0, 1, ..., in equal parts too.
@@ -100,14 +99,14 @@ GAMES = 50  # episodes of a body that are played at once
 
 # How many episodes by default, where it is not 1,000: a quarter of the papers'.
 EPISODES = {
-    ("bridge", "optimal"): 500,
-    ("halfcheetah", "good"): 250,
-    ("halfcheetah", "medium"): 250,
-    ("halfcheetah", "good-medium"): 500,
-    ("reacher", "expert-mix"): 5000,
-    ("ant", "medium"): 250,
-    ("ant", "full-replay"): 250,
-    ("ant", "expert"): 250,
+    "bridge optimal": 500,
+    "halfcheetah good": 250,
+    "halfcheetah medium": 250,
+    "halfcheetah good-medium": 500,
+    "reacher expert-mix": 5000,
+    "ant medium": 250,
+    "ant full-replay": 250,
+    "ant expert": 250,
 }
 DEFAULTS = {  # what to learn from where nobody says it; in matrix games the last of a task's names
     "bridge": "mixed",
@@ -119,34 +118,34 @@ DEFAULTS = {  # what to learn from where nobody says it; in matrix games the las
 }
 
 
+DATASETS = TEAMS | {"smac": BATTLES, "bridge": ("optimal", "mixed"), "polynomial": POLYNOMIAL}
+
+
 # ---------------------------------------------------------------- names and paths
 def names(env, task=""):
     """The dataset names of one task, a tuple; of those that hold a number, an example each."""
     if env == "matrix":
-        return tuple(MATRIX_BEHAVIOURS.get(task or "xor", {"uniform": None}))
-    known = {"polynomial": POLYNOMIAL_DATASETS, "smac": BATTLES, "bridge": BRIDGE_DATASETS}
-    return tuple((known | TEAMS).get(env, ()))
+        return tuple(MATRIX_BEHAVIOURS.get(full_task(env, task), ("uniform",)))
+    return tuple(DATASETS.get(env, ()))
 
 
 def default(env, task=""):
     """The task, and its dataset, where nobody names any; "" in a game that is not ours."""
-    if env not in envs.TASKS:
-        return task, ""
-    task = task or envs.TASKS[env][0]
-    return task, DEFAULTS.get(env) or names(env, task)[-1]
+    task = full_task(env, task)
+    if env == "matrix":
+        return task, names(env, task)[-1]
+    return task, DEFAULTS.get(env, "")
 
 
 def is_name(dataset, env, task):
     """Whether a task has a dataset of this name, one of those that hold numbers included."""
-    if env == "matrix" and dataset.startswith("["):
-        return True
-    if env == "polynomial" and read_spread(dataset):
-        return True
-    return dataset in names(env, task)
+    written_out = env == "matrix" and dataset.startswith("[")
+    spread = env == "polynomial" and read_spread(dataset)
+    return bool(written_out or spread or dataset in names(env, task))
 
 
 def is_path(dataset, env="", task=""):
-    """Whether a dataset is given by a path: anything with a "/" or a file ending, or what exists."""
+    """Whether a dataset is given by a path: what has a "/" or a file ending, or exists."""
     if not dataset or dataset.startswith("["):
         return False
     path = Path(dataset)
@@ -173,10 +172,8 @@ def check_name(env, task, name):
 
 
 def full_task(env, task):
-    """The task by its name, in environments whose data tell that of the first one as well."""
-    if not task and env in (*TEAMS, "polynomial"):
-        return envs.TASKS[env][0]
-    return task
+    """The task by its name: "" is the first one of an environment."""
+    return task or envs.TASKS.get(env, ("",))[0]
 
 
 def about(path):
@@ -239,8 +236,7 @@ def load(
 
 def load_name(env, task, name, seed, episodes):
     """A named dataset from the cache, or else recorded now."""
-    check_name(env, task, name)
-    path = cached_path(env, task, name, seed, episodes or EPISODES.get((env, name), 1000))
+    path = cached_path(env, task, name, seed, episodes or EPISODES.get(f"{env} {name}", 1000))
     try:
         return read(path)
     except (ValueError, OSError):
@@ -255,11 +251,11 @@ def load_name(env, task, name, seed, episodes):
 
 def cached_path(env, task, name, seed, episodes):
     """Where a named dataset is cached: its file's name depends on all that its content does."""
-    rules = read_payoff(task or "xor").tolist() if env == "matrix" else None
+    rules = read_payoff(task).tolist() if env == "matrix" else None
     key = [env, task, rules, name, episodes, seed, COLLECTOR]
     if env in TEAMS:
         key.append(version("mujoco"))
-    folder = BEHAVIOUR / (task or envs.TASKS[env][0] if env == "smac" else env)
+    folder = BEHAVIOUR / (task if env == "smac" else env)
     teams = [hashlib.sha1(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.npz"))]
     key = json.dumps(key + teams)
     words = [re.sub(r"\W+", "_", word).strip("_")[:40] for word in (env, task, name)]
@@ -270,35 +266,23 @@ def cached_path(env, task, name, seed, episodes):
 def check_fit(dataset, env, task, game, source):
     """Raise ValueError unless the dataset was recorded in this task and has its sizes."""
     here = f"{env} {task}".strip()
-    recorded_env = dataset.info.get("env", env)
-    recorded_task = dataset.info.get("task", task)
-    if not same_task(env, task, recorded_env, recorded_task):
-        flags = f"--env {recorded_env}" + (f" --task {recorded_task!r}" if recorded_task else "")
+    its_env = dataset.info.get("env", env)
+    its_task = full_task(its_env, dataset.info.get("task", task))
+    if its_env != env or (its_task != task and ":" not in env):
+        flags = f"--env {its_env} --task {its_task!r}"
         raise ValueError(f"{source} was recorded in another task than {here}: use {flags}")
-    continuous = isinstance(game.single_action_space, Box)
-    if dataset.actions.is_floating_point() != continuous:
-        kind = "continuous" if continuous else "discrete"
-        raise ValueError(f"{source} has actions of another kind than {here}, whose are {kind}")
+    continuous = dataset.actions.is_floating_point()
     A = (dataset.actions if continuous else dataset.avail_actions).shape[-1]
-    found = dataset.obs.shape[2], dataset.obs.shape[3], dataset.state.shape[2], A
-    wanted = game.num_agents, game.obs_dim, game.state_dim, game.num_actions
+    found = (*dataset.obs.shape[2:], dataset.state.shape[2], A, continuous)
+    box = isinstance(game.single_action_space, Box)
+    wanted = game.num_agents, game.obs_dim, game.state_dim, game.num_actions, box
     if found != wanted:
-        sizes = f"(agents, observation, state, actions) = {found}, the environment has {wanted}"
-        raise ValueError(f"{source} does not fit {here}: it has {sizes}")
+        raise ValueError(
+            f"{source} does not fit {here}: (agents, observation, state, actions, whether these "
+            f"are continuous) are {found}, but the environment has {wanted}"
+        )
     if env in TEAMS:
         check_order(dataset, game, source)
-
-
-def same_task(env, task, other_env, other_task):
-    """Whether two tasks are the same game; "" is the first task of an environment."""
-    if env != other_env:
-        return False
-    if ":" in env:
-        return True
-    if env == "matrix":
-        return read_payoff(task or "xor").tolist() == read_payoff(other_task or "xor").tolist()
-    first = envs.TASKS.get(env, ("",))[0]
-    return (task or first) == (other_task or first)
 
 
 # ---------------------------------------------------------------- recording
@@ -315,11 +299,9 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
     game = envs.make(env, task)
     task = full_task(env, task)
     check_name(env, task, name)
-    episodes = episodes or EPISODES.get((env, name), 1000)
+    episodes = episodes or EPISODES.get(f"{env} {name}", 1000)
     if episodes < 1:
         raise ValueError(f"a dataset needs at least one episode, not {episodes}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"a dataset's seed must lie in 0 .. {2**32 - 1}, not {seed}")
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -327,7 +309,7 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
         "gymnasium": gymnasium.__version__,
     }
     if env == "smac":
-        dataset, behaviour = record_battles(task or envs.TASKS[env][0], name, episodes, seed)
+        dataset, behaviour = record_battles(task, name, episodes, seed)
     elif env in TEAMS:
         dataset, behaviour = record_bodies(env, task, name, episodes, seed)
         versions["mujoco"] = version("mujoco")
@@ -346,7 +328,7 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
 
 def plan_matrix(game, task, name, episodes, generator):
     """Joint actions (E, 1, N), and how they were drawn."""
-    behaviour = MATRIX_BEHAVIOURS.get(task or "xor", {}).get(name)
+    behaviour = MATRIX_BEHAVIOURS.get(task, {}).get(name)
     if behaviour is None:
         behaviour = read_probabilities(name, game.payoff.shape)
     if isinstance(behaviour[0], str):
@@ -366,15 +348,14 @@ def read_probabilities(name, sizes):
     if name == "uniform":
         return [[1.0] * n for n in sizes]
     try:
-        weights = torch.tensor(json.loads(name), dtype=torch.float64)
-        fits = all(weights.shape == (n,) for n in sizes)
-        good = fits and weights.min() >= 0 and 0 < weights.sum() < float("inf")
-    except (ValueError, TypeError, RuntimeError, OverflowError):
+        weights = json.loads(name)
+        good = min(weights) >= 0 < sum(weights) and {len(weights)} == set(sizes)
+    except (ValueError, TypeError):
         good = False
     if not good:
         remedy = "write one probability for each action, such as '[0.9, 0.1]'"
         raise ValueError(f"dataset {name!r:.80}: {remedy}")
-    return [weights.tolist()] * len(sizes)
+    return [[float(weight) for weight in weights]] * len(sizes)
 
 
 def plan_polynomial(game, task, name, episodes, generator):
@@ -446,8 +427,8 @@ def share_out(folder, patterns, episodes):
     return shares
 
 
-def progress(total, what):
-    return tqdm(total=total, desc=what, unit="", leave=False, disable=None)
+def progress(teams, what):
+    return tqdm(teams.items(), desc=what, unit="team", leave=False, disable=None)
 
 
 def tell(team, count, info):
@@ -460,35 +441,33 @@ def tell(team, count, info):
 def record_battles(task, name, episodes, seed):
     """Battles of the teams that `name` stands for, and who played them."""
     shares = share_out(task, BATTLES[name], episodes)
-    teams = {team: read_behaviour(BEHAVIOUR / task / f"{team}.npz") for team in shares}
     parts, behaviour = [], []
-    with progress(episodes, f"battles of {task} {name}") as bar:
-        for team, (play, info) in teams.items():
-            behaviour.append(tell(team, shares[team], info))
-            for start in range(0, shares[team], BLOCK):
-                game = envs.make("smac", task, min(BLOCK, shares[team] - start), check=False)
-                block = len(parts)
-                generator = torch.Generator().manual_seed(1_000_003 * seed + block)
+    for team, count in progress(shares, f"battles of {task} {name}"):
+        play, info = read_behaviour(BEHAVIOUR / task / f"{team}.npz")
+        behaviour.append(tell(team, count, info))
+        for start in range(0, count, BLOCK):
+            game = envs.make("smac", task, min(BLOCK, count - start), check=False)
+            block = len(parts)
+            generator = torch.Generator().manual_seed(1_000_003 * seed + block)
 
-                def act(t, obs, info):
-                    return play(t, obs, info, generator)
+            def act(t, obs, info):
+                return play(t, obs, info, generator)
 
-                parts.append(record(game, act, 1000 * seed + block))
-                bar.update(game.num_envs)
+            parts.append(record(game, act, 1000 * seed + block))
     return concatenate(parts), ", ".join(behaviour)
 
 
 def record_bodies(env, task, name, episodes, seed):
     """Episodes of a body by the teams that `name` stands for, and who played them."""
+    shares = share_out(env, TEAMS[env][name], episodes)
     parts, behaviour, bends = [], [], {}
-    with progress(episodes, f"episodes of {env} {name}") as bar:
-        for team, count in share_out(env, TEAMS[env][name], episodes).items():
-            played, info, left_out = play_body(env, task, team, count, seed, bar=bar)
-            parts += played
-            behaviour.append(tell(team, count, info))
-            if env == "reacher" and played:
-                bend = torch.cat([part.state[:, 1:, 3].mean(1) for part in played])
-                bends[team] = {"mean sin θ2": round(float(bend.mean()), 4), "left out": left_out}
+    for team, count in progress(shares, f"episodes of {env} {name}"):
+        played, info, left_out = play_body(env, task, team, count, seed)
+        parts += played
+        behaviour.append(tell(team, count, info))
+        if env == "reacher" and played:
+            bend = torch.cat([part.state[:, 1:, 3].mean(1) for part in played])
+            bends[team] = {"mean sin θ2": round(float(bend.mean()), 4), "left out": left_out}
     how = "sampled actions, clipped"
     if env in NOISE:
         how = f"most likely actions + N(0, {NOISE[env]}^2), clipped"
@@ -515,7 +494,7 @@ def references(env):
     return found
 
 
-def play_body(env, task, team, count, seed, greedy=False, verify=True, bar=None):
+def play_body(env, task, team, count, seed, greedy=False, verify=True):
     """`count` episodes of a body by one team, recorded through the views of `task`.
 
     Args:
@@ -541,15 +520,15 @@ def play_body(env, task, team, count, seed, greedy=False, verify=True, bar=None)
         part = record(game, lambda t, obs, info: choose(game, generator), start)
         played += game.num_envs
         if sign:
-            part = select(part, part.state[:, :, 3].sum(1) * sign > 0)
+            bends = part.state[:, :, 3].sum(1) * sign > 0  # (B,)
+            chosen = {name: x[bends] for name, x in part.tensors().items()}
+            part = Dataset(**chosen, avail_actions=None)
         kept += len(part.mask)
         if 2 * kept < played >= 20:
             path, share = BEHAVIOUR / env / team, f"{played - kept} of {played} episodes"
             raise ValueError(f"{share} of {path}.npz bend the other way: it is no {way} team")
         if len(part.mask):
             parts.append(part)
-        if bar is not None:
-            bar.update(len(part.mask))
     return parts, info, played - kept
 
 
@@ -582,9 +561,3 @@ def stand_still(game, generator):
 def draw_uniformly(game, generator):
     shape = (game.num_envs, *game.motors.shape)
     return 2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1
-
-
-def select(dataset, which):
-    """The episodes `which` (E,) bool of a dataset without a list of wins."""
-    chosen = {name: tensor[which] for name, tensor in dataset.tensors().items()}
-    return Dataset(**{"avail_actions": None} | chosen)

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import envs
-from data.dataset import TENSORS, Dataset
+from data.dataset import Dataset
 from envs.rollout import play
 
 GAMES = 16  # played at once: a game that is not ours is a Python object of its own
@@ -42,16 +42,10 @@ def block_seed(env, team, seed, start):
 
 def concatenate(parts):
     """Datasets of one task, one after the other, padded to the longest episode of all."""
-    longest = max(part.mask.shape[1] for part in parts)
-    whole = {}
-    for name in TENSORS:
-        padded = []
-        for part in parts:
-            x = getattr(part, name)
-            if x is not None:
-                missing = longest - part.mask.shape[1]
-                padded.append(F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)))
-        whole[name] = torch.cat(padded) if padded else None
+    whole = {"avail_actions": None}
+    for name in parts[0].tensors():
+        episodes = [episode for part in parts for episode in getattr(part, name)]
+        whole[name] = pad_sequence(episodes, batch_first=True)
     info = {}
     if "won" in parts[0].info:
         info["won"] = sum((part.info["won"] for part in parts), [])

@@ -4,15 +4,17 @@
     row 1    .   .   0   1   .   .        agent 1 starts at (1, 3) and wants to reach G1 = (0, 0).
     row 2    .   .   #   #   .   G0       # is water.
 
-A temporal XOR game (Fu et al., 2022): both agents going left, or both going right, are good first moves;
-going different ways costs time. The rules are those of the grid that was published with AlberDICE
-(Matsunaga et al., 2023); a test replays its real dataset, transition for transition.
+A temporal XOR game (Fu et al., 2022): both agents going left, or both going right, are good first
+moves; going different ways costs time. The rules are those of the grid that was published with
+AlberDICE (Matsunaga et al., 2023); a test replays its real dataset, transition for transition.
 
-Moves. The two moves are granted one after the other, agent 0's first, by the rules of `_joint_move`. An agent
-that stands on its goal has finished: it ignores its action, stays, and no longer blocks anybody.
+Moves. The two moves are granted one after the other, agent 0's first, by the rules of
+`_joint_move`. An agent that stands on its goal has finished: it ignores its action, stays, and no
+longer blocks anybody.
 
-Reward, after the move: -0.1 x the Euclidean distance to its goal for each agent that had not finished before,
-0 for one that had; the team gets the mean of the two. The step that ends a game pays 0, also at the time limit.
+Reward, after the move: -0.1 x the Euclidean distance to its goal for each agent that had not
+finished before, 0 for one that had; the team gets the mean of the two. The step that ends a game
+pays 0, also at the time limit.
 """
 
 import itertools
@@ -45,16 +47,8 @@ class Bridge(TensorGame):
         self.best_return = BEST_RETURN if time_limit >= 8 else None
         # There are 18 x 18 joint cells and 25 joint actions, so the rules become one table.
         self.table = _transition_table().to(device)  # (18, 18, 5, 5, 2)
-        cells = torch.cartesian_prod(torch.arange(ROWS), torch.arange(COLUMNS)).to(
-            device
-        )  # (18, 2)
-        goal = torch.tensor(GOAL, device=device)  # (2, 2)
-        self.distance = (cells[:, None] - goal).double().norm(dim=-1)  # (18, 2) cell, agent
-        self.goal_cell = goal[:, 0] * COLUMNS + goal[:, 1]  # (2,)
-        views = torch.cat([cells[:, None].expand(-1, 2, 2), goal.expand(18, 2, 2)], -1)
-        self.views = views.float()  # (18, 2, 4) cell, agent
-        self.start_cell = torch.tensor([_cell(*START[0]), _cell(*START[1])], device=device)
-        self.agent = torch.arange(2, device=device)
+        start, self.goal = (torch.tensor(x, device=device) for x in (START, GOAL))  # (2, 2)
+        self.start_cell, self.goal_cell = _cell(*start.T), _cell(*self.goal.T)  # (2,)
         self.avail = torch.ones(num_envs, 2, len(MOVES), dtype=torch.bool, device=device)
         self.cells = self.start_cell.repeat(num_envs, 1)  # (B, 2)
         self.elapsed = torch.zeros(num_envs, dtype=torch.int64, device=device)
@@ -89,13 +83,19 @@ class Bridge(TensorGame):
 
         terminated = self._arrived().all(-1)
         truncated = (self.elapsed >= self.time_limit) & ~terminated
-        cost = 0.1 * self.distance[self.cells, self.agent] * ~arrived  # (B, 2)
+        distance = (self._places() - self.goal).double().norm(dim=-1)  # (B, 2)
+        cost = 0.1 * distance * ~arrived
         reward = torch.where(terminated | truncated, 0.0, -cost.mean(-1)).float()
         obs, info = self._observe()
         return obs, reward, terminated, truncated, info
 
+    def _places(self):
+        return torch.stack([self.cells // COLUMNS, self.cells % COLUMNS], -1)  # (B, 2, 2)
+
     def _observe(self):
-        state = self.views[self.cells, self.agent].flatten(1)  # (B, 8)
+        places = self._places()
+        views = torch.cat([places, self.goal.expand_as(places)], -1)  # (B, 2, 4)
+        state = views.flatten(1).float()  # (B, 8)
         obs = state[:, None].repeat(1, 2, 1)
         return obs, {"state": state, "avail_actions": self.avail.clone()}
 

@@ -101,7 +101,8 @@ def check_actions(env, actions, allowed=None, over=None):
 
 
 class TensorGame(VectorEnv):
-    """A batch of games made of tensors: it never waits for a GPU, and a compiler can make it a graph.
+    """A batch of games made of tensors: it never waits for a GPU, and a compiler can make it a
+    graph.
 
     A subclass has `_begin(mask)`, which starts the games in mask (B,) anew, and `_play(actions)`.
     What its games remember, the tensors named in `memory`, they write in place.

@@ -1,20 +1,25 @@
 """Your own game behind our interface: `envs.make("package.module:factory", num_envs=8)`.
 
-The factory makes either a `VectorEnv` of our interface (see envs/__init__.py), and then takes `num_envs` and `device`;
-or one game, a PettingZoo `ParallelEnv`, of which `Games` keeps B copies, stepped one after the other.
+The factory makes either a `VectorEnv` of our interface (see envs/__init__.py), and then takes
+`num_envs` and `device`; or one game, a PettingZoo `ParallelEnv`, of which `Games` keeps B copies,
+stepped one after the other.
 
 What `Games` does with a game:
   views       short ones are filled up with zeros; whole numbers (`Discrete`, ...) become one-hot
-  actions     `Discrete`, of different sizes: what an agent lacks is not available to it; or bounded boxes, which our
-              [-1, 1] is stretched to, and what an agent lacks is ignored
-  masks       "action_mask" in an agent's observation dictionary or in its info; who may do nothing, may play action 0
+  actions     `Discrete`, of different sizes: what an agent lacks is not available to it; or bounded
+              boxes, which our [-1, 1] is stretched to, and what an agent lacks is ignored
+  masks       "action_mask" in an agent's observation dictionary or in its info; who may do nothing,
+              may play action 0
   state       what `state()` returns; without it, or where it is a picture, all views
   the end     when no agent is left: truncated if one of the last was cut off, else terminated
-  the dead    see zeros, and may only play action 0, until the game is over; the last ones' last views are kept
-  reward      the sum of all agents' rewards, or their mean over all N, dead or alive (`team_reward`)
-  chance      each start of each game has its own seed, drawn from the batch's: game b does not depend on the others
-What it refuses: agents that join later, images and other nested observations, actions that are mixed, compound,
-whole numbers in a box or unbounded, and in `step` what an agent cannot do.
+  the dead    see zeros, and may only play action 0, until the game is over; the last ones' last
+              views are kept
+  reward      the sum of all agents' rewards, or their mean over all N, dead or alive
+              (`team_reward`)
+  chance      each start of each game has its own seed, drawn from the batch's: game b does not
+              depend on the others
+What it refuses: agents that join later, images and other nested observations, actions that are
+mixed, compound, whole numbers in a box or unbounded, and in `step` what an agent cannot do.
 """
 
 import importlib
@@ -30,7 +35,6 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from envs.common import METADATA, check_actions, describe, games_to_reset
 
 STEPS = 1000  # after which a game is cut off that does not tell its own limit
-NEEDED = "device num_agents num_actions obs_dim state_dim time_limit".split()
 
 
 def make_foreign(name, task="", num_envs=1, device="cpu", team_reward="sum", **options):
@@ -39,17 +43,16 @@ def make_foreign(name, task="", num_envs=1, device="cpu", team_reward="sum", **o
     Args:
         task: handed to the factory as `task`, if it is not empty.
         team_reward: "sum" or "mean" of the agents' rewards, for a PettingZoo game.
-        options: handed to the factory; `time_limit`, if the factory does not take it, is when `Games` cuts a game off.
+        options: handed to the factory; `time_limit`, if the factory does not take it, is when
+            `Games` cuts a game off.
     Raises:
-        ValueError: there is no such factory, it fails, does not take the options, or makes something else.
+        ValueError: there is no such factory, it fails, does not take the options, or makes
+            something else.
     """
     if team_reward not in ("sum", "mean"):
         raise ValueError(f"team_reward must be sum or mean, not {team_reward!r}")
     factory = _find(name)
-    try:
-        takes = inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # a builtin
-        takes = {}
+    takes = inspect.signature(factory).parameters
     options = options | ({"task": task} if task else {})
     limit = None if "time_limit" in takes else options.pop("time_limit", None)
     if "num_envs" in takes:
@@ -72,8 +75,6 @@ def make_foreign(name, task="", num_envs=1, device="cpu", team_reward="sum", **o
     if not hasattr(game, "possible_agents"):
         raise ValueError(f"{name} makes a {type(game).__name__}, no PettingZoo ParallelEnv")
     games = [game] + [build() for _ in range(num_envs - 1)]
-    if len(set(map(id, games))) < num_envs:
-        raise ValueError(f"{name} makes the same game again: it must make a new one each time")
     return Games(games, name, device, team_reward == "mean", limit)
 
 
@@ -89,32 +90,22 @@ def _find(name):
         except ModuleNotFoundError as error:
             if error.name != module:
                 raise
-            factory = getattr(
-                importlib.import_module(package or module), last
-            )  # a module by another name
+            package = importlib.import_module(package or module)
+            factory = getattr(package, last)  # it knows the module by another name
         for part in path.split("."):
             factory = getattr(factory, part, None)
     except Exception as error:  # what a stranger's module may raise
         why = f"{type(error).__name__}: {_short(error)}"
         raise ValueError(f"--env {name}: cannot import {module!r} ({why})") from error
     if not callable(factory):
-        raise ValueError(
-            f"--env {name}: {module} has no function {path!r} that makes an environment"
-        )
+        raise ValueError(f"--env {name}: {module} has no function {path!r} that makes games")
     return factory
 
 
 def _checked(game, name, num_envs):
-    """A vector environment that somebody made for our interface; ValueError if it does not look so."""
+    """A vector environment of our interface, if it is one; else ValueError."""
     if game.metadata.get("autoreset_mode") != AutoresetMode.DISABLED:
-        raise ValueError(
-            f"{name} starts finished games anew by itself: its autoreset_mode must be DISABLED"
-        )
-    missing = [key for key in NEEDED if not hasattr(game, key)]
-    if missing:
-        raise ValueError(
-            f"{name} makes a vector environment without {', '.join(missing)}: see envs/__init__.py"
-        )
+        raise ValueError(f"{name} starts finished games anew: its autoreset_mode must be DISABLED")
     if game.num_envs != num_envs:
         raise ValueError(f"{name} makes {game.num_envs} games in place of {num_envs}")
     game.best_return = getattr(game, "best_return", None)
@@ -133,7 +124,8 @@ class Games(VectorEnv):
         games: B of them, of one kind.
         name: what messages call them.
         mean: average the agents' rewards instead of adding them up.
-        time_limit: when to cut a game off; by default what the game knows of itself, else after `STEPS`.
+        time_limit: when to cut a game off; by default what the game knows of itself, else after
+            `STEPS`.
     Raises:
         ValueError: what `Games` refuses, also on the way.
     """
@@ -188,12 +180,8 @@ class Games(VectorEnv):
             game.close()
 
     def picture(self, actions=None):
-        """The first game as its `render` draws it, an array (height, width, 3); ValueError if it does not."""
-        drawn = self.games[0].render()
-        if not isinstance(drawn, np.ndarray) or drawn.ndim != 3:
-            remedy = """begin with --env-kwargs '{"render_mode": "rgb_array"}'"""
-            raise ValueError(f"{self.name} draws no pictures: {remedy}")
-        return drawn
+        """The first game as its `render` draws it."""
+        return self.games[0].render()
 
     def _observe(self):
         info = {"state": torch.tensor(self.state, device=self.device)}
@@ -207,17 +195,13 @@ class Games(VectorEnv):
     # ------------------------------------------------------------ spaces
     def _view_of(self, space):
         """The space of what an agent sees, without the action mask beside it."""
-        if isinstance(space, Dict) and set(space) in (
-            {"observation"},
-            {"observation", "action_mask"},
-        ):
+        if isinstance(space, Dict) and set(space) - {"action_mask"} == {"observation"}:
             space = space["observation"]
         if isinstance(space, Box) and len(space.shape) > 1:
             self._refuse(f"its observations have the shape {space.shape}: flatten them first")
         if not isinstance(space, Box | Discrete | MultiBinary | MultiDiscrete):
-            self._refuse(
-                f"its observations are a {type(space).__name__}: make one array of them first"
-            )
+            kind = type(space).__name__
+            self._refuse(f"its observations are a {kind}: make one array of them first")
         return space
 
     def _width(self, space):
@@ -267,12 +251,11 @@ class Games(VectorEnv):
             return int(action + move.start)
         low, high = move.low.astype(float), move.high.astype(float)
         share = (action[: len(low)].astype(float) + 1) / 2
-        return np.clip(low + share * (high - low), low, high).astype(
-            move.dtype
-        )  # rounding may lead out
+        within = np.clip(low + share * (high - low), low, high)  # rounding may lead out
+        return within.astype(move.dtype)
 
     def _see(self, b, obs, infos, last=()):
-        """Note what the agents of game b see, and may do: those who are left, or at the very end the `last` ones."""
+        """Note what agents of game b see and may do: those left, or at its end the `last` ones."""
         self.obs[b], self.avail[b] = 0, False
         self.avail[b, :, 0] = True  # for the dead
         for i, agent in enumerate(self.names):
@@ -299,9 +282,7 @@ class Games(VectorEnv):
             size = int(self.moves[i].n)
             mask = np.ones(size, bool) if mask is None else np.asarray(mask, bool)
             if mask.shape != (size,):
-                self._refuse(
-                    f"the mask of agent {agent} has the shape {mask.shape} for {size} actions"
-                )
+                self._refuse(f"the mask of agent {agent} has {mask.shape} for {size} actions")
             self.avail[b, i, :size] = mask
             self.avail[b, i, 0] |= not mask.any()  # who may do nothing
 
@@ -316,14 +297,12 @@ class Games(VectorEnv):
 
 def _own_limit(game):
     """The most steps that a game says it takes, or the one that it wraps, or None."""
-    for shell in (game, getattr(game, "aec_env", None), getattr(game, "single_agent_env", None)):
-        for part in (shell, getattr(shell, "unwrapped", None)):
-            limits = [
-                getattr(part, name, None) for name in ("max_cycles", "max_steps", "max_num_steps")
-            ]
-            for source in (part, getattr(part, "spec", None)):
-                limits.append(getattr(source, "max_episode_steps", None))
-            for limit in limits:
-                if isinstance(limit, int | np.integer) and limit > 0:
-                    return int(limit)
+    parts = [game, getattr(game, "aec_env", None), getattr(game, "single_agent_env", None)]
+    parts += [getattr(part, "unwrapped", None) for part in parts]
+    parts += [getattr(part, "spec", None) for part in parts]
+    for part in parts:
+        for name in ("max_cycles", "max_steps", "max_num_steps", "max_episode_steps"):
+            limit = getattr(part, name, None)
+            if isinstance(limit, int | np.integer) and limit > 0:
+                return int(limit)
     return None

@@ -1,7 +1,8 @@
-"""One-step matrix games for N agents: everybody picks an action, one table says what the team earns.
+"""One-step matrix games for N agents: everybody picks an action, one table says what the team
+earns.
 
-They are where offline coordination fails first: with several equally good joint actions, each agent's own
-marginal in the dataset says nothing about which one its teammates will pick.
+They are where offline coordination fails first: with several equally good joint actions, each
+agent's own marginal in the dataset says nothing about which one its teammates will pick.
 """
 
 import json
@@ -15,9 +16,11 @@ from envs.common import OneStep, describe, pixels
 MATRIX_TASKS = {
     # Two equally good conventions, AB and BA (InSPO, Figure 1; AlberDICE uses the same game).
     "xor": [[0, 1], [1, 0]],
-    # Three equilibria worth 5, 10 and 20 (InSPO, Figure 2; the off-diagonal 0 is our choice, see the README).
+    # Three equilibria worth 5, 10 and 20 (InSPO, Figure 2; the off-diagonal 0 is our choice, see
+    # the README).
     "m-ne": [[5, 0, 0], [0, 10, 0], [0, 0, 20]],
-    # The Iterated Coordination Game, left/right (MOMA-PPO, section 5.2), played as one stateless step.
+    # The Iterated Coordination Game, left/right (MOMA-PPO, section 5.2), played as one stateless
+    # step.
     "coordination": [[1, 0], [0, 1]],
     # Claus & Boutilier (1998): the best joint action lies beside the worst ones.
     "climbing": [[11, -30, 0], [-30, 7, 6], [0, 0, 5]],
@@ -30,9 +33,11 @@ class MatrixGame(OneStep):
     """B games of one table.
 
     Args:
-        task: a name in `MATRIX_TASKS`, or a nested list (or its JSON text) with one level for each agent.
+        task: a name in `MATRIX_TASKS`, or a nested list (or its JSON text) with one level for each
+            agent.
     Raises:
-        ValueError: an unknown name, or a table that is ragged, not finite, or has fewer than two agents.
+        ValueError: an unknown name, or a table that is ragged, not finite, or has fewer than two
+            agents.
     """
 
     def __init__(self, task="xor", num_envs=1, device="cpu"):
@@ -50,7 +55,8 @@ class MatrixGame(OneStep):
         return self.payoff[tuple(actions.T)]
 
     def picture(self, actions=None):
-        """The payoffs, and in red what the first game's agents chose, as an array (height, width, 3).
+        """The payoffs, and in red what the first game's agents chose, as an array (height, width,
+        3).
 
         Raises:
             ValueError: there are more than two agents.
@@ -88,8 +94,6 @@ def draw_policies(pi, dataset, seeds):
     tables = {"dataset": dataset.joint_actions()}
     tables |= {f"seed {seed}": table for seed, table in zip(seeds, joint[:5])}
     figure = Figure(figsize=(2.1 * len(tables), 2.4), layout="constrained")
-    most = max(max(table.shape) for table in tables.values())
-    names = [chr(ord("A") + k) if most <= 26 else str(k) for k in range(most)]
     for axes, title in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables):
         table = tables[title]
         axes.imshow(table.tolist(), cmap="Blues", vmin=0, vmax=1)
@@ -97,8 +101,9 @@ def draw_policies(pi, dataset, seeds):
             for b, p in enumerate(row):
                 colour = "white" if p > 0.6 else "black"
                 axes.text(b, a, f"{p:.2f}", ha="center", va="center", color=colour, fontsize=8)
-        axes.set_xticks(range(table.shape[1]), names[: table.shape[1]])
-        axes.set_yticks(range(table.shape[0]), names[: table.shape[0]])
+        letters = [[chr(ord("A") + k) for k in range(size)] for size in table.shape]
+        axes.set_yticks(range(table.shape[0]), letters[0])
+        axes.set_xticks(range(table.shape[1]), letters[1])
         axes.set(title=title, xlabel="agent 1", ylabel="agent 0")
     return figure, joint
 

@@ -1,29 +1,35 @@
 """StarCraft micromanagement without StarCraft: hundreds of SMAC-like battles at once, as tensors.
 
-A team of agents, one for each unit, fights units that a fixed rule commands. What an agent sees, its actions, the
-state, the shaped reward and the time limits are those of SMAC (Samvelyan et al., 2019), entry for entry. The fight
-itself is a simulator of our own: the units' figures and the maps are StarCraft II's, the physics is simplified, and
-results are *not* comparable with published SMAC numbers. `envs/sc2.py` plays the real game behind the same interface.
+A team of agents, one for each unit, fights units that a fixed rule commands. What an agent sees,
+its actions, the state, the shaped reward and the time limits are those of SMAC (Samvelyan et al.,
+2019), entry for entry. The fight itself is a simulator of our own: the units' figures and the maps
+are StarCraft II's, the physics is simplified, and results are *not* comparable with published SMAC
+numbers. `envs/sc2.py` plays the real game behind the same interface.
 
 One step is half a second: eight substeps of 1/16 s. In each,
-  1. enemies choose targets: they keep one while it stays within their scan range, else take the nearest, and need
-     0.3 s before the first shot at a new one; without a target they walk to the place where the agents started;
-  2. whoever has a living target in range and a ready weapon hits it; all hits of a substep land together;
+  1. enemies choose targets: they keep one while it stays within their scan range, else take the
+     nearest, and need 0.3 s before the first shot at a new one; without a target they walk to the
+     place where the agents started;
+  2. whoever has a living target in range and a ready weapon hits it; all hits of a substep land
+     together;
   3. shields absorb damage first and know no armour; they come back 10 s after the last hit;
   4. units walk, are pushed apart where they overlap, and stop at walls.
 Left out: facing, acceleration, projectiles, flying units, healers, terrain height.
 
-Tensors are unit-major, (U, B): agents first, then enemies; the battles lie last, so that the pairwise tensors
-(U, U, B) have a long contiguous dimension: several times as fast on a CPU as (B, U, U). Dead units wait in a graveyard,
-far from everything and from one another, and so need no masks.
+Tensors are unit-major, (U, B): agents first, then enemies; the battles lie last, so that the
+pairwise tensors (U, U, B) have a long contiguous dimension: several times as fast on a CPU as (B,
+U, U). Dead units wait in a graveyard, far from everything and from one another, and so need no
+masks.
 
-Actions: 0 nothing (the dead can do nothing else), 1 stop, 2 north, 3 south, 4 east, 5 west, 6 + j attack enemy j. A
-move lasts the whole step. Attacking is allowed up to distance 6 between the centres, whatever the weapon; a unit walks
-up to its target if it has to. Units on the agents' side do nothing on their own.
+Actions: 0 nothing (the dead can do nothing else), 1 stop, 2 north, 3 south, 4 east, 5 west, 6 + j
+attack enemy j. A move lasts the whole step. Attacking is allowed up to distance 6 between the
+centres, whatever the weapon; a unit walks up to its target if it has to. Units on the agents' side
+do nothing on their own.
 
 Shapes: B battles, N agents, M enemies, U = N + M units, A = 6 + M actions.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -34,34 +40,14 @@ from envs.common import TensorGame, check_actions, check_shape, describe, games_
 
 SUBSTEPS, DT = 8, 1 / 16  # seconds; one step is 0.5 s of the game's "Normal" speed
 SIGHT, SHOOT = 9.0, 6.0  # how far an agent sees, and how far it may name a target
-SCAN = 5.0  # how far an enemy looks for targets, from edge to edge; its weapon's range if that is longer
-ALERT, ALERT_SCAN = (
-    3.0,
-    2.0,
-)  # an enemy hit in the last 3 s looks 2 farther: it answers shots from out of its sight
+SCAN = 5.0  # how far an enemy looks, from edge to edge; its weapon's range if that is longer
+ALERT, ALERT_SCAN = 3.0, 2.0  # hit in the last 3 s, it looks 2 farther: it answers from afar
 REACTION = 0.3  # seconds between choosing a target and the first shot
-SHIELD_DELAY, SHIELD_RATE = (
-    10.0,
-    2.0,
-)  # a shield returns after 10 s without a hit, 2 points a second
-JITTER, COOLDOWN_NOISE = (
-    0.1,
-    (-1 / 16, 2 / 16),
-)  # of the starting places; of each weapon's period, in seconds
+SHIELD_DELAY, SHIELD_RATE = 10.0, 2.0  # after 10 s without a hit, 2 points a second return
+JITTER, COOLDOWN_NOISE = 0.1, (-1 / 16, 2 / 16)  # of starting places; of a period, in seconds
 KILL, WIN, SCALE = 10, 200, 20  # the reward of a kill and of a win; a clean win sums to 20
 MAP_SIZE = 32
-MEMORY = (
-    "x",
-    "y",
-    "health",
-    "shield",
-    "cooldown",
-    "pause",
-    "quiet",
-    "target",
-    "last_action",
-    "elapsed",
-)
+MEMORY = "x y health shield cooldown pause quiet target last_action elapsed".split()
 STEP_X = (0, 0, 0, 0, 1, -1, 0)  # actions 0 to 5, and attack
 STEP_Y = (0, 0, 1, -1, 0, 0, 0)
 
@@ -83,28 +69,19 @@ class Unit(NamedTuple):
     separation: float  # half the distance that two such units keep
     pause: float  # the unit stands still so long after it has fired
     cooldown_scale: float  # SMAC's divisor for the cooldown in the state, in seconds
-    healing: float  # health a second
-    race: str
+    healing: float = 0.0  # health a second
 
 
 UNITS = {
-    "marine": Unit(
-        45, 0, 0, False, 6, 0, 1, 0.861, 5, 2.25, 0.375, 0.375, 0.05, 15 / 16, 0, "terran"
-    ),
-    "stalker": Unit(
-        80, 80, 1, True, 13, 5, 1, 1.87, 6, 2.953, 0.625, 0.625, 0.17, 35 / 16, 0, "protoss"
-    ),
-    "zealot": Unit(
-        100, 50, 1, False, 8, 0, 2, 1.2, 0.1, 2.25, 0.5, 0.375, 0.28, 22 / 16, 0, "protoss"
-    ),
-    "hydralisk": Unit(
-        80, 0, 0, False, 12, 0, 1, 0.83, 5, 2.25, 0.625, 0.5, 0.15, 10 / 16, 0.273, "zerg"
-    ),
+    "marine": Unit(45, 0, 0, False, 6, 0, 1, 0.861, 5, 2.25, 0.375, 0.375, 0.05, 15 / 16),
+    "stalker": Unit(80, 80, 1, True, 13, 5, 1, 1.87, 6, 2.953, 0.625, 0.625, 0.17, 35 / 16),
+    "zealot": Unit(100, 50, 1, False, 8, 0, 2, 1.2, 0.1, 2.25, 0.5, 0.375, 0.28, 22 / 16),
+    "hydralisk": Unit(80, 0, 0, False, 12, 0, 1, 0.83, 5, 2.25, 0.625, 0.5, 0.15, 10 / 16, 0.273),
 }
 
 
 class Map(NamedTuple):
-    """A battle: how many of which unit, its limit in steps, who starts where, and where one can walk."""
+    """A battle: how many of which unit, its limit in steps, where they start, and the ground."""
 
     agents: dict
     enemies: dict
@@ -129,35 +106,32 @@ MAPS = {
 class Smac(TensorGame):
     """B battles on one map.
 
-    `info` holds "state" (B, D), "avail_actions" (B, N, A) and "won" (B,). A time limit truncates. A battle in which
-    both sides fall is terminated and not won. `win` pays even if shields came back on the way, so that returns
-    above 20 are possible, as in SMAC.
+    `info` holds "state" (B, D), "avail_actions" (B, N, A) and "won" (B,). A time limit truncates. A
+    battle in which both sides fall is terminated and not won. `win` pays even if shields came back
+    on the way, so that returns above 20 are possible, as in SMAC.
 
     Args:
         task: a name in `MAPS`, or a `Map` of your own.
         noise: whether starting places and weapon periods vary.
-        check: whether actions are checked, on a CPU. A forbidden one is harmless: it is clipped to the valid numbers,
-            and nobody can walk through walls or shoot the dead.
-        mirror: the agents follow the enemies' rule in place of their actions (marching to the enemies' start).
+        check: whether actions are checked, on a CPU. A forbidden one is harmless: it is clipped to
+            the valid numbers, and nobody can walk through walls or shoot the dead.
+        mirror: the agents follow the enemies' rule in place of their actions (marching to the
+            enemies' start).
 
-    `_play` and `_begin` draw nothing, so that both can be graphs. Compiled for a CPU, sums are rounded in another
-    order: a battle follows the one that it would have been to some 1e-7, until that decides who is nearest or in range.
+    `_play` and `_begin` draw nothing, so that both can be graphs. Compiled for a CPU, sums are
+    rounded in another order: a battle follows the one that it would have been to some 1e-7, until
+    that decides who is nearest or in range.
     """
 
     memory = MEMORY
 
-    def __init__(
-        self, task="5m_vs_6m", num_envs=1, device="cpu", noise=True, check=True, mirror=False
-    ):
+    def __init__(self, task, num_envs=1, device="cpu", noise=True, check=True, mirror=False):
         self.battle = MAPS[task] if isinstance(task, str) else task
         self.noise, self.mirror = noise, mirror
         self.check = check and torch.device(device).type == "cpu"
-        agents, enemies = (
-            [name for name, count in side.items() for _ in range(count)]
-            for side in (self.battle.agents, self.battle.enemies)
-        )
+        agents, enemies = (list(Counter(side).elements()) for side in self.battle[:2])
         self.unit_names, self.num_enemies = agents + enemies, len(enemies)
-        # What SMAC tells of a unit: its health, its shield if its side has any, its type if agents are of several.
+        # SMAC tells a unit's health, its shield if its side has any, its type if there are several.
         self.shields = [any(UNITS[name].shield for name in side) for side in (agents, enemies)]
         self.types = sorted(set(self.unit_names)) if len(self.battle.agents) > 1 else []
         own, foe = (int(shield) + len(self.types) for shield in self.shields)
@@ -166,13 +140,13 @@ class Smac(TensorGame):
         state_dim = N * (4 + own) + M * (3 + foe) + N * A
         describe(self, num_envs, device, N, A, obs_dim, state_dim, self.battle.limit)
         self.generator = torch.Generator(self.device).manual_seed(0)
-        self._prepare_units([UNITS[name] for name in self.unit_names])
-        self._prepare_map([UNITS[name] for name in self.unit_names])
+        units = [UNITS[name] for name in self.unit_names]
+        self._prepare_units(units)
+        self._prepare_map(units)
         for name in MEMORY[:7]:
             setattr(self, name, torch.zeros(N + M, num_envs, device=self.device).float())
-        self.target = torch.full(
-            (N + M, num_envs), -1, device=self.device
-        )  # a unit's number, or -1
+        # The target is a unit's number; -1 is none, also of the last action.
+        self.target = torch.full((N + M, num_envs), -1, device=self.device)
         self.last_action = torch.full((N, num_envs), -1, device=self.device)
         self.elapsed = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
 
@@ -200,21 +174,14 @@ class Smac(TensorGame):
         super().compile(compiler)
 
     def picture(self, actions=None):
-        """The first battle from above, with lines to whom each unit attacks, as an array (height, width, 3)."""
-        x_low, x_high, y_low, y_high = zip(*self.battle.walkable)
-        left, right, low, high = (
-            min(x_low) - 0.5,
-            max(x_high) + 0.5,
-            min(y_low) - 0.5,
-            max(y_high) + 0.5,
-        )
-        height = (
-            5.5 * (high - low) / (right - left)
-        )  # inches, for a width of 5.5; the title has 0.3 more
-        figure = Figure(figsize=(5.5, height + 0.3), dpi=80)
-        axes = figure.add_axes((0, 0, 1, height / (height + 0.3)), facecolor="#6b655b")
-        axes.set(xlim=(left, right), ylim=(low, high), xticks=[], yticks=[])
-        self._draw(axes)
+        """The first battle from above, as an array (height, width, 3)."""
+        figure = Figure(figsize=(5.5, 3.2), dpi=80, layout="constrained")
+        axes = figure.subplots()
+        for x0, x1, y0, y1 in self.battle.walkable:
+            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor="#f4efe4"))
+        axes.autoscale_view()
+        self._draw_units(axes)
+        axes.set(aspect="equal", xticks=[], yticks=[], facecolor="#6b655b")
         return pixels(figure)
 
     # ------------------------------------------------------------ what stays the same
@@ -225,23 +192,22 @@ class Smac(TensorGame):
         """What the rules need to know of units and of pairs of them."""
         N, U = self.num_agents, len(units)
         number = torch.arange(U, device=self.device)[:, None]
-        fields = [self._tensor(field)[:, None] for field in list(zip(*units))[:-1]]
-        self.unit = u = Unit(*fields, race=None)  # each field as (U, 1)
+        self.unit = u = Unit(
+            *(self._tensor(field)[:, None] for field in zip(*units))
+        )  # (U, 1) each
         damage = [[(a.damage + a.bonus * b.armoured) * a.hits for b in units] for a in units]
         self.damage = self._tensor(damage).flatten()  # (U U) by a on b in one attack
         self.row = U * number  # (U, 1) offsets into it
         self.keep_apart = (u.separation + u.separation.T)[..., None]  # (U, U, 1)
         self.scan = (u.range.clamp(min=SCAN) + u.radius + u.radius.T)[..., None]  # (U, U, 1)
         self.reach = u.range + u.radius  # (U, 1) from the centre, to the target's edge
-        self.far = (
-            1e6 * torch.eye(U, device=self.device).float()[..., None]
-        )  # nobody is near itself
+        self.far = 1e6 * self._tensor(torch.eye(U).tolist())[..., None]  # nobody is near itself
         self.grave = 1e3 * (number + 1).float()  # (U, 1) where the dead wait
         life = sum(unit.health + unit.shield for unit in units[N:])
         self.unit_reward = SCALE / (KILL * self.num_enemies + WIN + life)
-        bits = self._tensor([[name == kind for kind in self.types] for name in self.unit_names])
-        bits[N:] = bits[N:].flip(1)  # SMAC writes the enemies' types the other way round
-        self.bits = bits[..., None]  # (U, K, 1)
+        bits = [[name == kind for kind in self.types] for name in self.unit_names]
+        self.bits = self._tensor(bits)  # (U, K)
+        self.bits[N:] = self.bits[N:].flip(1)  # SMAC writes enemies' types the other way round
         others = [[j for j in range(N) if j != i] for i in range(N)]
         self.others = torch.tensor(others, dtype=torch.int64, device=self.device)  # (N, N-1)
 
@@ -252,15 +218,11 @@ class Smac(TensorGame):
         for x0, x1, y0, y1 in battle.walkable:
             walk[x0 + 1 : x1 + 1, y0 + 1 : y1 + 1] = True
         self.walk = walk.flatten().to(self.device)
-        blocks = (
-            _formation(units[:N], battle.start, 1),
-            _formation(units[N:], battle.enemy_start, -1),
-        )
-        self.start_x, self.start_y = (
-            torch.cat(blocks).float().to(self.device).T[..., None]
-        )  # (U, 1)
-        goals = self._tensor([battle.enemy_start] * N + [battle.start] * M)
-        self.goal_x, self.goal_y = goals.T[..., None]  # (U, 1)
+        starts = _formation(units[:N], battle.start, 1)
+        starts += _formation(units[N:], battle.enemy_start, -1)
+        goals = [battle.enemy_start] * N + [battle.start] * M
+        self.start_x, self.start_y = self._tensor(starts).T[..., None]  # (U, 1)
+        self.goal_x, self.goal_y = self._tensor(goals).T[..., None]  # (U, 1)
         self.step_x, self.step_y = self._tensor(STEP_X), self._tensor(STEP_Y)
 
     # ------------------------------------------------------------ a step
@@ -275,7 +237,7 @@ class Smac(TensorGame):
         return self._observe()
 
     def _play(self, actions, chance):
-        """One step of all battles. chance (U, B) in [0, 1) varies the weapons' periods: none fires twice in a step."""
+        """One step of all battles. chance (U, B) in [0, 1): no weapon needs two in a step."""
         N, over = self.num_agents, self._over()
         before = {name: getattr(self, name) for name in MEMORY}
         life, enemies = self._life(), self._alive()[N:].sum(0)
@@ -299,7 +261,7 @@ class Smac(TensorGame):
             old.copy_(torch.where(over, old, getattr(self, name)))
             setattr(self, name, old)
 
-        # SMAC takes the absolute value, so a step in which shields only come back pays a little as well.
+        # SMAC takes the absolute value: a step in which shields only come back pays as well.
         killed = enemies - self._alive()[N:].sum(0)
         obs, info = self._observe()
         reward = (life - self._life() + KILL * killed).abs() + WIN * (info["won"] & ~over)
@@ -327,7 +289,12 @@ class Smac(TensorGame):
         return dx, dy, (dx * dx + dy * dy + self.far).clamp_(min=1e-6).sqrt_()
 
     def _substep(self, heading, period):
-        """The rules 1 to 4; heading: two (N, B), where agents are told to walk; period: (U, B) of the weapons."""
+        """The rules 1 to 4.
+
+        Args:
+            heading: where agents are told to walk, x and y (N, B).
+            period: of the weapons, (U, B).
+        """
         gaps = self._distance()
         agents, enemies = slice(0, self.num_agents), slice(self.num_agents, None)
         self._acquire(gaps[2], enemies, agents)
@@ -337,13 +304,13 @@ class Smac(TensorGame):
         to_target = [d.gather(1, target[:, None])[:, 0] for d in gaps]  # dx, dy, distance: (U, B)
         has = (self.target >= 0) & (to_target[2] < 100)  # not one that has died since
         near = has & (to_target[2] <= self.reach + self.unit.radius[:, 0][target])
-        steps = self._steps(gaps, to_target, has, near, heading)  # from where everybody stands now
+        steps = self._steps(gaps, to_target, has, near, heading)  # from where everybody stands
         raw, hits = self._fire(near & (self.cooldown <= 0), target, period)
         self._wound(raw, hits)
         self._move(*steps)
 
     def _acquire(self, distance, side, foes):
-        """Rule 1 for the units in the slice `side`: keep a target in scan range, else take the nearest one there."""
+        """Rule 1 for the slice `side`: keep a target in scan range, else take the nearest there."""
         distance, old = distance[side, foes], self.target[side] - foes.start
         alert = ALERT_SCAN * (self.quiet[side, None] < ALERT)
         seen = distance <= self.scan[side, foes] + alert  # (side, foes, B)
@@ -356,13 +323,12 @@ class Smac(TensorGame):
         self.cooldown[side] = torch.where(new, cooldown.clamp(min=REACTION), cooldown)
 
     def _fire(self, fire, target, period):
-        """Rule 2: whoever may fire (U, B) does. Returns the damage and the number of hits that each takes, (U, B)."""
+        """Rule 2: those in fire (U, B) shoot. Returns damage and hits that each takes, (U, B)."""
         self.cooldown = torch.where(fire, period, self.cooldown) - DT
         self.pause = torch.where(fire, self.unit.pause, self.pause - DT)
         nothing = torch.zeros_like(self.x)
-        raw = nothing.scatter_add(
-            0, target, self.damage[self.row + target] * fire
-        )  # whole numbers: exact
+        damage = self.damage[self.row + target] * fire  # whole numbers, so that sums are exact
+        raw = nothing.scatter_add(0, target, damage)
         return raw, nothing.scatter_add(0, target, self.unit.hits * fire)
 
     def _wound(self, raw, hits):
@@ -379,7 +345,7 @@ class Smac(TensorGame):
         self.shield = torch.minimum(self.shield - absorbed + returns, u.shield) * alive
 
     def _steps(self, gaps, to_target, has, near, heading):
-        """Where units go, x and y (U, B): to their target, where they are told, or to their goal; and out of others."""
+        """Where units go, x and y (U, B): to a target, as told or to the goal, and apart."""
         N, distance = self.num_agents, gaps[2]
         overlap = (self.keep_apart - distance).clamp_(min=0).div_(distance).mul_(0.5)  # (U, U, B)
         goals = self.goal_x - self.x, self.goal_y - self.y
@@ -396,7 +362,7 @@ class Smac(TensorGame):
         return places
 
     def _move(self, to_x, to_y):
-        """Rule 4: first along x, then along y, unless a wall stands there. The dead go to the graveyard."""
+        """Rule 4: first along x, then along y, unless a wall is there. The dead leave."""
         x = torch.where(self._free(to_x, self.y), to_x, self.x)
         y = torch.where(self._free(x, to_y), to_y, self.y)
         alive = self._alive()
@@ -428,11 +394,11 @@ class Smac(TensorGame):
         return obs, {"state": state, "avail_actions": avail, "won": won}
 
     def _bodies(self, alive):
-        """Health, shield and type of agents and of enemies, (N, F, B) and (M, F, B); the dead have zeros."""
+        """Health, shield, type of agents (N, F, B) and of enemies (M, F, B), of the dead zeros."""
         sides = [self.num_agents, self.num_enemies]
         health = (self.health / self.unit.health).split(sides)
         shield = (self.shield / self.unit.shield.clamp(min=1)).split(sides)
-        kind = (self.bits * alive[:, None]).split(sides)  # (U, K, B)
+        kind = (self.bits[..., None] * alive[:, None]).split(sides)  # (U, K, B)
         bodies = []
         for side, shown in enumerate(self.shields):
             parts = [health[side][:, None], shield[side][:, None], kind[side]]
@@ -442,9 +408,7 @@ class Smac(TensorGame):
     def _views(self, gaps, avail, agents, enemies):
         """Moves that are free, enemies in sight, other agents in sight, and oneself: (N, O, B)."""
         N, (dx, dy, distance) = self.num_agents, (gap[: self.num_agents] for gap in gaps)
-        near = (distance < SIGHT).float()[
-            :, :, None
-        ]  # (N, U, 1, B); the dead are far from everybody
+        near = (distance < SIGHT).float()[:, :, None]  # (N, U, 1, B); the dead are far from all
         where = torch.stack([distance, dx, dy], 2) / SIGHT  # (N, U, 3, B)
         shots = avail[:, 6:, None].float()
         foes = torch.cat([shots, where[:, N:], enemies.expand(N, -1, -1, -1)], 2) * near[:, N:]
@@ -457,9 +421,8 @@ class Smac(TensorGame):
     def _state(self, alive, agents, enemies):
         """All agents, all enemies, and the agents' last actions: (D, B)."""
         N = self.num_agents
-        place = (
-            torch.stack([self.x, self.y], 1).sub_(MAP_SIZE / 2).div_(MAP_SIZE) * alive[:, None]
-        )  # (U, 2, B)
+        place = (torch.stack([self.x, self.y], 1) - MAP_SIZE / 2) / MAP_SIZE  # (U, 2, B)
+        place = place * alive[:, None]
         ready = self.cooldown[:N].clamp(min=0) / self.unit.cooldown_scale[:N] * alive[:N]
         agents = torch.cat([agents[:, :1], ready[:, None], place[:N], agents[:, 1:]], 1)
         enemies = torch.cat([enemies[:, :1], place[N:], enemies[:, 1:]], 1)
@@ -467,44 +430,40 @@ class Smac(TensorGame):
         last = (self.last_action[:, None] == numbers).float()  # (N, A, B), all 0 after a reset
         return torch.cat([agents.flatten(0, 1), enemies.flatten(0, 1), last.flatten(0, 1)])
 
-    def _draw(self, axes):
-        """The first battle: walls, the living with their health and shield as bars, and whom they attack."""
+    def _draw_units(self, axes):
+        """The living of the first battle, health and shield as bars, lines to whom they attack."""
         N, alive = self.num_agents, self._alive()[:, 0].tolist()
-        told = f"{sum(alive[:N])} of {N} agents (blue), {sum(alive[N:])} of {self.num_enemies} enemies (red)"
-        axes.set_title(f"step {self.elapsed[0]}: {told}", fontsize=10)
-        for x0, x1, y0, y1 in self.battle.walkable:
-            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor="#f4efe4"))
-        radii = self.unit.radius[:, 0].tolist()
+        agents, enemies = sum(alive[:N]), sum(alive[N:])
+        left = f"{agents} of {N} agents (blue), {enemies} of {self.num_enemies} enemies (red)"
+        axes.set_title(f"step {self.elapsed[0]}: {left}", fontsize=10)
         x, y, aims = (values[:, 0].tolist() for values in (self.x, self.y, self.target))
-        bars = (("health", 0.1, "#3a9d4a"), ("shield", 0.3, "#5aa9e6"))
-        for i, r in enumerate(radii):
+        for i, r in enumerate(self.unit.radius[:, 0].tolist()):
             if not alive[i]:
                 continue
             colour, j = "#2c3e87" if i < N else "#c0392b", aims[i]
             axes.add_patch(Circle((x[i], y[i]), r, facecolor=colour))
             if j >= 0 and alive[j]:
-                axes.plot([x[i], x[j]], [y[i], y[j]], color=colour, lw=0.6, alpha=0.5, zorder=1.9)
-            for name, height, colour in bars:
-                full, left = getattr(self.unit, name)[i, 0].item(), getattr(self, name)[i, 0].item()
-                if full:
-                    corner, length = (x[i] - r, y[i] + r + height), 2 * r * left / full
-                    axes.add_patch(Rectangle(corner, length, 0.2, facecolor=colour, zorder=2))
+                axes.plot([x[i], x[j]], [y[i], y[j]], color=colour, lw=0.6, alpha=0.5)
+            for bar, height, colour in (("health", 0.1, "#3a9d4a"), ("shield", 0.3, "#5aa9e6")):
+                share = getattr(self, bar)[i, 0] / getattr(self.unit, bar)[i].clamp(min=1)
+                corner, length = (x[i] - r, y[i] + r + height), 2 * r * share.item()
+                axes.add_patch(Rectangle(corner, length, 0.2, facecolor=colour, zorder=2))
 
 
 def _formation(units, centre, front):
-    """Starting places (n, 2): a compact block whose first column faces `front` (+1 east, -1 west).
+    """Starting places, n pairs: a block whose first column faces `front` (+1 east, -1 west).
 
     Melee units stand in front. The enemies' block is the agents' one turned by 180 degrees.
     """
     n, spacing = len(units), 2 * max(unit.separation for unit in units) + 0.05
     rows = int((n - 1) ** 0.5) + 1  # of a nearly square block
-    place = torch.zeros(n, 2)
+    place = [None] * n
     for k, i in enumerate(sorted(range(n), key=lambda i: units[i].range)):
         column, row = divmod(k, rows)
         filled = min(rows, n - column * rows)
         x, y = (n - 1) // rows / 2 - column, row - (filled - 1) / 2
-        place[i] = torch.tensor([x * spacing, y * spacing])
-    return torch.tensor(centre) + front * place
+        place[i] = (x * spacing, y * spacing)
+    return (torch.tensor(centre) + front * torch.tensor(place)).tolist()
 
 
 # ---------------------------------------------------------------- scripted teams
@@ -554,7 +513,7 @@ def _attack(env, info, cost):
 
 
 def _walk(env, info, dx, dy):
-    """The available step that leads best along (dx, dy), each (N, B); stop if all are barred. Returns (B, N)."""
+    """The free step that leads best along (dx, dy), each (N, B); stop if all are barred. (B, N)"""
     step_x, step_y = env.step_x[2:6, None], env.step_y[2:6, None]
     gain = step_x * dx[:, None] + step_y * dy[:, None]  # (N, 4, B)
     may = info["avail_actions"][..., 2:6].permute(1, 2, 0)

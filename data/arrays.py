@@ -1,1 +1,0 @@
-from data.dataset import fingerprint  # noqa: F401  until data/runs.py goes

@@ -1,0 +1,140 @@
+"""The pictures of algorithms/polygames.py: what policies do on the surface of a polynomial reward.
+
+Joint actions, policies (x, y) and paths are tensors whose last dimension is 2. S seeds, K steps, M
+data points.
+"""
+
+from matplotlib.figure import Figure
+
+from envs.polynomial import DATA, surface
+
+MADDPG, PJAP, TRUE = "#d1510c", "#0b6fb8", "#111111"
+WIDTH = {MADDPG: 3.0, PJAP: 1.6}  # both stay visible where they coincide
+
+
+def draw_paths(axis, paths, colour):
+    """Policies over time (S, K+1, 2): lines from a ring to a star, the first seed in bold."""
+    x, y = paths.cpu().numpy().T  # (K+1, S)
+    axis.plot(x[:, 1:], y[:, 1:], color=colour, lw=0.7, alpha=0.4)
+    axis.plot(x[:, 0], y[:, 0], color=colour, lw=WIDTH[colour])
+    axis.plot(x[0, 0], y[0, 0], "o", ms=7, mfc="white", mec=colour, mew=1.8, zorder=4)
+    axis.plot(x[-1, 0], y[-1, 0], "*", ms=13, mfc=colour, mec="white", mew=0.8, zorder=5)
+
+
+def mark_peaks(axis, peak):
+    """Crosses at both peaks of twin peaks."""
+    axis.plot((-peak, peak), (-peak, peak), "x", ms=9, mew=2, color=TRUE)
+
+
+def band(axis, values, colour, label=None):
+    """Curves of all seeds (S, K): their mean as a line, their range as a band."""
+    values = values.cpu()
+    low, high = values.amin(0), values.amax(0)
+    axis.plot(values.mean(0), color=colour, lw=WIDTH[colour], label=label)
+    axis.fill_between(range(values.shape[1]), low, high, color=colour, alpha=0.18, lw=0)
+    axis.grid(alpha=0.25)
+
+
+def draw_step(reward, policy, point, brud, true):
+    """One step from a policy, given a data point: BRUD's, its parts, the true gradient, (2,)."""
+    figure = Figure(figsize=(5.6, 5.6), layout="constrained")
+    axis = figure.subplots()
+    surface(axis, reward, "One BRUD step in sign agreement, R = xy")
+    brud_label = r"BRUD step, $\nabla J = (a_y, a_x)$"
+    true_label = r"true gradient, $\nabla R = (\theta_y, \theta_x)$"
+    step_x, step_y = brud
+    for step, colour, width, label in (
+        (brud, MADDPG, 0.014, brud_label),
+        ((step_x, 0), "#eea37d", 0.008, "its two parts, one per agent"),
+        ((0, step_y), "#eea37d", 0.008, None),
+        (true, TRUE, 0.014, true_label),
+    ):
+        scale = dict(scale=1, scale_units="xy", angles="xy")
+        axis.quiver(*policy, *step, color=colour, width=width, label=label, **scale)
+    axis.plot(*policy, "o", ms=9, mfc="white", mec=TRUE, mew=1.8, zorder=4)
+    axis.plot(*point, "o", ms=9, color=DATA)
+    words = dict(textcoords="offset points")
+    axis.annotate(r"policy $(\theta_x, \theta_y)$", policy, (10, 8), **words)
+    axis.annotate("data point $(a_x, a_y)$", point, (-45, 12), **words)
+    axis.legend(loc="lower left", fontsize=9)
+    return figure
+
+
+def draw_buffers(reward, capacities, batch_size, paths, buffers):
+    """A column for each size of a replay buffer.
+
+    paths (sizes, S, K+1, 2), their rewards, and what the first seed's buffer holds at the end, of
+    buffers (sizes, S, largest size, 2).
+    """
+    figure = Figure(figsize=(3.6 * len(capacities), 10), layout="constrained")
+    axes = figure.subplots(3, len(capacities), squeeze=False).T
+    for (top, middle, bottom), capacity, path, buffer in zip(axes, capacities, paths, buffers):
+        on_policy = " (on-policy)" if capacity == batch_size else ""
+        surface(top, reward, f"buffer of {capacity}{on_policy}")
+        draw_paths(top, path, MADDPG)
+        band(middle, reward(*path.unbind(-1)), MADDPG)
+        middle.set(xlabel="update", ylabel="reward of the policy", ylim=(-1.05, 1.05))
+        surface(bottom, reward, "buffer at the last update", buffer[0], "a", size=1.5)
+        draw_paths(bottom, path[:1, -1:], MADDPG)
+    figure.suptitle("Online MADDPG, sign agreement: the older the data, the longer the way")
+    return figure
+
+
+def draw_fields(reward, data, mean, grid, brud, true, paths):
+    """Data (M, 2) and their mean; gradients (G, 2) at a grid (G, 2); paths (starts, S, K+1, 2)."""
+    figure = Figure(figsize=(13.5, 4.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    surface(left, reward, f"a. {len(data)} data points, mean {mean}", data, "a")
+    left.plot(*mean, "P", ms=12, color=TRUE, mec="white")
+    surface(middle, reward, r"b. $\nabla R$ (black) and $\nabla J$ (orange, not to scale)")
+    brud = 0.6 * brud / brud.norm(dim=1, keepdim=True)
+    for field, colour in ((true, TRUE), (brud, MADDPG)):
+        middle.quiver(*grid.cpu().T, *field.cpu().T, color=colour, scale=7, width=0.006)
+    surface(right, reward, "c. offline MADDPG from three starts")
+    for path in paths:
+        draw_paths(right, path, MADDPG)
+    return figure
+
+
+def draw_ends(reward, peak, sigmas, data, paths, centre):
+    """A column for each spread of the data (sigmas, M, 2), with one seed's paths and its end.
+
+    paths (sigmas, starts, K+1, 2).
+    """
+    figure = Figure(figsize=(3.5 * len(sigmas), 4.1), layout="constrained")
+    axes = figure.subplots(1, len(sigmas), squeeze=False)[0]
+    for axis, sigma, points, starts in zip(axes, sigmas, data, paths):
+        x, y = (starts[0, -1] + 1e-5).tolist()  # no "-0.00"
+        surface(axis, reward, rf"$\sigma$ = {sigma:g}: ends at ({x:.2f}, {y:.2f})", points)
+        mark_peaks(axis, peak)
+        for path in starts:
+            draw_paths(axis, path[None], MADDPG)
+    around = "peak" if centre else "origin"
+    figure.suptitle(f"Offline MADDPG, twin peaks (crosses), data around the {around}")
+    return figure
+
+
+def draw_methods(reward, peak, sigmas, data, paths, distances):
+    """A row for each spread of the data (sigmas, M, 2), with MADDPG and PJAP.
+
+    Their paths (sigmas, 2, S, K+1, 2), how far the data drawn were from the policy (sigmas, 2, S,
+    K), and the rewards.
+    """
+    figure = Figure(figsize=(15.5, 3.7 * len(sigmas)), layout="constrained")
+    axes = figure.subplots(len(sigmas), 4, squeeze=False)
+    for row, (left, middle, gaps, rewards) in enumerate(axes):
+        surface(left, reward, rf"data, $\sigma$ = {sigmas[row]:g}", data[row], "a")
+        surface(middle, reward, rf"policies, $\sigma$ = {sigmas[row]:g}")
+        mark_peaks(middle, peak)
+        for method, colour in enumerate((MADDPG, PJAP)):
+            path = paths[row, method]  # (S, K+1, 2)
+            name = ("MADDPG", "MADDPG + PJAP")[method]
+            draw_paths(middle, path, colour)
+            band(gaps, distances[row, method], colour)
+            band(rewards, reward(*path.unbind(-1)), colour, name)
+        distance = r"mean $|a - \theta|$ of sampled data"
+        gaps.set(xlabel="epoch", ylabel=distance, ylim=(0, None))
+        rewards.set(xlabel="epoch", ylabel="reward of the policy", ylim=(-1, None))
+        rewards.axhline(reward(peak, peak), color=TRUE, lw=1, ls=":", label="peak")
+        rewards.legend(loc="lower right")
+    return figure
