@@ -244,7 +244,8 @@ def test_cloning_by_hand_and_its_table(float64):
                 each = [log_beta(s, episode, i) for i in range(N)]
                 for t, row in enumerate(episode[:-1]):
                     losses[s].append(-sum(x[t, a] for x, a in zip(each, data.action[row])))
-        losses = [torch.stack(steps).mean() for steps in losses]
+        losses = torch.stack([torch.stack(steps).mean() for steps in losses])
+        assert torch.allclose(cfcql.clone_loss(other, data, rows), losses)
         assert min(hand_step(adam, other, losses, args.max_grad_norm)) > args.max_grad_norm
     cfcql.clone(team.behaviour, data, streams(), args)
     table = cfcql.tabulate(team.behaviour, data)
