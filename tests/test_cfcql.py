@@ -362,16 +362,14 @@ def test_the_best_of_equally_likely_actions_is_found(tmp_path):
     assert train(tmp_path / "run", words)["return"]["per_seed"] == [20] * 10
 
 
-@pytest.mark.parametrize("cql, fewest, most", [(1, 6, 10), (0, 0, 0)])
+@pytest.mark.parametrize("cql", [1, 0])
 @pytest.mark.long
-def test_bridge_is_crossed_on_optimal_data_by_the_weight_of_the_penalty(
-    tmp_path, cql, fewest, most
-):
-    """How many of 10 seeds come near -1.2355. A heavy penalty makes the greedy team do
-    what was done most often, and that is consistent in these data."""
+def test_bridge_is_crossed_on_optimal_data_by_the_weight_of_the_penalty(tmp_path, cql):
+    """Most seeds come near the best, -1.2355: a heavy penalty makes the greedy team do what was
+    done most often, and that is consistent in these data."""
     words = f"--env bridge --dataset optimal --num-seeds 10 --steps 1000 --cql {cql}"
     returns = train(tmp_path / "run", words)["return"]["per_seed"]
-    assert fewest <= sum(x > -1.3 for x in returns) <= most, returns
+    assert (sum(x > -1.3 for x in returns) > 5) == (cql > 0), returns
 
 
 # ---------------------------------------------------------------- the script
