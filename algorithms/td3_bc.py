@@ -58,7 +58,9 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   adams = td3_bc.optimizers(team, args)
   for step in range(100):
       noise = td3_bc.draw_noise(generators, data, args)
-      logs = td3_bc.update(team, adams, data, noise, step % args.delay == 0, args)
+      logs = td3_bc.update_critics(team, adams, data, noise, args)
+      if step % args.delay == 0:
+          logs |= td3_bc.update_policies(team, adams, data, noise, args)
   action = team.policies(obs.transpose(0, 1).expand(S, N, M + 1, 5))  # (S, N, M + 1, A)
 
 Differences from the authors' code (of MOMA-PPO's baselines, and OMAR's), and choices made here:
@@ -398,25 +400,22 @@ def optimizers(team, args):
     return {name: adam(part.parameters()) for name, part in parts.items()}
 
 
-def update(team, adams, data, noise, improve, args):
-    """One update of the critics and, if it is their turn (improve), of policies and targets.
-
-    Returns diagnostics, (S,) tensors.
-    """
-    batch, limit = gather(data, noise.rows), args.max_grad_norm
+def update_critics(team, adams, data, noise, args):
+    """One update of the critics; returns diagnostics, (S,) tensors."""
+    batch = gather(data, noise.rows)
     y = td_target(team, batch, noise, args)
-    q_loss = descend(
-        adams["critics"], team.critics, critic_loss(team, batch, y, noise, args), limit
-    )
-    if not improve:
-        return {"q_loss": q_loss}
-    pi_loss = descend(
-        adams["policies"], team.policies, policy_loss(team, batch, noise, args), limit
-    )
+    loss = critic_loss(team, batch, y, noise, args)
+    return {"q_loss": descend(adams["critics"], team.critics, loss, args.max_grad_norm)}
+
+
+def update_policies(team, adams, data, noise, args):
+    """One update of the policies and, after it, of all targets; returns diagnostics, (S,)."""
+    loss = policy_loss(team, gather(data, noise.rows), noise, args)
+    logs = {"policy_loss": descend(adams["policies"], team.policies, loss, args.max_grad_norm)}
     networks = [*team.policies.parameters(), *team.critics.parameters()]
     with torch.no_grad():
         torch._foreach_lerp_(list(team.targets.parameters()), networks, args.tau)
-    return {"policy_loss": pi_loss, "q_loss": q_loss}
+    return logs
 
 
 # ---------------------------------------------------------------- run
@@ -453,7 +452,7 @@ def main(args):
     data, encode = arrange(run.load(discrete=False), args)
     team = Team(data, args, run.streams(0, "cpu")).to(run.device)
     adams, generators = optimizers(team, args), run.streams(1)
-    learn = run.compile(update)
+    learn, improve = run.compile(update_critics), run.compile(update_policies)
     if run.begin(team=team, adams=adams, generators=generators) and run.step:
         last = run.rows[-args.num_seeds :]  # the policies' loss may be of an earlier update
         run.logs = {"policy_loss": torch.tensor([row["policy_loss"] for row in last])}
@@ -462,7 +461,9 @@ def main(args):
         for adam in adams.values():
             adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
         noise = draw_noise(generators, data, args)
-        run.logs |= learn(team, adams, data, noise, step % args.delay == 0, args)
+        run.logs |= learn(team, adams, data, noise, args)
+        if step % args.delay == 0:
+            run.logs |= improve(team, adams, data, noise, args)
     return run.finish(method_of(args), players)
 
 
