@@ -71,12 +71,12 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   data = alberdice.Data(obs, state, avail, action, reward, done, steps)
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = alberdice.Team(data, args, generators)
-  adams = alberdice.optimizers(team, args)
+  adam = alberdice.optimizer(team, args)
   behaviour = alberdice.clone(team, data, generators, args)
   for step in range(args.steps):
-      alberdice.schedule(team, adams, step, args)
+      alberdice.schedule(team, adam, step, args)
       noise = alberdice.draw_noise(generators, N, args)
-      logs = alberdice.update(team, adams, data, behaviour, noise, args)
+      logs = alberdice.update(team, adam, data, behaviour, noise, args)
 
 Differences from the authors' code, and choices made here:
   1. One gradient step each for nu, e and pi in an agent's turn, agents in a fixed
@@ -143,10 +143,10 @@ class Args:
     num_seeds: int = 5  # how many seeds train, all at once
     steps: int = 4000  # updates; each is a sweep that trains every agent once
     eval_every: int = 200  # updates between evaluations; each writes a checkpoint
-    eval_episodes: int = 32  # games per seed and evaluation, greedy and again sampled; 0 for none
+    eval_episodes: int = 32  # games a seed and evaluation, greedy and again sampled; 0: none
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # CPU threads; networks this small gain little from more
-    compile: bool = torch.cuda.is_available()  # compile each turn with torch.compile
+    compile: bool = torch.cuda.is_available()  # compile each turn
     out_dir: str = ""  # the run's folder; by default a new one in runs/alberdice
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
@@ -172,7 +172,7 @@ class Args:
 
 
 PRESETS = {  # what differs from Bridge's values, above
-    "matrix": dict(  # the weights in units of the largest difference between two payoffs
+    "matrix": dict(  # the weights in units of the payoffs' range
         num_seeds=10,
         steps=1000,
         one_hot=False,
@@ -183,7 +183,7 @@ PRESETS = {  # what differs from Bridge's values, above
         cql_end=0.1,
     ),
     "matrix xor": dict(dataset="aa-ab-ba"),
-    "": dict(  # a game that is not ours; the weights in units of the spread of the data's returns
+    "": dict(  # games that are not ours; the weights in units of the spread of returns
         num_seeds=3,
         eval_every=500,
         clone_steps=50_000,
@@ -214,14 +214,14 @@ class Data(NamedTuple):
 
 
 class Behaviour(NamedTuple):
-    """What the cloned models say of every row. They never change again, so they are two tables."""
+    """What the cloned models say of every row; they never change again."""
 
     log_mu: list  # of (S, R, A), for each agent i: log mu_i(.|s)
     log_mu_others: list  # of (S, R, N-1, A): log mu(.|s, a_i, a_<j) of each teammate j
 
 
 class Noise(NamedTuple):
-    """Uniform numbers in [0, 1) for one turn; given them, an update leaves nothing to chance."""
+    """Uniform numbers in [0, 1) for one turn; nothing else in it is left to chance."""
 
     rows: torch.Tensor  # (S, B) which recorded steps to draw
     steps: torch.Tensor  # (S, B) which of them to draw again
@@ -249,7 +249,7 @@ def draw_noise(generators, num_agents, args):
 
 
 def draw(noise, data):
-    """Recorded steps for each seed as row numbers (S, B), chosen by noise (S, B) in [0, 1)."""
+    """Recorded steps for each seed as row numbers (S, B), by noise (S, B) in [0, 1)."""
     return data.steps[noise.mul(len(data.steps)).long()]
 
 
@@ -265,7 +265,7 @@ def recall(table, rows):
 
 # ---------------------------------------------------------------- networks
 class Linear(nn.Module):
-    """S independent linear layers as one batched product; each seed has its own generator."""
+    """S independent linear layers as one batched product, each from its own generator."""
 
     def __init__(self, inputs, outputs, generators):
         super().__init__()
@@ -293,7 +293,7 @@ def mlp(inputs, outputs, args, generators):
 
 
 class Team(nn.Module):
-    """Everything that S teams learn. Each agent has networks of its own: a turn moves one agent."""
+    """Everything that S teams learn; each agent has networks of its own."""
 
     def __init__(self, data, args, generators):
         super().__init__()
@@ -405,7 +405,10 @@ def nu_loss(advantages, ratio, nu, slopes, alpha, args):
 
 
 def e_loss(e, action, advantages, avail, log_mu, cql):
-    """Eq. 6 for each seed, (S,): e and log_mu (S, B, A), advantages (S, B), of resampled steps."""
+    """Eq. 6 for each seed, (S,).
+
+    e and log_mu (S, B, A), advantages (S, B): all of resampled steps.
+    """
     gap = e.masked_fill(~avail, ILLEGAL).logsumexp(-1) - (log_mu.exp() * e).sum(-1)
     return ((chosen(e, action) - advantages) ** 2 + cql * gap).mean(1)
 
@@ -441,16 +444,14 @@ def descend(adam, module, losses):
     return losses
 
 
-def optimizers(team, args):
-    """Adam for all nus and es, and for all policies; only what has a gradient takes a step."""
-    critics = nn.ModuleList([*team.nus, *team.es])
-    return {
-        "critics": torch.optim.Adam(critics.parameters(), args.critic_lr, fused=True),
-        "policies": torch.optim.Adam(team.policies.parameters(), args.policy_lr, fused=True),
-    }
+def optimizer(team, args):
+    """Adam for everything but the clones; only what has a gradient takes a step."""
+    critics = [*team.nus.parameters(), *team.es.parameters()]
+    groups = [{"params": critics}, {"params": team.policies.parameters()}]
+    return torch.optim.Adam(groups, fused=True)
 
 
-def schedule(team, adams, step, args):
+def schedule(team, adam, step, args):
     """Set what changes from update to update.
 
     The weights of the KL divergence and of the conservative term fall exponentially, to their ends
@@ -459,13 +460,13 @@ def schedule(team, adams, step, args):
     share = step / max(1, args.steps - 1)
     team.alpha.fill_(args.alpha * (args.alpha_end / args.alpha) ** share)
     team.cql.fill_(args.cql * (args.cql_end / args.cql) ** share if args.cql else 0.0)
-    for adam in adams.values():
-        adam.param_groups[0]["lr"] = adam.defaults["lr"] * (1 - step / args.steps)
+    for group, lr in zip(adam.param_groups, (args.critic_lr, args.policy_lr)):
+        group["lr"] = lr * (1 - step / args.steps)
 
 
 @torch.no_grad()
 def look(i, team, data, behaviour, noise, args):
-    """Draw the minibatch of agent i's turn and see how its teammates play there now: a `View`."""
+    """Draw the minibatch of agent i's turn; see how its teammates play there now."""
     others = [j for j in range(len(team.policies)) if j != i]
     rows = draw(noise.rows, data)  # (S, B)
     actions = torch.stack([data.actions[rows, j] for j in others], -1)  # (S, B, N-1)
@@ -475,10 +476,10 @@ def look(i, team, data, behaviour, noise, args):
     return View(rows, ratio, resample(ratio, noise.steps), teammates_kl(log_pi, log_mu))
 
 
-def evaluate(i, team, adams, data, view, noise, args):
+def evaluation(i, team, adam, data, view, noise, args):
     """How often to be where: one step of nu_i.
 
-    Returns E_i (S, B) of the resampled steps, from before the step, and diagnostics.
+    Returns E_i (S, B) of the resampled steps, by nu_i before that step, and diagnostics.
     """
     rows, ratio, again, price = view
     nu_i, state = team.nus[i], data.state[rows]  # (S, B, D)
@@ -489,41 +490,41 @@ def evaluate(i, team, adams, data, view, noise, args):
     losses = nu_loss(advantages, ratio, nu, slope(nu_i, between), team.alpha, args)
     advantages = advantages.detach()
     effective = ratio.sum(1) ** 2 / (ratio**2).sum(1)  # steps of equal weight that tell as much
-    losses = descend(adams["critics"], nu_i, losses)
+    losses = descend(adam, nu_i, losses)
     return advantages, {"nu_loss": losses, "sample_size": effective}
 
 
-def improve(i, team, adams, data, behaviour, view, advantages, args):
-    """What an action adds to that, and the policy that does it: one step of e_i and one of pi_i."""
+def improvement(i, team, adam, data, behaviour, view, advantages, args):
+    """Which actions lead there: one step of e_i, and one of pi_i, which follows it."""
     rows = view.rows.gather(1, view.again)  # (S, B) the resampled steps
     avail, log_mu = data.avail[rows, i], recall(behaviour.log_mu[i], rows)  # (S, B, A)
     e = team.es[i](data.state[rows])  # (S, B, A)
     losses = e_loss(e, data.actions[rows, i], advantages, avail, log_mu, team.cql)
     e = e.detach()
-    e_losses = descend(adams["critics"], team.es[i], losses)
+    e_losses = descend(adam, team.es[i], losses)
     log_pi = recorded_log_probs(team.policies, i, rows, data)  # (S, B, A)
     losses, kl = policy_loss(log_pi, e, log_mu, team.alpha)
-    policy_losses = descend(adams["policies"], team.policies[i], losses)
+    policy_losses = descend(adam, team.policies[i], losses)
     return {"e_loss": e_losses, "policy_loss": policy_losses, "kl": kl}
 
 
-def turn(i, team, adams, data, behaviour, noise, args):
+def turn(i, team, adam, data, behaviour, noise, args):
     """One update of agent i's nu, e and policy, with the teammates as they are now.
 
     Returns diagnostics, {name: (S,)}.
     """
     view = look(i, team, data, behaviour, noise, args)
-    advantages, logs = evaluate(i, team, adams, data, view, noise, args)
-    return logs | improve(i, team, adams, data, behaviour, view, advantages, args)
+    advantages, logs = evaluation(i, team, adam, data, view, noise, args)
+    return logs | improvement(i, team, adam, data, behaviour, view, advantages, args)
 
 
-def update(team, adams, data, behaviour, noise, args, turn=turn):
-    """One sweep: every agent's turn, for all seeds; returns the diagnostics of the last turn.
+def update(team, adam, data, behaviour, noise, args, turn=turn):
+    """One sweep: every agent's turn, for all seeds; returns the last turn's diagnostics.
 
     noise: a `Noise` for each turn. `turn` can be given in compiled form.
     """
     for i, own_noise in enumerate(noise):
-        logs = turn(i, team, adams, data, behaviour, own_noise, args)
+        logs = turn(i, team, adam, data, behaviour, own_noise, args)
     return logs
 
 
@@ -545,51 +546,53 @@ def clone_loss(models, data, rows):
     return loss
 
 
+@torch.enable_grad()
 def clone_update(adam, models, data, row_noise):
     """One update of the behaviour models on steps that row_noise (S, B) draws."""
     descend(adam, models, clone_loss(models, data, draw(row_noise, data)))
 
 
 def hold_back(data, share):
-    """Part the recorded steps into those to learn from and those that judge what was learned.
+    """Part the recorded steps: the `Data` to clone, and the rows (B,) to judge the clones by.
 
-    The latter are whole episodes, evenly spread, of some 5,000 steps at most; none with share 0.
-    Returns the `Data` to learn from, and the rows of the others (B,).
+    The latter are a `share` of the episodes, evenly spread over the data, less where that would be
+    more than 5,000 steps; none if there is a single episode.
     """
     steps = data.steps
-    if share == 0:
-        return data, steps[:0]
     episode = F.pad((steps.diff() > 1).cumsum(0), (1, 0))  # (M,) no step begins in a last row
+    if share == 0 or episode[-1] == 0:
+        return data, steps[:0]
     every = max(2, round(1 / min(share, 5_000 / len(steps))))
-    held = (episode % every == 0) & (episode[-1] > 0)  # a single episode is not held back
+    held = episode % every == 0
     return data._replace(steps=steps[~held]), steps[held]
 
 
+@torch.no_grad()
 def clone(team, data, generators, args, clone_update=clone_update):
-    """Fit the behaviour before anything else, start the policies from it; returns a `Behaviour`.
+    """Fit the behaviour, start the policies from it, and return it as a `Behaviour`.
 
-    With held-back steps, each seed keeps the models that found them likeliest, and is done when
-    1,000 updates brought none better. `clone_update` can be given in compiled form.
+    With --hold-back each seed keeps the models that make the held-back episodes likeliest. These
+    are asked every 250 updates; once 4 times in a row they are no likelier, a seed is done.
     """
-    S = args.num_seeds
     models = nn.ModuleList([*team.mus, team.teammates])
-    adam = torch.optim.Adam(models.parameters(), args.clone_lr, fused=True)
+    parameters = list(models.parameters())
+    adam = torch.optim.Adam(parameters, args.clone_lr, fused=True)
     learned, held = hold_back(data, args.hold_back)
-    best, least, found = copy.deepcopy(models), [math.inf] * S, [0] * S  # found after which update
+    best = data.reward.new_full((args.num_seeds,), torch.inf)  # (S,)
+    kept, checks = [x.clone() for x in parameters], torch.zeros_like(best)
     for step in range(1, args.clone_steps + 1):
         clone_update(adam, models, learned, uniform(generators, args.clone_batch))
-        if len(held) == 0 or step % 250:
-            continue
-        for s, loss in enumerate(clone_loss(models, data, held.expand(S, -1)).tolist()):
-            if loss < least[s] and step - found[s] <= 1000:
-                least[s], found[s] = loss, step
-                for kept, parameter in zip(best.parameters(), models.parameters()):
-                    kept.data[s] = parameter.data[s]
-        if step - max(found) >= 1000:
-            break
+        if len(held) and (step % 250 == 0 or step == args.clone_steps):
+            loss = clone_loss(models, data, held.expand(args.num_seeds, -1))
+            better = (loss < best) & (checks < 4)
+            best, checks = torch.where(better, loss, best), torch.where(better, 0, checks + 1)
+            for old, new in zip(kept, parameters):
+                old[better] = new[better]
+            if (checks >= 4).all():
+                break
     if len(held):
-        models.load_state_dict(best.state_dict())
-    team.policies.load_state_dict(team.mus.state_dict())  # a cloned team is a good place to start
+        torch._foreach_copy_(parameters, kept)
+    team.policies.load_state_dict(team.mus.state_dict())  # a good place to start from
     return tabulate(team, data, args)
 
 
@@ -643,17 +646,17 @@ def main(args):
     run = Run("alberdice", args)
     data, encode = arrange(run.load(discrete=True), args)
     team = Team(data, args, run.streams(0, "cpu")).to(run.device)
-    adams, generators = optimizers(team, args), run.streams(2)
+    adam, generators = optimizer(team, args), run.streams(2)
     learn = run.compile(turn)
-    if run.begin(team=team, adams=adams, generators=generators):
+    if run.begin(team=team, adam=adam, generators=generators):
         behaviour = tabulate(team, data, args)
     else:
         behaviour = clone(team, data, run.streams(1), args, run.compile(clone_update))
     own = player(team.policies, encode, run.actions)
     for step in run.steps(own):  # evaluates, records and keeps where it is due
-        schedule(team, adams, step, args)
+        schedule(team, adam, step, args)
         noise = draw_noise(generators, len(team.policies), args)
-        run.logs = update(team, adams, data, behaviour, noise, args, learn)
+        run.logs = update(team, adam, data, behaviour, noise, args, learn)
     cloned = run.score(player(team.mus, encode, run.actions))
     return run.finish("AlberDICE", own, others={"behavioural cloning": ("cloned_", cloned)})
 

@@ -1,96 +1,102 @@
-"""CFCQL: counterfactual conservative Q-learning (Shao et al., NeurIPS 2023, arXiv 2309.12696).
+"""CFCQL: counterfactual conservative Q-learning (Shao et al., NeurIPS 2023).
 
-The file holds MACQL (--joint-cql) and QMIX (--cql 0), too.
+The file holds MACQL (--joint-cql) and QMIX (--cql 0), too. Paper: arXiv 2309.12696.
 
-The problem. A team of N agents learns from a fixed dataset. Conservative Q-learning (CQL) guards
-against actions that nobody tried: it pushes the values of all actions down and that of the recorded
-one up. For a team "all actions" are A^N joint actions. Nearly none of them was recorded, and the
-penalty grows with the team.
+The problem. A team of N agents learns from a fixed dataset. Conservative Q-learning
+(CQL) guards against actions that nobody tried: it pushes the values of all actions
+down and that of the recorded one up. For a team "all actions" are A^N joint actions.
+Nearly none of them was recorded, and the penalty grows with the team.
 
-The idea. Replace one agent's action at a time and leave the others' as they were recorded. That
-makes N penalties over A actions each, in place of one over A^N. A penalty counts the more, the
-further its agent's choice would lead from its recorded behaviour. The team's value is mixed from
-local ones (QMIX) and grows with each of them. So every agent finds its part of the best joint
-action alone, and that is how the team acts. But nothing else holds the team together. Such a value
-cannot say "A if you play B, and B if you play A": where the data hold both conventions of XOR it
-fails by its form.
+The idea. Replace one agent's action at a time and leave the others' as they were
+recorded. That makes N penalties over A actions each, in place of one over A^N. A
+penalty counts the more, the further its agent's choice leads from its recorded
+behaviour. The team's value is mixed from local ones (QMIX) and grows with each of
+them. So every agent finds its part of the best joint action alone, and that is how the
+team acts. But nothing else holds the team together. Such a value cannot say "A if you
+play B, and B if you play A". Where the data hold both conventions of XOR it must fail.
 
-Equations, by numbers of our own. h_i is what agent i saw and did so far, q_i(h_i, .) its local
-values. A prime marks slowly moving copies. m_t is 0 where the game ended by its own rules.
- 1 mixing     Q(s, a)   = w2(s) . elu( sum_i w1_i(s) q_i(h_i, a_i) + b1(s) ) + b2(s),  w1, w2 >= 0
- 2 target     G_t       = r_t + gamma m_t [ (1 - lambda) Q'_{t+1} + lambda G_{t+1} ]
-              Q'_t      = Q'(s_t, a*),  a*_i = argmax_a q_i(h_i, a);  in the last step [ ] is Q'
- 3 deviation  K_i       = KL( p_i || beta_i ),  p_i(a') = softmax_a' Q(s, (a', a_-i))
- 4 weights    u_i       = softmax_i( tau_lambda K_i ),  numbers: no gradient goes through them
- 5 gap        C         = sum_i u_i log sum_a' exp Q(s, (a', a_-i)) - Q(s, a)
-      MACQL   C         = log mean_a' exp Q(s, a') - Q(s, a),  a' joint actions drawn at random
+Equations, by numbers of our own. h_i is what agent i saw and did so far, q_i(h_i, .)
+its local values. A prime marks slowly moving copies. m_t is 0 where the game ended by
+its own rules; in an episode's last step [ ] is Q'_{t+1}.
+ 1 mixing     Q(s, a) = w2(s) . elu( sum_i w1_i(s) q_i(h_i, a_i) + b1(s) ) + b2(s)
+                        with w1, w2 >= 0
+ 2 target     G_t     = r_t + gamma m_t [ (1 - lambda) Q'_{t+1} + lambda G_{t+1} ]
+              Q'_t    = Q'(s_t, a*),  a*_i = argmax_a q_i(h_i, a)
+ 3 deviation  K_i     = KL( p_i || beta_i ),  p_i(a') = softmax_a' Q(s, (a', a_-i))
+ 4 weights    u_i     = softmax_i( tau_lambda K_i ),  without gradients
+ 5 gap        C       = sum_i u_i log sum_a' exp Q(s, (a', a_-i)) - Q(s, a)
+              C       = log mean_a' exp Q(s, a') - Q(s, a)  for MACQL, a' drawn at random
  6 loss       L(q, w, b) = E [ 1/2 (Q(s, a) - G)^2 + cql C ]
- 7 behaviour  L(beta_i) = -E log beta_i(a_i|h_i),  learned before all else
-With one agent Eq. 6 is plain CQL. With tau_lambda = 0 all u_i are 1/N, and beta_i is not needed.
+ 7 behaviour  L(beta_i)  = -E log beta_i(a_i|h_i),  learned before all else
+With one agent Eq. 6 is plain CQL. With tau_lambda = 0 all u_i are 1/N.
 
-Commands, and the greedy return to expect of the last team (one core of a small server's CPU):
+Commands, and the return you should see (last team, greedy; one CPU core, torch 2.13):
   python algorithms/cfcql.py
-      XOR, data aa-ab-ba, 10 seeds, 11 s: 0 in all, both play B, and so with --joint-cql or --cql 0;
-      --dataset ab: 1; ab-ba: 0.2 +- 0.13; all: 0.6 +- 0.16, by luck
+      XOR, data aa-ab-ba, 10 seeds, 11 s: 0 in all, both play B; --joint-cql and --cql 0
+      the same; --dataset ab 1; ab-ba 0.2 +- 0.13 and all 0.6 +- 0.16, by luck
   python algorithms/cfcql.py --env matrix --task m-ne
-      12 s: 5, the data's local optimum, in 10 of 10 seeds; --dataset balanced: 20, the best
+      12 s: 5, the data's local optimum, in 10 of 10 seeds; --dataset balanced 20, the best
   python algorithms/cfcql.py --env bridge
-      mixed data, 5 seeds, 28 s: -15.5 in all, as they block each other (data -9.31, best -1.2355);
-      --dataset optimal: -1.25 in 5 of 5, 9 of the seeds 100 to 109; with --cql 0.1: -7.9 +- 4.1
+      mixed data, 5 seeds, 28 s: -15.5 in all, as the agents block each other (the data
+      -9.31, the best -1.2355); --dataset optimal -1.25 in 5 of 5; --cql 0.1 -7.9 +- 4.1
   python algorithms/cfcql.py --env smac
-      5m_vs_6m, medium-replay data, 3 seeds, 3.5 min: 56 % of the battles won (return 15.8; cloning
-      43 %, the data 9 % and 7.8); --task 2s3z: 89 % in five seeds
+      5m_vs_6m, medium-replay data, 3 seeds, 3.5 min: 56 % of the battles won (return
+      15.8; cloning 43 %, the data 9 %); --task 2s3z 89 % in five seeds
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, cfcql
-  S, N, A, M = 2, 3, 4, 500  # seeds, agents, actions, steps of one long episode
-  obs, state, action = torch.randn(M + 1, N, 5), torch.randn(M + 1, 6), torch.randint(A, (M + 1, N))
+  S, N, A, M = 2, 3, 4, 500           # seeds, agents, actions, steps of one long episode
+  obs, state = torch.randn(M + 1, N, 5), torch.randn(M + 1, 6)
+  avail, action = torch.ones(M + 1, N, A).bool(), torch.randint(A, (M + 1, N))
   reward = (action == obs[..., :A].argmax(-1)).float().mean(1)
-  row, done, avail = torch.arange(M + 1), torch.zeros(M + 1), torch.ones(M + 1, N, A).bool()
-  sequences = row.view(-1, 3)  # of 3 rows: 2 steps, and what comes then
-  data = cfcql.Data(obs, state, avail, action, reward, done, (row < M).float(), row == 0, sequences)
+  row, done = torch.arange(M + 1), torch.zeros(M + 1)
+  acted, first = (row < M).float(), row == 0
+  sequences = row.view(-1, 3)         # of 3 rows: 2 steps, and what comes then
+  data = cfcql.Data(obs, state, avail, action, reward, done, acted, first, sequences)
   args = cfcql.Args(num_seeds=S, clone_steps=50)
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = cfcql.Team(data, args, generators)
   adam = torch.optim.Adam(team.value.parameters(), args.lr, fused=True)
-  log_beta = cfcql.clone(team.behaviour, data, generators, args)
+  cfcql.clone(team.behaviour, data, generators, args)
+  log_beta = cfcql.tabulate(team.behaviour, data)
   for step in range(200):
       rows = cfcql.draw_rows(generators, data, args)
       joint = cfcql.draw_joint(generators, data, args)
       logs = cfcql.update(team, adam, data, log_beta, rows, joint, args)
 
 Differences from the authors' code, and choices made here:
-  1. Each agent has networks of its own. The authors' agents share one and are told who they are.
+  1. Each agent has networks of its own. Their agents share one and know who they are.
   2. The N A mixed values of Eq. 5 are found at once. Theirs are found by two loops.
-  3. In Eq. 4 the agent that deviates most counts most, as in the authors' code. There a tau_lambda
-     of 100 means that this agent alone counts. Here it is a softmax like any other.
-  4. MACQL's random joint actions are available. Theirs may not be, and are worth 0 then.
-  5. An episode that was cut goes on to be worth Q' after its last step. In the authors' code this
-     holds for the longest of a minibatch only. Padding enters no mean.
-  6. Target networks move a little in each update. Theirs jump every 200 episodes of a counter that
-     grows by 8 an update: every 25 updates.
-  7. One network of the state gives the weights and biases of Eq. 1, with --layers hidden layers.
-     Theirs are four; that of b1 is linear.
-  8. beta_i is cloned for a fixed number of updates, theirs until 20 minibatches bring no lower
-     loss. log beta_i is at least -12 in Eq. 3; theirs adds 1e-5 to both probabilities.
-  9. In battles q_i and beta_i are GRUs that see their agent's last action (--recurrent), as theirs
-     are. Elsewhere they have no memory. Inputs are in units of the data's mean and spread, or
-     one-hot (Bridge's cells), or as they are (battles).
- 10. A minibatch of battles holds some 500 steps, theirs 128 episodes. Training ends after 2,000
-     updates, theirs after 10 million steps. Adam's step size falls linearly to 0, theirs stays.
- 11. lambda is 0.6 on maps whose battles last less than 100 steps, and 0.9 on others. Theirs is 0.6,
-     on 6h_vs_8z 0.3. Eq. 5 leaves the best action worth about 1 more than recorded ones, and
-     1 - lambda of that enters Eq. 2 in every step: on 2s3z Q promises too much with 0.6.
- 12. cql is 5 in battles, 1 on Bridge and 0.1 in matrix games, and tau_lambda is 1. Theirs are tuned
-     for each dataset: cql from 0.1 to 50, mostly 50; tau_lambda from 0 to 1, once "that agent
-     alone" (see 3).
+  3. In Eq. 4 the agent that deviates most counts most, as in their code. There a
+     tau_lambda of 100 means this agent alone. Here it is a softmax like any other.
+  4. MACQL's random actions are available ones. Theirs may not be: these are worth 0.
+  5. An episode that was cut goes on to be worth Q' after its last step. In their code
+     this holds for the longest of a minibatch only. Padding enters no mean.
+  6. Target networks move a little in each update. Theirs jump every 200 episodes of a
+     counter that grows by 8 an update, which is every 25 updates.
+  7. One network of the state gives all of Eq. 1's weights and biases. Theirs are four.
+  8. beta_i is cloned for a fixed number of updates, theirs until 20 minibatches bring
+     no lower loss. In Eq. 3 log beta_i is at least -12, so that K_i is bounded. Theirs
+     adds 1e-5 to both probabilities.
+  9. In battles q_i and beta_i are GRUs that see their agent's last action, as theirs.
+     Elsewhere they have no memory. Inputs are in units of the data's mean and spread,
+     or one-hot (Bridge's cells), or as they are (battles).
+ 10. A minibatch of battles holds some 500 steps, theirs 128 episodes. Training ends
+     after 2,000 updates, theirs after 10 million steps. Adam's step size falls to 0.
+ 11. lambda is 0.6 where battles last less than 100 steps, else 0.9. Theirs is 0.6, and
+     0.3 on 6h_vs_8z. Eq. 5 leaves the best action worth about 1 more than recorded
+     ones, and 1 - lambda of that enters Eq. 2 in every step: too much on 2s3z.
+ 12. cql is 5 in battles, 1 on Bridge and 0.1 in matrix games, and tau_lambda is 1.
+     Theirs depend on the dataset: cql from 0.1 to 50, mostly 50; tau_lambda from 0 to 1,
+     once the agent that deviates most alone.
 
-A minibatch consists of whole episodes, laid end to end in sequences of one length: Eq. 2 looks
-ahead. Seeds differ in all that is random here, and are evaluated in one environment.
+A minibatch consists of whole episodes, laid end to end in sequences of one length, as
+Eq. 2 looks ahead. Seeds differ in all that is random here, and are evaluated in one
+environment.
 
-Shapes: S seeds, N agents, Q = S N networks, M sequences of the data, L rows of a sequence,
-B sequences of a minibatch, R rows (observations), A actions, J joint actions, W units of the mixer,
-H of a memory, I inputs, D state.
+Shapes: S seeds, N agents, Q = S N networks, M sequences of the data, L rows of one,
+B sequences of a minibatch, R rows (observations), A actions, J joint actions, W units
+of the mixer, H of a memory, I inputs, D state.
 """
 
 import copy
@@ -104,7 +110,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ILLEGAL = -1e10  # the value of an action that is not available
+ILLEGAL = -1e10  # of an action that is not available; finite, as 0 times it must be 0
 
 
 # ---------------------------------------------------------------- arguments
@@ -113,10 +119,10 @@ class Args:
     # --- what to learn
     env: str = "matrix"  # the environment: matrix, bridge, smac, or module:factory
     task: str = ""  # its task; by default the environment's usual one
-    dataset: str = ""  # a dataset's name, or the path of a file; by default the task's usual one
+    dataset: str = ""  # a dataset's name, or the path of a file; by default the usual one
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
     env_kwargs: str = ""  # more for the environment, as JSON
-    team_reward: Literal["sum", "mean"] = "sum"  # of the agents' rewards, if not ours
+    team_reward: Literal["sum", "mean"] = "sum"  # of agents' rewards, in a game not ours
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 10  # how many seeds train, all at once
@@ -131,15 +137,15 @@ class Args:
     track: bool = False  # also log to Weights & Biases
     # --- the method
     cql: float = 0.1  # weight of the conservative term; 0: QMIX
-    tau_lambda: float = 1.0  # how much an agent's weight grows with its deviation; 0: all alike
-    joint_cql: bool = False  # MACQL: penalise random joint actions, not one agent's at a time
-    joint_samples: int = 100  # MACQL: how many joint actions are drawn for each step
+    tau_lambda: float = 1.0  # how fast an agent's weight grows with its deviation
+    joint_cql: bool = False  # MACQL: penalise random joint actions
+    joint_samples: int = 100  # MACQL: how many of them for each step
     td_lambda: float = 0.6  # how far the targets look ahead: 0 one step, 1 to the end
     gamma: float = 0.99  # discount
     # --- the optimisation
     normalize: bool = True  # views in units of the data's mean and spread
     one_hot: bool = False  # feed whole numbers as one-hot values (the cells of a grid)
-    recurrent: bool = False  # a memory (GRU) for local values, which see their last action too
+    recurrent: bool = False  # a memory (GRU) that sees the last action too
     hidden: int = 64  # units per hidden layer
     layers: int = 2  # hidden layers
     width: int = 32  # units of the mixer
@@ -151,67 +157,85 @@ class Args:
     clone_lr: float = 2e-3  # their step size
 
 
-GAME = dict(normalize=False, num_seeds=3, steps=2000, eval_every=500, eval_episodes=32, cql=1.0)
-PRESETS = {  # what differs from the values above; "env task" on top of "env"; "": not our game
+GAME = dict(
+    normalize=False,
+    num_seeds=3,
+    steps=2000,
+    eval_every=500,
+    eval_episodes=32,
+    cql=1.0,
+)
+BATTLE = dict(
+    task="5m_vs_6m",
+    recurrent=True,
+    cql=5.0,
+    clone_steps=500,
+    sequences=3,  # some 500 steps, if battles last to the end
+    td_lambda=0.9,
+)
+PRESETS = {  # what differs from the values above; "" is a game that is not ours
     "matrix xor": dict(dataset="aa-ab-ba"),
-    "bridge": dict(GAME, num_seeds=5, one_hot=True, sequences=4),
-    "smac": dict(GAME, task="5m_vs_6m", recurrent=True, cql=5.0, clone_steps=500)
-    | dict(sequences=3, td_lambda=0.9),
+    "bridge": GAME | dict(num_seeds=5, one_hot=True, sequences=4),
+    "smac": GAME | BATTLE,
     "smac 3m": dict(sequences=9, td_lambda=0.6),
     "smac 5m_vs_6m": dict(sequences=8, td_lambda=0.6),
     "smac 8m": dict(sequences=4),
     "smac 2s3z": dict(sequences=4),
     "smac 3s_vs_5z": dict(sequences=2),
-    "": dict(GAME, normalize=True, sequences=8),
+    "": GAME | dict(normalize=True, sequences=8),
 }
 
 
 # ---------------------------------------------------------------- data
 class Data(NamedTuple):
-    """The dataset as R rows, one an observation: episodes end to end, and one row of padding.
+    """The dataset as R rows, an observation each: episodes end to end, then padding.
 
-    In an episode's last row, and in the padding, no step begins: what belongs to a step is 0 there.
+    No step begins in an episode's last row and in the padding. All of a step is 0 there.
     """
 
-    obs: torch.Tensor  # (R, N, I) what the agents see; with a memory their last action behind it
+    obs: torch.Tensor  # (R, N, I) what agents see; with a memory their last action behind it
     state: torch.Tensor  # (R, D) what the mixer sees
     avail: torch.Tensor  # (R, N, A) bool, the available actions
     action: torch.Tensor  # (R, N) int64, of the step that begins in a row
     reward: torch.Tensor  # (R,)
     done: torch.Tensor  # (R,) 1 where the game ended by its own rules with this step
     acted: torch.Tensor  # (R,) 1 where a step begins
-    first: torch.Tensor  # (R,) bool: an episode begins
+    first: torch.Tensor  # (R,) bool: an episode begins, or it is padding
     sequences: torch.Tensor  # (M, L) row numbers: whole episodes end to end, padded
 
 
 def draw_rows(generators, data, args):
-    """Sequences for each seed, with replacement, from its own generator: row numbers (S, L, B)."""
+    """Sequences for each seed, drawn with replacement: row numbers (S, L, B)."""
     M, B = len(data.sequences), args.sequences
     drawn = [torch.randint(M, (B,), generator=g, device=g.device) for g in generators]
     return data.sequences[torch.stack(drawn)].mT
 
 
 def draw_joint(generators, data, args):
-    """Numbers in [0, 1) that choose MACQL's joint actions, (S, L - 1, B, J, N); or None."""
+    """Numbers in [0, 1) that choose MACQL's actions, (S, L - 1, B, J, N); or None."""
     if not args.joint_cql:
         return None
     L, N = data.sequences.shape[1], data.avail.shape[1]
     shape = L - 1, args.sequences, args.joint_samples, N
-    return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
+    drawn = [torch.rand(shape, generator=g, device=g.device) for g in generators]
+    return torch.stack(drawn)
 
 
 # ---------------------------------------------------------------- networks
+def initial(rows, columns, bound, generators):
+    """Numbers within the bound, (Q, rows, columns), of each network's own generator."""
+    start = torch.empty(rows, columns)
+    drawn = [start.uniform_(-bound, bound, generator=g).clone() for g in generators]
+    return torch.stack(drawn)
+
+
 class Linear(nn.Module):
-    """Q independent linear layers as one batched product, each initialised by its own generator."""
+    """Q independent linear layers as one batched product."""
 
     def __init__(self, inputs, outputs, generators):
         super().__init__()
-        bound = inputs**-0.5  # as in nn.Linear; nn.init would misread the fan-in of a 3-d weight
-        start = [
-            torch.empty(inputs + 1, outputs).uniform_(-bound, bound, generator=g)
-            for g in generators
-        ]
-        start = torch.stack(start)
+        bound = inputs**-0.5  # as in nn.Linear; nn.init would misread the fan-in
+        start = initial(inputs + 1, outputs, bound, generators)
         self.weight = nn.Parameter(start[:, :-1].clone())  # (Q, in, out)
         self.bias = nn.Parameter(start[:, -1:].clone())  # (Q, 1, out)
 
@@ -229,28 +253,29 @@ def mlp(inputs, outputs, args, generators):
 
 
 class GRU(nn.Module):
-    """Q independent gated recurrent units, with nn.GRU's equations and order of columns."""
+    """Q independent gated recurrent units with the equations of nn.GRU."""
 
     def __init__(self, inputs, hidden, generators):
         super().__init__()
-        bound = hidden**-0.5
-        start = [
-            torch.empty(inputs + hidden + 2, 3 * hidden).uniform_(-bound, bound, generator=g)
-            for g in generators
-        ]
-        parts = torch.stack(start).split([inputs, hidden, 1, 1], 1)
+        start = initial(inputs + hidden + 2, 3 * hidden, hidden**-0.5, generators)
+        parts = start.split([inputs, hidden, 1, 1], 1)  # columns: reset, update, new
         parts = [nn.Parameter(part.clone()) for part in parts]
         self.input, self.state, self.input_bias, self.state_bias = parts
 
     def forward(self, x, first, h):
-        """Memories (Q, L, B, H) along x (Q, L, B, I), from h (Q, B, H), and 0 before a `first`."""
-        sizes = [2 * h.shape[-1], h.shape[-1]]  # reset and update; new
+        """The states (Q, L, B, H) along x (Q, L, B, I) from h (Q, B, H).
+
+        It forgets everything where an episode begins, first (Q, L, B) bool.
+        """
+        H = h.shape[-1]
         gates = torch.baddbmm(self.input_bias, x.flatten(1, 2), self.input)
-        gates, news = gates.unflatten(1, x.shape[1:3]).split(sizes, -1)
+        gates, news = gates.view(*first.shape, 3 * H).split([2 * H, H], -1)
+        steps = zip(gates.unbind(1), news.unbind(1), first[..., None].unbind(1))
         states = []
-        for gate, new, begins in zip(gates.unbind(1), news.unbind(1), first.unbind(1)):
-            h = h.masked_fill(begins[..., None], 0)
-            past, past_new = torch.baddbmm(self.state_bias, h, self.state).split(sizes, -1)
+        for gate, new, begins in steps:
+            h = h.masked_fill(begins, 0.0)
+            past = torch.baddbmm(self.state_bias, h, self.state)  # (Q, B, 3H)
+            past, past_new = past.split([2 * H, H], -1)
             reset, update = (gate + past).sigmoid().chunk(2, -1)
             h = torch.lerp((new + reset * past_new).tanh(), h, update)
             states.append(h)
@@ -258,11 +283,12 @@ class GRU(nn.Module):
 
 
 class Agents(nn.Module):
-    """A network for each agent of S teams: numbers for all actions, along sequences of views."""
+    """A network for each agent of S teams, which gives numbers for all actions."""
 
     def __init__(self, data, args, generators):
         super().__init__()
-        (_, self.N, I), self.A, self.S = data.obs.shape, data.avail.shape[-1], len(generators)
+        _, self.N, I = data.obs.shape
+        self.A, self.S = data.avail.shape[-1], len(generators)
         each = [g for g in generators for _ in range(self.N)]
         self.hidden = args.hidden if args.recurrent else 0
         if args.recurrent:  # no single observation shows the whole battle
@@ -273,17 +299,20 @@ class Agents(nn.Module):
             self.body = mlp(I, self.A, args, each)
 
     def forward(self, obs, avail, first, h):
-        """What the networks give for all actions, (S, L, B, N, A), and the last memories.
+        """The numbers along sequences, (S, L, B, N, A), and the last memories.
 
         Args:
-            obs: (S, L, B, N, I); avail: (S, L, B, N, A), where not the result is ILLEGAL.
-            first: (S, L, B) bool, where an episode begins; h: (S, N, B, H) the memories before.
+            obs: (S, L, B, N, I).
+            avail: (S, L, B, N, A) bool; where not, the number is ILLEGAL.
+            first: (S, L, B) bool, where an episode begins.
+            h: (S, N, B, H), the memories before.
         """
         S, L, B, N, _ = obs.shape
         x = obs.movedim(3, 1).flatten(0, 1).flatten(1, 2)  # (Q, L B, I)
         if self.hidden:
             x = self.encoder(x).relu().view(S * N, L, B, -1)
-            states = self.gru(x, first.repeat_interleave(N, 0), h.flatten(0, 1))  # (Q, L, B, H)
+            first = first.repeat_interleave(N, 0)  # (Q, L, B)
+            states = self.gru(x, first, h.flatten(0, 1))
             h = states[:, -1].unflatten(0, (S, N))
             out = self.head(states.flatten(1, 2))
         else:
@@ -293,7 +322,7 @@ class Agents(nn.Module):
 
 
 class Value(nn.Module):
-    """Q(s, a) of S teams: local values, and the network of the state that mixes them."""
+    """Q(s, a) of S teams: local values, and a network of the state that mixes them."""
 
     def __init__(self, data, args, generators):
         super().__init__()
@@ -302,10 +331,15 @@ class Value(nn.Module):
         self.mixer = mlp(data.state.shape[1], sum(self.sizes), args, generators)
 
     def weights(self, state):
-        """Of Eq. 1 in states (S, L, B, D): w1 (S, L, B, N, W), b1, w2 (S, L, B, W), b2 (S, L, B)."""
+        """Of Eq. 1 in states (S, L, B, D).
+
+        Returns:
+            w1: (S, L, B, N, W); b1, w2: (S, L, B, W); b2: (S, L, B).
+        """
         out = self.mixer(state.flatten(1, 2)).unflatten(1, state.shape[1:3])
         w1, b1, w2, b2 = out.split(self.sizes, -1)
-        return w1.unflatten(-1, (self.agents.N, -1)).abs(), b1, w2.abs(), b2[..., 0]
+        w1 = w1.unflatten(-1, (self.agents.N, -1))
+        return w1.abs(), b1, w2.abs(), b2[..., 0]
 
 
 class Team(nn.Module):
@@ -319,7 +353,7 @@ class Team(nn.Module):
 
 
 def unroll(agents, data, rows):
-    """What the agents' networks give along the sequences `rows` (S, L, B): (S, L, B, N, A)."""
+    """What the networks give along the sequences `rows` (S, L, B): (S, L, B, N, A)."""
     h = data.obs.new_zeros(agents.S, agents.N, rows.shape[-1], agents.hidden)
     return agents(data.obs[rows], data.avail[rows], data.first[rows], h)[0]
 
@@ -331,16 +365,16 @@ def chosen(values, action):
 
 # ---------------------------------------------------------------- losses
 def mean_over_steps(x, acted):
-    """Each seed's mean over its steps, (S,): x and `acted`, 1 where a step begins, (S, L, B)."""
+    """Each seed's mean over its steps, (S,): x and `acted` are (S, L, B)."""
     share = acted / acted.sum((1, 2), keepdim=True)
     return (share * x).sum((1, 2))
 
 
 @torch.no_grad()
 def td_lambda(reward, done, acted, value, gamma, lam):
-    """G_t of the steps that begin in all rows but the last: (S, L, ...) -> (S, L - 1, ...).
+    """G_t of all rows but the last: (S, L, ...) -> (S, L - 1, ...).
 
-    Where no step begins, as in an episode's last row, what is still to come is worth `value`.
+    In an episode's last row no step begins: what is still to come is worth `value`.
     """
     targets = []
     later = value[:, -1]
@@ -353,7 +387,7 @@ def td_lambda(reward, done, acted, value, gamma, lam):
 
 
 def mix(weights, q):
-    """Eq. 1 of J joint actions, (S, L, B, J), from their local values q (S, L, B, J, N)."""
+    """Eq. 1 of J joint actions: local values (S, L, B, J, N) -> (S, L, B, J)."""
     w1, b1, w2, b2 = weights
     inner = q @ w1 + b1[..., None, :]  # (S, L, B, J, W)
     return (F.elu(inner) @ w2[..., None])[..., 0] + b2[..., None]
@@ -362,10 +396,11 @@ def mix(weights, q):
 def mix_replaced(weights, q, taken):
     """Q(s, (a', a_-i)) of every agent i and action a', (S, L, B, N, A).
 
-    In the sum of Eq. 1 only one term changes: it is [q_i(a'), 1] times [w1_i, all the rest].
+    In the sum of Eq. 1 one term changes: it is [q_i(a'), 1] times [w1_i, the rest].
 
     Args:
-        q: (S, L, B, N, A) local values; taken: (S, L, B, N), those of the actions taken.
+        q: (S, L, B, N, A), local values.
+        taken: (S, L, B, N), those of the actions taken.
     """
     w1, b1, w2, b2 = weights
     inner = (taken[..., None, :] @ w1)[..., 0, :] + b1  # (S, L, B, W)
@@ -380,8 +415,9 @@ def agent_weights(replaced, log_beta, strength):
     """Eqs. 3 and 4: u_i, (S, L, B, N).
 
     Args:
-        replaced: (S, L, B, N, A) Q(s, (a', a_-i)), ILLEGAL where a' is not available.
-        log_beta: (S, L, B, N, A); strength: tau_lambda.
+        replaced: (S, L, B, N, A), Q(s, (a', a_-i)); ILLEGAL if a' is not available.
+        log_beta: (S, L, B, N, A).
+        strength: tau_lambda.
     """
     log_p = F.log_softmax(replaced, -1)
     deviation = (log_p.exp() * (log_p - log_beta)).sum(-1)  # Eq. 3
@@ -389,29 +425,30 @@ def agent_weights(replaced, log_beta, strength):
 
 
 def random_values(q, avail, joint):
-    """Local values of random joint actions, (S, L, B, J, N), the available ones all as likely.
+    """Local values (S, L, B, J, N) of random joint actions, all available and as likely.
 
     Args:
         q, avail: (S, L, B, N, A); joint: (S, L, B, J, N) numbers in [0, 1).
     """
     count = avail.sum(-1)[..., None, :]  # (S, L, B, 1, N)
-    place = (joint * count).long().clamp(max=count - 1)  # which of the available ones
-    order = avail.argsort(dim=-1, descending=True, stable=True)  # the available ones first
+    place = (joint * count).long().clamp(max=count - 1)  # among the available
+    order = avail.argsort(dim=-1, descending=True, stable=True)  # these come first
     action = order.gather(-1, place.movedim(-1, -2))  # (S, L, B, N, J)
     return q.gather(-1, action).movedim(-1, -2)
 
 
 @torch.no_grad()
 def targets(target, data, rows, best, args):
-    """Eq. 2, (S, L - 1, B), where the copies rate the actions `best` (S, L, B, N)."""
+    """Eq. 2, (S, L - 1, B), where the copies rate what is `best` (S, L, B, N)."""
     q = chosen(unroll(target.agents, data, rows), best)
-    value = mix(target.weights(data.state[rows]), q[..., None, :])[..., 0]  # (S, L, B)
+    weights = target.weights(data.state[rows])
+    value = mix(weights, q[..., None, :])[..., 0]  # (S, L, B)
     reward, done, acted = data.reward[rows], data.done[rows], data.acted[rows]
     return td_lambda(reward, done, acted, value, args.gamma, args.td_lambda)
 
 
 def losses(team, data, log_beta, rows, joint, args):
-    """Eq. 6 in two, (S,) each: half the squared error, and C. The arguments are `update`'s."""
+    """The two terms of Eq. 6, (S,) each: half the squared error, and C."""
     q = unroll(team.value.agents, data, rows)  # (S, L, B, N, A)
     G = targets(team.target, data, rows, q.argmax(-1), args)
     now = rows[:, :-1]  # where a step can begin
@@ -427,7 +464,7 @@ def losses(team, data, log_beta, rows, joint, args):
         top = drawn.logsumexp(-1) - math.log(drawn.shape[-1])
     else:
         replaced = mix_replaced(weights, q, taken).masked_fill(~avail, ILLEGAL)
-        log_beta = torch.stack([table[own] for table, own in zip(log_beta, now)])
+        log_beta = torch.stack([table[row] for table, row in zip(log_beta, now)])
         u = agent_weights(replaced, log_beta, args.tau_lambda)
         top = (u * replaced.logsumexp(-1)).sum(-1)
     return squared, mean_over_steps(top - Q, acted)  # Eq. 5
@@ -452,10 +489,9 @@ def take_step(adam, parameters, gradients):
 
 
 def descend(adam, module, losses, max_grad_norm):
-    """One step down the losses (S,) of independent seeds, each with a gradient of limited length;
-    returns them, detached.
+    """One step down the losses (S,) of independent seeds; returns them, detached.
 
-    Their sum leaves each seed the gradient that it would have alone.
+    Each seed's gradient is of limited length. Their sum leaves each the one of its own.
     """
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(losses.sum(), parameters)
@@ -463,7 +499,8 @@ def descend(adam, module, losses, max_grad_norm):
     length = sum((row**2).sum(1) for row in rows).sqrt()  # (S,)
     factor = (max_grad_norm / length.clamp(min=max_grad_norm))[:, None]
     losses = losses.detach()
-    take_step(adam, parameters, [(row * factor).view_as(p) for row, p in zip(rows, parameters)])
+    limited = [(row * factor).view_as(p) for row, p in zip(rows, parameters)]
+    take_step(adam, parameters, limited)
     return losses
 
 
@@ -471,8 +508,9 @@ def update(team, adam, data, log_beta, rows, joint, args):
     """One update of all seeds' teams; returns logs, (S,).
 
     Args:
-        adam: of team.value's parameters; log_beta: the table (S, R, N, A) of `clone`.
-        rows: (S, L, B) of `draw_rows`; joint: of `draw_joint`.
+        adam: of team.value's parameters.
+        log_beta: (S, R, N, A) of `tabulate`.
+        rows, joint: of `draw_rows` and `draw_joint`.
     """
     squared, C = losses(team, data, log_beta, rows, joint, args)
     logs = {"q_loss": squared.detach(), "gap": C.detach()}
@@ -489,17 +527,16 @@ def clone_update(behaviour, adam, data, rows, args):
 
 
 def clone(behaviour, data, generators, args, clone_update=clone_update):
-    """Learn the behaviour, if any u_i of Eq. 4 depends on it; returns its table."""
+    """Learn the behaviour, if any u_i of Eq. 4 depends on it."""
     needed = args.cql and args.tau_lambda and not args.joint_cql
     adam = torch.optim.Adam(behaviour.parameters(), args.clone_lr, fused=True)
     for _ in range(args.clone_steps if needed else 0):
         clone_update(behaviour, adam, data, draw_rows(generators, data, args), args)
-    return tabulate(behaviour, data)
 
 
 @torch.no_grad()
 def tabulate(behaviour, data):
-    """log beta_i of every row, (S, R, N, A), as it never changes again; at least -12."""
+    """log beta_i of every row, (S, R, N, A), at least -12; it never changes again."""
     table = data.obs.new_zeros(behaviour.S, *data.avail.shape)
     for sequences in data.sequences.split(100):  # all at once might be too large
         rows = sequences.mT.expand(behaviour.S, -1, -1)  # (S, L, B)
@@ -518,21 +555,22 @@ elif __name__ == "__main__":
 
 
 def arrange(dataset, args):
-    """The dataset as `Data`, and what turns observations and last actions into the inputs."""
+    """The dataset as `Data`, and what makes inputs of observations and last actions."""
     tensors, encode = layout.teams(dataset, args)
     return Data(*tensors), encode
 
 
 def player(agents, encode):
-    """How the teams of all seeds play: greedily by their local values, with a memory."""
+    """How the teams of all seeds play: greedily, by their local values."""
 
     def think(x, avail, h):
-        """Views (S, B, N, I) and memories (S, B, N, H) -> values (S, B, N, A), and memories."""
+        """Inputs (S, B, N, I), memories (S, B, N, H) -> values (S, B, N, A), memories."""
         begins = avail.new_zeros(len(x), 1, x.shape[1])
         q, h = agents(x[:, None], avail[:, None], begins, h.transpose(1, 2))
         return q[:, 0], h.transpose(1, 2)
 
-    return remembering(think, encode, agents.N, agents.A, agents.hidden, agents, sampled=False)
+    sizes = agents.N, agents.A, agents.hidden
+    return remembering(think, encode, *sizes, agents, sampled=False)
 
 
 def main(args):
@@ -543,14 +581,14 @@ def main(args):
     adam = torch.optim.Adam(team.value.parameters(), args.lr, fused=True)
     generators = run.streams(2)
     learn = run.compile(update)
-    if run.begin(team=team, adam=adam, generators=generators):
-        log_beta = tabulate(team.behaviour, data)
-    else:
-        log_beta = clone(team.behaviour, data, run.streams(1), args, run.compile(clone_update))
+    if not run.begin(team=team, adam=adam, generators=generators):
+        clone(team.behaviour, data, run.streams(1), args, run.compile(clone_update))
+    log_beta = tabulate(team.behaviour, data)
     play = player(team.value.agents, encode)
     for step in run.steps(play):
         adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-        rows, joint = draw_rows(generators, data, args), draw_joint(generators, data, args)
+        rows = draw_rows(generators, data, args)
+        joint = draw_joint(generators, data, args)
         run.logs = learn(team, adam, data, log_beta, rows, joint, args)
     method = "MACQL" if args.joint_cql else "CFCQL"
     return run.finish(method if args.cql else "QMIX", play)

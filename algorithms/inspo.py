@@ -28,18 +28,24 @@ T = alpha + beta. E is the mean over recorded steps, E_rho the mean over steps r
   Eq. 23  rho_i    = ( prod_{j != i} pi_j(a_j|s) / mu(a_-i|s,a_i) )^(1/(N-1))
   Eq. 24  L(Q_i)   = Eq. 15 + cql E_rho [ logsumexp_a Q_i(s,a) - Q_i(s,a_i) ]
   Eq. 25  L(alpha) = -alpha E [ KL(pi_i || mu_i) - target ]      only with --auto-alpha
-One update of a run is a sweep: each agent's turn once, first its Q_i (Eq. 24), then its pi_i
-(Eq. 20). mu_i and mu (Eqs. 21, 22) are fitted before the sweeps and never change again.
+Eq. 23 divides by how recorded teammates act given a_i, not by the product of their mu_j: so, after
+resampling, they act by pi_-i whatever a_i is. Its root, a geometric mean, keeps ratios of many
+teammates tame; with two agents there is none. To draw steps again instead of weighting them keeps
+the gradient's variance low. Eq. 20 needs no resampling: it is about a_i alone, and Q_i knows the
+teammates. One update of a run is a sweep: each agent's turn once, first its Q_i (Eq. 24), then its
+pi_i (Eq. 20). mu_i and mu (Eqs. 21, 22) are fitted before the sweeps and never change again.
 
 Commands, and the return to expect (mean of all seeds; seconds on one CPU core):
-  python algorithms/inspo.py                                           Bridge, mixed data, 50 s:
-      greedy -1.2355, the best possible, in 5 of 5 seeds; sampled -1.24; data -9.31, cloning -13.6
-  python algorithms/inspo.py --env matrix --task xor --num-seeds 10    17 s:
-      1 in 10 of 10 seeds; cloning 0.45; with --no-resampling 0
-  python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10   32 s:
-      20 in 10 of 10 seeds; cloning 3.6; with --beta 0 5, the data's local optimum
-  python algorithms/inspo.py --env smac --num-seeds 5                  5m_vs_6m, 8 min:
-      sampled it wins 28 % of the battles, cloning 2 %, the data 9 %; greedily both win 48 %
+  python algorithms/inspo.py
+      Bridge, mixed data, 50 s: greedy -1.2355, the best possible, in 5 of 5 seeds
+      sampled -1.24; the data -9.31, cloning -13.6
+  python algorithms/inspo.py --env matrix --task xor --num-seeds 10
+      17 s: 1 in 10 of 10 seeds; cloning 0.45; with --no-resampling 0
+  python algorithms/inspo.py --env matrix --task m-ne --num-seeds 10
+      32 s: 20 in 10 of 10 seeds; cloning 3.6; with --beta 0 5, the data's local optimum
+  python algorithms/inspo.py --env smac --num-seeds 5
+      5m_vs_6m, 8 min: sampled it wins 28 % of the battles, cloning 2 %, the data 9 %
+      greedily both win 48 %
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, inspo
@@ -83,8 +89,9 @@ formulas: the equations follow from its words.
 Policies with a memory (--recurrent, the preset in battles). Then pi_i and mu_i are GRUs that see
 agent i's views and last actions, while the Q-functions still see the state. A minibatch consists of
 whole episodes, laid end to end in sequences of one length; single steps are resampled from it, as
-Eq. 23 is a ratio of single steps. One minibatch serves a whole sweep. Without a memory the same
-code runs on "sequences" of two rows, an observation and the next, drawn anew for each turn.
+Eq. 23 is a ratio of single steps. One minibatch serves a whole sweep, as it is dear to unroll all
+policies: after a turn only the agent that moved is unrolled again. Without a memory the same code
+runs on "sequences" of two rows, an observation and the next, drawn anew for each turn.
 
 Shapes: S seeds, B' sequences of a minibatch, L rows of a sequence, K = (L - 1) B' places where a
 step may begin, B resampled steps, N agents, A actions, I inputs, D state, H memory, R rows.
@@ -261,20 +268,15 @@ class Data(NamedTuple):
     log_mu_others: list = ()  # and (S, R): log mu(a_-i|s,a_i) of the recorded joint actions
 
 
-def uniform(generators, *shape):
-    """Uniform numbers in [0, 1), (S, *shape), each seed's from its own generator."""
-    return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
+def uniform(generators, count):
+    """Uniform numbers in [0, 1), (S, count), each seed's from its own generator."""
+    return torch.stack([torch.rand(count, generator=g, device=g.device) for g in generators])
 
 
-def draw(generators, count, sequences):
-    """`count` (B') of the sequences (Q, L) for each seed: row numbers (S, L, B')."""
-    noise = uniform(generators, count)
+def draw(generators, sequences, batch, args):
+    """B' of the sequences (Q, L) for each seed, without a memory a `batch`: rows (S, L, B')."""
+    noise = uniform(generators, args.sequences if args.recurrent else batch)
     return sequences[noise.mul(len(sequences)).long()].mT
-
-
-def draw_minibatch(generators, data, args):
-    count = args.sequences if args.recurrent else args.batch_size
-    return draw(generators, count, data.sequences)
 
 
 # ---------------------------------------------------------------- networks
@@ -377,15 +379,15 @@ class Team(nn.Module):
         self.critics = nn.ModuleList(critics)  # Q_i(s, .), one output an action
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.policies = copy.deepcopy(self.mus)
-        log_alpha = torch.full((len(generators), 1), math.log(args.alpha))
-        self.log_alpha = nn.Parameter(log_alpha)  # (S, 1)
+        log_alpha = torch.full((len(generators), 1), math.log(args.alpha))  # (S, 1)
+        self.log_alpha = nn.ParameterList([log_alpha])
         # Set anew before each sweep by `schedule`: the entropy's weight, and a factor of alpha, cql
         self.register_buffer("beta", torch.zeros(()), persistent=False)
         self.register_buffer("fade", torch.ones(()), persistent=False)
 
     def alpha(self, args):
         """The weight of the KL divergence now, (S, 1)."""
-        return self.log_alpha.detach().exp() * (1 if args.auto_alpha else self.fade)
+        return self.log_alpha[0].detach().exp() * (1 if args.auto_alpha else self.fade)
 
 
 def chosen(values, action):
@@ -421,9 +423,9 @@ def unroll(policies, agents, rows, data):
     """log pi of n agents along the sequences rows (S, L, B'): (n, S, L B', A)."""
     S, _, B = rows.shape
     h, first = data.obs.new_zeros(S, B, policies[0].hidden), data.first[rows]
-    rows, log_pi = rows.flatten(1), []
+    flat, log_pi = rows.flatten(1), []
     for i in agents:
-        along, _ = policies[i](data.obs[rows, i], data.avail[rows, i], first, h)
+        along, _ = policies[i](data.obs[flat, i], data.avail[flat, i], first, h)
         log_pi.append(along)
     return torch.stack(log_pi)
 
@@ -508,7 +510,7 @@ def policy_loss(log_pi, log_mu, action, weight, valid):
 # ---------------------------------------------------------------- update
 def optimizer(team):
     """Adam. In a turn only the networks of one agent have gradients, so only these move."""
-    parts = team.critics, team.policies, nn.ParameterList([team.log_alpha])
+    parts = team.critics, team.policies, team.log_alpha
     return torch.optim.Adam([{"params": part.parameters()} for part in parts], fused=True)
 
 
@@ -520,12 +522,12 @@ def take_step(adam, parameters, gradients):
     adam.zero_grad()
 
 
-def descend(adam, parameters, losses):
+def descend(adam, module, losses):
     """One step down the losses (S,) of independent seeds; returns them, detached.
 
     Their sum leaves each seed the gradient that it would have alone.
     """
-    parameters = list(parameters)
+    parameters = list(module.parameters())
     gradients = torch.autograd.grad(losses.sum(), parameters)
     losses = losses.detach()
     take_step(adam, parameters, gradients)
@@ -552,10 +554,10 @@ def evaluation(i, team, adam, data, rows, places, log_pi, args):
     )
     action, avail = data.actions[begin, i], data.avail[begin, i]
     loss = critic_loss(critic(data.state[begin]), y, action, avail, args.cql * team.fade)
-    loss = descend(adam, critic.parameters(), loss)
+    loss = descend(adam, critic, loss)
     with torch.no_grad():
-        for slow, fast in zip(target.parameters(), critic.parameters()):
-            slow.lerp_(fast, args.tau)
+        parts = list(target.parameters()), list(critic.parameters())
+        torch._foreach_lerp_(*parts, args.tau)
     return loss
 
 
@@ -574,9 +576,10 @@ def improvement(i, team, adam, data, rows, places, args):
         args.weight_cap,
     )
     loss, kl = policy_loss(log_pi, log_mu, action, weight, data.acted[begin])
-    loss = descend(adam, team.policies[i].parameters(), loss)
+    loss = descend(adam, team.policies[i], loss)
     if args.auto_alpha:  # Eq. 25
-        descend(adam, [team.log_alpha], team.log_alpha.exp()[:, 0] * (args.kl_target - kl))
+        alpha = team.log_alpha[0].exp()[:, 0]
+        descend(adam, team.log_alpha, alpha * (args.kl_target - kl))
     return {"policy_loss": loss, "kl": kl}
 
 
@@ -591,7 +594,7 @@ def turn(i, team, adam, data, rows, log_pi, noise, improve, args):
         Diagnostics, (S,) each.
     """
     begin = rows[:, :-1].flatten(1)  # (S, K) where steps may begin, the first K of all places
-    places = torch.arange(begin.shape[1], device=rows.device).expand_as(begin)
+    every = torch.arange(begin.shape[1], device=rows.device).expand_as(begin)
     ratio = data.acted[begin]
     if args.resampling:
         # Eq. 23, with the teammates as they are now: this is what makes the method sequential
@@ -600,10 +603,10 @@ def turn(i, team, adam, data, rows, log_pi, noise, improve, args):
         log_pi_others = sum(chosen(log_pi[j][:, : begin.shape[1]], action[..., j]) for j in others)
         log_mu_others = data.log_mu_others[i].gather(1, begin)
         ratio *= importance_ratio(log_pi_others, log_mu_others, len(log_pi), args.ratio_cap)
-    drawn = resample(ratio, noise) if args.resampling or args.recurrent else places  # (S, B)
+    drawn = resample(ratio, noise) if args.resampling or args.recurrent else every  # (S, B)
     logs = {"q_loss": evaluation(i, team, adam, data, rows, drawn, log_pi[i], args)}
     if improve:
-        places = drawn if args.actor_data == "resampled" else places
+        places = drawn if args.actor_data == "resampled" else every
         logs |= improvement(i, team, adam, data, rows, places, args)
     return logs
 
@@ -626,7 +629,7 @@ def update(team, adam, data, shared, generators, step, args, turn=turn, look=loo
     logs = []
     for t, i in enumerate(movers):
         if t == 0 or not args.recurrent:
-            rows = draw_minibatch(generators, data, args)
+            rows = draw(generators, data.sequences, args.batch_size, args)
             log_pi = look(range(len(order)), seen, rows, data, improve)
         elif args.sequential and improve:
             last = movers[t - 1]  # only the last one to act has moved
@@ -671,7 +674,7 @@ def semi_greedy(team, data, shared, generators, args):
     minibatch and all seeds of |Q'_i(s,a_i) - E_pi Q'_i(s,.)|. The others go to agents at random.
     """
     remaining = random_order(team, data, shared, generators, args)
-    rows = draw_minibatch(generators, data, args)[:, :-1]
+    rows = draw(generators, data.sequences, args.batch_size, args)[:, :-1]
     begin, advantages = rows.flatten(1), []  # (S, K)
     for i, log_pi in enumerate(unroll(team.policies, range(len(remaining)), rows, data)):
         q = team.targets[i](data.state[begin])  # (S, K, A)
@@ -710,13 +713,9 @@ def clone_loss(team, data, rows, args, noise=None):
     return loss
 
 
-def behaviour_models(team):
-    return [*team.mus.parameters(), *team.teammates.parameters()]
-
-
 @torch.enable_grad()
-def clone_update(team, adam, data, rows, args, noise=None):
-    return descend(adam, behaviour_models(team), clone_loss(team, data, rows, args, noise))
+def clone_update(team, models, adam, data, rows, args, noise=None):
+    return descend(adam, models, clone_loss(team, data, rows, args, noise))
 
 
 def hold_back(data, share, most=5000):
@@ -730,7 +729,8 @@ def hold_back(data, share, most=5000):
     if share == 0 or len(names) == 1:
         return data.sequences, data.sequences[:0]
     every = max(2, round(1 / min(share, most / len(number))))
-    return data.sequences[number % every > 0], data.sequences[number % every == 0]
+    held = number % every == 0
+    return data.sequences[~held], data.sequences[held]
 
 
 @torch.no_grad()
@@ -740,26 +740,27 @@ def clone(team, data, generators, args, clone_update=clone_update):
     With --hold-back each seed keeps the models that make the held-back episodes likeliest. These
     are asked every 250 updates; once 4 times in a row they are no likelier, a seed is done.
     """
-    models, S = behaviour_models(team), args.num_seeds
-    adam = torch.optim.Adam(models, args.clone_lr, fused=True)
+    models, S = nn.ModuleList([team.mus, team.teammates]), args.num_seeds
+    parameters = list(models.parameters())
+    adam = torch.optim.Adam(parameters, args.clone_lr, fused=True)
     learned, held = hold_back(data, args.hold_back)
-    best, kept = models[0].new_full((S,), torch.inf), [model.clone() for model in models]
+    best, kept = data.reward.new_full((S,), torch.inf), [x.clone() for x in parameters]
     checks = torch.zeros_like(best)  # since the best one
     even = torch.linspace(0, 0.999, args.clone_batch, device=best.device).expand(S, -1)
     for step in range(1, args.clone_steps + 1):
-        rows = draw(generators, args.sequences if args.recurrent else args.clone_batch, learned)
+        rows = draw(generators, learned, args.clone_batch, args)
         noise = uniform(generators, args.clone_batch) if args.recurrent else None
-        clone_update(team, adam, data, rows, args, noise)
+        clone_update(team, models, adam, data, rows, args, noise)
         if len(held) and (step % 250 == 0 or step == args.clone_steps):
             loss = clone_loss(team, data, held.mT.expand(S, -1, -1), args, even)
             better = (loss < best) & (checks < 4)
             best, checks = torch.where(better, loss, best), torch.where(better, 0, checks + 1)
-            for old, new in zip(kept, models):
+            for old, new in zip(kept, parameters):
                 old[better] = new[better]
             if (checks >= 4).all():
                 break
     if len(held):
-        torch._foreach_copy_(models, kept)
+        torch._foreach_copy_(parameters, kept)
     team.policies.load_state_dict(team.mus.state_dict())  # a good place to start from
     return tabulate(team, data, args)
 
@@ -821,14 +822,15 @@ def player(policies, encode):
 
 @torch.no_grad()
 def draw_policy(run, team, data, film):
-    """The team as a picture: on Bridge a film strip, of two agents in one state a table."""
+    """Pictures of the team: on Bridge film strips, of two agents in one state a table."""
     if film:
         greedy, _, _, cloned_sampled = film
-        return draw_strips({"cloned team": cloned_sampled, "InSPO": greedy})
+        return {"policy.png": draw_strips({"cloned team": cloned_sampled, "InSPO": greedy})}
     if run.args.env == "matrix" and len(team.policies) == 2:
         row = data.sequences[None, :1, :1].expand(len(run.seeds), -1, -1)  # all are the same
         pi = unroll(team.policies, range(2), row, data)[:, :, 0].exp()  # (N, S, A)
-        return draw_policies(pi, run.dataset, run.seeds)[0]
+        return {"policy.png": draw_policies(pi, run.dataset, run.seeds)[0]}
+    return {}
 
 
 def main(args):
@@ -848,8 +850,7 @@ def main(args):
         run.logs = update(team, adam, data, shared, generators, step, args, **compiled)
     film = [] if args.env == "bridge" else None
     scores, cloned_scores = run.score(learner, film), run.score(cloned, film)
-    figure = draw_policy(run, team, data, film)
-    figures = {"policy.png": figure} if figure else {}
+    figures = draw_policy(run, team, data, film)
     others = {"behavioural cloning": ("cloned_", cloned_scores)}
     return run.finish("InSPO", learner, scores, others, figures)
 

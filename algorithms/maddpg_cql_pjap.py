@@ -1,31 +1,31 @@
 """MADDPG + CQL with proximal joint-action prioritisation, PJAP (Tilbury et al., 2024).
 
-Paper: Coordination Failure in Cooperative Offline MARL. ICML 2024 ARLET, arXiv
-2407.01343.
+Paper: Coordination Failure in Cooperative Offline MARL. ICML 2024 ARLET,
+arXiv 2407.01343.
 
-The problem. N agents with continuous actions learn from a fixed dataset. MADDPG
-moves each agent's policy uphill on a centralised Q-function, with the
-teammates' actions taken from the data: the best response under data (BRUD). It
-answers what the teammates did, which need not be what their policies do by now.
-Where the two differ, agents step past each other, and no new data ever puts
-that right.
+The problem. N agents with continuous actions learn from a fixed dataset.
+MADDPG moves each agent's policy uphill on a centralised Q-function, with
+the teammates' actions taken from the data: the best response under data
+(BRUD). It answers what the teammates did, which need not be what their
+policies do by now. Where the two differ, agents step past each other, and
+no new data ever puts that right.
 
 Why recorded teammates at all? Online it costs little: the replay buffer is
 fresh, so what the teammates did is about what they do. Offline it keeps to
-where Q is known: Q is fitted at recorded joint actions, and one with a single
-agent's part replaced is still close to them. With everybody's part replaced it
-may be far from all of them, and Q a guess there.
+where Q is known: Q is fitted at recorded joint actions, and one with a
+single agent's part replaced is still close to them. With everybody's part
+replaced it may be far from all of them, and Q a guess there.
 
-The idea. Change nothing but which windows of the data are drawn. A window is
-drawn often if its recorded joint actions are close to what the policies would
-do there, rarely otherwise. Then the recorded teammates are a good stand-in for
-the real ones, in the policies' loss above all. CQL keeps Q low at joint actions
-that nobody recorded.
+The idea. Change nothing but which windows of the data are drawn. A window
+is drawn often if its recorded joint actions are close to what the policies
+would do there, rarely otherwise. Then the recorded teammates are a good
+stand-in for the real ones, in the policies' loss above all. CQL keeps Q low
+at joint actions that nobody recorded.
 
 Equations (numbers of the paper; it gives none of those without). mu is the
-policy that all agents share, o_i agent i's view and its number, s the state, a
-the joint action, Q_1 and Q_2 two critics; a dash marks slowly moving copies. A
-window is L successive rows of one episode.
+policy that all agents share, o_i agent i's view and its number, s the
+state, a the joint action, Q_1 and Q_2 two critics; a dash marks slowly
+moving copies. A window is L successive rows of one episode.
   Eq. 3   L(mu)  = E_i [ -min_c Q_c(s, (mu(o_i), a_-i)) + reg |mu(o_i)|^2 / A ]
                    a_-i as recorded: BRUD
   Eq. 6   rho    = max( exp(-(k d)^2), floor );   P(window) ~ rho^exponent
@@ -35,6 +35,9 @@ window is L successive rows of one episode.
                    + cql E_i [ log sum_m exp( Q_c(s,a_m) - log p_i(a_m) ) - Q_c(s,a) ]
           a_m    a third each: uniform; mu(o_t) + noise; mu(o_t+1) + noise
           p_i    the density of agent i's part of a_m
+The log of the sum stands for the log of the integral of exp(Q) over actions:
+to weigh each sample by 1/p makes up for how it was drawn. It is high where Q
+is high at actions that nobody recorded, and there CQL pushes Q down.
 
 Commands, and the return you should see (three seeds; one CPU core of a small server):
   python algorithms/maddpg_cql_pjap.py   2-agent HalfCheetah, good data (4,975), 6 min:
@@ -69,45 +72,46 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
       k = torch.tensor(maddpg.steepness_at(step, spread, args))
       logs = maddpg.update(team, rmsprop, data, windows, noise, k, args)
 
-Choices made here; "code" is the authors' as submitted (June 2024). Reasons and
-numbers: maddpg_cql_pjap.md.
-  1. d is a mean over an agent's A entries (code); Eq. 8 has a sum. It is the
-     distance to the target policy before the update (code); --refresh: after
-     it.
-  2. k grows over the first 30 % of the updates (code): at first all windows are
-     alike, as no policy is worth being close to yet. The paper has no such
-     ramp.
+Choices made here; "code" is the authors' as submitted (June 2024). Reasons
+and numbers: maddpg_cql_pjap.md.
+  1. d is a mean over an agent's A entries (code); Eq. 8 has a sum. It is
+     the distance to the target policy before the update (code); the paper
+     says to the current policy. What --refresh adds is measured after the
+     update.
+  2. k grows over the first 30 % of the updates (code): at first all windows
+     are alike, as no policy is worth being close to yet. The paper has no
+     such ramp.
   3. Refreshed are the priorities of the windows just trained on (code). All
      others keep theirs, 1 at first; the floor lets each return. --refresh N
      adds N uniformly drawn.
-  4. Windows never straddle two episodes (code: they may). The last row may be
-     what was seen after an episode's last step; it counts in no mean over
-     actions.
+  4. Windows never straddle two episodes (code: they may). The last row may
+     be what was seen after an episode's last step; it counts in no mean
+     over actions.
   5. A window begins with an empty memory wherever it lies in its episode
      (code), while play carries the memory on.
-  6. The critics see the prioritised windows too, and nothing corrects for how
-     likely a window was (paper, code).
-  7. A time limit is not the end: Q looks beyond it. In OG-MARL's data it is:
-     --time-limit-terminates.
-  8. Target networks start as copies (code: most likely from weights of their
-     own). The critics start apart.
-  9. RMSProp adds 1e-5 to the root of the mean square (code: 1e-10 to the mean
-     square).
- 10. CQL replaces all agents' actions at once, yet p_i is the density of agent
-     i's part alone, before clipping (code). So Q is evaluated once for all
-     agents.
+  6. The critics see the prioritised windows too, and nothing corrects for
+     how likely a window was (paper, code).
+  7. A time limit is not the end: Q looks beyond it. In OG-MARL's data it
+     is: --time-limit-terminates.
+  8. Target networks start as copies (code: most likely from weights of
+     their own). The critics start apart.
+  9. RMSProp adds 1e-5 to the root of the mean square (code: 1e-10 to the
+     mean square).
+ 10. CQL replaces all agents' actions at once, yet p_i is the density of
+     agent i's part alone, before clipping (code). So Q is evaluated once
+     for all agents.
  11. Both losses look at the networks as they were before the update (code).
- 12. Batches are smaller, updates fewer, and inputs in units of the data's mean
-     and spread (code: raw, --no-normalize).
+ 12. Batches are smaller, updates fewer, and inputs in units of the data's
+     mean and spread (code: raw, --no-normalize).
  13. --steepness is the code's k on HalfCheetah, whose actions vary by about
-     0.7. Elsewhere k is in proportion to 0.7 over the recorded actions' spread:
-     what is close depends on how much actions vary at all.
+     0.7. Elsewhere k is in proportion to 0.7 over the recorded actions'
+     spread: what is close depends on how much actions vary at all.
  14. Seeds differ in all that is random here, but are evaluated in one
      environment.
 
 Shapes: S seeds, L rows of a window, B windows, K joint actions, N agents, A
-entries of an agent's action, I inputs, D state, R rows (observations) of the
-dataset, W windows.
+entries of an agent's action, I inputs, D state, R rows (observations) of
+the dataset, W windows.
 """
 
 import copy
@@ -148,7 +152,7 @@ class Args:
     # --- the method
     pjap: bool = True  # draw windows by their priorities, not evenly
     steepness: float = 4.0  # k: how fast priorities fall with the distance
-    scale_steepness: bool = True  # in proportion to 0.7 over the recorded actions' spread
+    scale_steepness: bool = True  # k in units of the actions' spread, choice 13
     ramp: float = 0.3  # the share of the updates over which k grows
     floor: float = 0.001  # the smallest priority, before the exponent
     exponent: float = 0.99  # of the priorities
@@ -158,7 +162,7 @@ class Args:
     ood_noise: float = 0.3  # deviation of the noise on the policies' actions there
     action_reg: float = 1e-3  # weight of squared actions in the policy's loss
     gamma: float = 0.99  # discount
-    time_limit_terminates: bool = False  # count a time limit as the end, as OG-MARL's data do
+    time_limit_terminates: bool = False  # count a time limit as the end
     # --- the optimisation
     window: int = 20  # rows of a window
     batch_size: int = 16  # windows per update
@@ -189,8 +193,10 @@ PRESETS = {  # what differs from the values above
 class Data(NamedTuple):
     """The dataset as R rows, one for each observation: episodes end to end.
 
-    No step begins in an episode's last row: `acted` is 0 there, and all that belongs to a step.
-    A minibatch is the same with (S, L, B) in place of R.
+    No step begins in an episode's last row: `acted` is 0 there, and all that
+    belongs to a step. A minibatch is the same with (S, L, B) in place of R. Of a
+    window's rows only the last may have no step, so its L - 1 transitions need no
+    mask.
     """
 
     obs: torch.Tensor  # (R, N, I) what the policy sees, with the agent's number
@@ -206,8 +212,8 @@ class Noise(NamedTuple):
 
     windows: torch.Tensor  # (S, B) in [0, 1), float64: which windows to draw
     uniform: torch.Tensor  # (S, L-1, B, K, N, A) in [-1, 1): CQL's uniform actions
-    normal: torch.Tensor  # (S, 2, L-1, B, K, N, A) for CQL's noise on the policies' actions
-    refresh: torch.Tensor  # (S, refresh) in [0, 1), float64: which further priorities to refresh
+    normal: torch.Tensor  # (S, 2, L-1, B, K, N, A): CQL's noise on the policies' actions
+    refresh: torch.Tensor  # (S, refresh) in [0, 1), float64: what else to refresh
 
 
 def draw_noise(generators, data, args):
@@ -226,7 +232,7 @@ def draw_noise(generators, data, args):
 
 
 # ---------------------------------------------------------------- networks
-def uniform(generators, bound, *shape):
+def initial(generators, bound, *shape):
     """Weights to begin with, (S, *shape), each seed's from its own generator."""
     weights = [torch.empty(shape).uniform_(-bound, bound, generator=g) for g in generators]
     return torch.stack(weights)
@@ -237,7 +243,7 @@ class Linear(nn.Module):
 
     def __init__(self, inputs, outputs, generators):
         super().__init__()
-        start = uniform(generators, inputs**-0.5, inputs + 1, outputs)  # bounds as in nn.Linear
+        start = initial(generators, inputs**-0.5, inputs + 1, outputs)  # bounds as in nn.Linear
         self.weight = nn.Parameter(start[:, :-1].clone())  # (S, in, out)
         self.bias = nn.Parameter(start[:, -1:].clone())  # (S, 1, out)
 
@@ -250,7 +256,7 @@ class GRU(nn.Module):
 
     def __init__(self, inputs, hidden, generators):
         super().__init__()
-        start = uniform(generators, hidden**-0.5, inputs + hidden + 2, 3 * hidden)
+        start = initial(generators, hidden**-0.5, inputs + hidden + 2, 3 * hidden)
         parts = start.split([inputs, hidden, 1, 1], 1)  # columns: reset, update, new
         self.input, self.state, self.input_bias, self.state_bias = (
             nn.Parameter(part.clone()) for part in parts
@@ -259,15 +265,15 @@ class GRU(nn.Module):
     def forward(self, x, h):
         """Run over sequences x (S, L, B, I) from h (S, B, H): (S, L, B, H)."""
         S, L, B, _ = x.shape
-        sizes = [2 * h.shape[-1], h.shape[-1]]  # reset and update; new
-        gates = torch.baddbmm(self.input_bias, x.flatten(1, 2), self.input).view(S, L, B, -1)
+        sizes = [2 * h.shape[-1], h.shape[-1]]  # of both gates; of the new state
+        seen = torch.baddbmm(self.input_bias, x.flatten(1, 2), self.input)
         states = []
-        for gate in gates.unbind(1):  # (S, B, 3H)
-            past = torch.baddbmm(self.state_bias, h, self.state)  # (S, B, 3H)
-            gate, new = gate.split(sizes, -1)
-            past, past_new = past.split(sizes, -1)
-            reset, update = (gate + past).sigmoid().chunk(2, -1)
-            h = torch.lerp((new + reset * past_new).tanh(), h, update)
+        for now in seen.view(S, L, B, -1).unbind(1):  # (S, B, 3H)
+            before = torch.baddbmm(self.state_bias, h, self.state)  # (S, B, 3H)
+            gates, new = now.split(sizes, -1)
+            gates_before, new_before = before.split(sizes, -1)
+            reset, keep = (gates + gates_before).sigmoid().chunk(2, -1)
+            h = torch.lerp((new + reset * new_before).tanh(), h, keep)
             states.append(h)
         return torch.stack(states, 1)
 
@@ -326,7 +332,7 @@ class Critics(nn.Module):
 
 
 class Team(nn.Module):
-    """Everything that S teams learn, and its slowly moving copies: `targets.policy`, `.critics`."""
+    """Everything that S teams learn; `targets` has slowly moving copies of both."""
 
     def __init__(self, data, args, generators):
         super().__init__()
@@ -334,7 +340,7 @@ class Team(nn.Module):
         I, D = data.obs.shape[-1], data.state.shape[-1]
         self.policy = Policy(I, A, args.policy_hidden, generators)
         self.critics = Critics(D, N * A, args.critic_hidden, generators)
-        self.targets = copy.deepcopy(self).requires_grad_(False)  # of both
+        self.targets = copy.deepcopy(self).requires_grad_(False)
 
 
 # ---------------------------------------------------------------- priorities
@@ -351,10 +357,10 @@ class Windows(nn.Module):
         self.along = torch.arange(length, device=device)[:, None]  # (L, 1)
 
     def draw(self, uniform):
-        """Windows in proportion to their priorities: uniform (S, B) in [0, 1) -> numbers (S, B).
+        """Windows in proportion to their priorities: uniform (S, B) in [0, 1) -> (S, B).
 
-        Both in double precision: else the sum of a million would lose a small priority, and the
-        grid of the random numbers miss it.
+        Both in double precision: else the sum of a million would lose a small
+        priority, and the grid of the random numbers miss it.
         """
         end = self.rho.cumsum(1)  # window w takes the piece of length rho_w that ends here
         return torch.searchsorted(end, uniform * end[:, -1:], right=True)
@@ -371,18 +377,18 @@ class Windows(nn.Module):
 
 
 def distance(actions, batch):
-    """Eq. 8 over A: how far actions (S, L, B, N, A) are from a window's recorded ones, (S, B)."""
+    """Eq. 8 over A: how far actions (S, L, B, N, A) are from the recorded ones, (S, B)."""
     gap = (batch.actions - actions).abs().mean((3, 4))  # (S, L, B)
     return (gap * batch.acted).sum(1) / batch.acted.sum(1)
 
 
 def spread_of(data):
-    """The recorded actions' standard deviation, a number: the mean over agents and entries."""
+    """The recorded actions' standard deviation, a mean over agents and entries."""
     return data.actions[data.acted > 0].std(0).mean().item()
 
 
 def steepness_at(step, spread, args):
-    """k of Eq. 6 in update `step`, a number; spread: of the recorded actions (`spread_of`)."""
+    """k of Eq. 6 in update `step`, a number; spread: as from `spread_of`."""
     k = args.steepness
     if args.ramp:
         k = k * min(1.0, step / (args.ramp * args.steps))
@@ -391,9 +397,9 @@ def steepness_at(step, spread, args):
 
 # ---------------------------------------------------------------- losses
 def candidates(own, noise, sigma):
-    """CQL's joint actions in each transition's state, (S, L-1, B, 3K, N, A), and log p_i.
+    """CQL's joint actions in each transition's state, and log p_i.
 
-    own (S, L, B, N, A) are the policies' actions; log p_i is (S, L-1, B, 3K, N).
+    own (S, L, B, N, A), the policies' actions, -> (S, L-1, B, 3K, N, A), (S, L-1, B, 3K, N).
     """
     centre = torch.stack([own[:, :-1], own[:, 1:]], 1)  # now; a step later
     near = (centre.unsqueeze(4) + sigma * noise.normal).clamp(-1, 1)  # (S, 2, L-1, B, K, N, A)
@@ -500,8 +506,8 @@ elif __name__ == "__main__":
 
 
 def arrange(dataset, args):
-    """The dataset as `Data`, its windows' first rows (W,), and the function that turns observations
-    (..., N, O) into the policy's inputs."""
+    """The dataset as `Data`, its windows' first rows (W,), and what turns observations (..., N, O)
+    into the policy's inputs."""
     rows = layout.rows(dataset)
     _, remaining = layout.age(dataset.lengths)  # (R,) steps until the episode's end
     start = (remaining >= args.window - 1).nonzero()[:, 0]

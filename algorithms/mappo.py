@@ -65,7 +65,8 @@ Differences from the authors' code, and choices made here:
   2. The critic sees the state once for the whole team, not once for each agent with
      that agent's features.
   3. The value loss is not clipped: the Huber loss on normalised returns is the authors'
-     other safeguard.
+     other safeguard. When the units of returns move, the critic's last layer is not
+     corrected for it (PopArt would); it follows by learning.
   4. Dead agents, who may only play action 0, count in no mean of the policy's loss or
      of the advantages.
   5. A time limit is not the end of the game: the return beyond it is taken from the
@@ -217,7 +218,7 @@ def mlp(inputs, outputs, gain, args, generators):
 class Scale(nn.Module):
     """With --normalize, inputs in units of the mean and spread of all that each seed has seen."""
 
-    def __init__(self, inputs, seeds, on=True):
+    def __init__(self, inputs, seeds, on):
         super().__init__()
         self.on = on
         self.register_buffer("seen", torch.zeros(seeds, 1, 1))
@@ -279,8 +280,7 @@ class Actor(nn.Module):
         if self.discrete:
             return out.gather(-1, action[..., None])[..., 0], -(out.exp() * out).sum(-1)
         log_std = self.log_std[:, None]  # (S, 1, 1, A)
-        deviation = (action - out) / log_std.exp()
-        log_density = -0.5 * deviation**2 - log_std - HALF_LOG_2PI
+        log_density = -0.5 * ((action - out) / log_std.exp()) ** 2 - log_std - HALF_LOG_2PI
         return log_density.sum(-1), (log_std + 0.5 + HALF_LOG_2PI).sum(-1)
 
     def noise(self, generators, *shape):
@@ -314,11 +314,11 @@ class Team(nn.Module):
         self.actor = Actor(inputs, A, discrete, args, generators)
         body = mlp(state_dim, 1, 1.0, args, generators)
         self.critic = nn.Sequential(Scale(state_dim, S, args.normalize), *body)
-        self.register_buffer("moments", torch.zeros(3, S, 1))  # decaying means of 1, R and R^2
+        self.register_buffer("moments", torch.zeros(S, 3))  # decaying means of 1, R and R^2
 
     def scale(self):
         """Mean and standard deviation of the returns, (S, 1) each: 0 and 1 before the first."""
-        weight, mean, square = self.moments / self.moments[0].clamp(min=1e-8)
+        weight, mean, square = (self.moments / self.moments[:, :1].clamp(min=1e-8)).split(1, 1)
         std = (square - mean**2).clamp(min=1e-4).sqrt()
         return mean, torch.where(weight > 0, std, 1.0)
 
@@ -328,10 +328,10 @@ class Team(nn.Module):
         value = self.critic(state.flatten(1, 2))[..., 0] * std + mean  # (S, M)
         return value.unflatten(1, state.shape[1:3])
 
-    def watch(self, returns, decay=0.99):
+    def watch(self, returns):
         """Move the running mean and spread towards those of `returns` (S, M)."""
-        now = torch.stack([torch.ones_like(returns), returns, returns**2])
-        self.moments.lerp_(now.mean(2, keepdim=True), 1 - decay)
+        now = torch.stack([torch.ones_like(returns), returns, returns**2], 1)  # (S, 3, M)
+        self.moments.lerp_(now.mean(2), 0.01)
 
 
 # ---------------------------------------------------------------- playing
@@ -380,7 +380,6 @@ def estimate(team, rollout, args):
     returns = (advantage + value).flatten(1)  # (S, M)
     team.watch(returns)
     mean, std = team.scale()
-    returns = (returns - mean) / std
     alive = avail[..., 1:].any(-1) | (not team.actor.discrete)  # who is dead may play action 0 only
     alive = alive.to(x.dtype)  # (S, L, B, N)
 
@@ -390,7 +389,7 @@ def estimate(team, rollout, args):
     spread = (weight * advantage**2).sum((1, 2), keepdim=True).sqrt()
     advantage = advantage / (spread + 1e-5)
     fields = x, avail, action, log_prob, alive, state, advantage
-    return Batch(*(field.flatten(1, 2) for field in fields), returns)
+    return Batch(*(field.flatten(1, 2) for field in fields), (returns - mean) / std)
 
 
 # ---------------------------------------------------------------- losses

@@ -1,81 +1,94 @@
 """MOMA-PPO: a team rehearses in a learned world (Barde et al., AAMAS 2024, arXiv 2305.17198).
 
-The problem. N agents learn from a fixed dataset that mixes several ways of working together. What
-one agent does there may be a good half of some convention. The halves of two conventions do not
-fit, and nothing in the data shows what happens if they meet. A method that never plays cannot
-find out.
+The problem. N agents learn from a fixed dataset that mixes several ways of working
+together. What one agent does there may be a good half of some convention. The halves of
+two conventions do not fit, and nothing in the data shows what happens if they meet. A
+method that never plays cannot find out.
 
-The idea. Act 1 learns a model of the world from the data. In act 2 the team plays in it for a few
-steps from recorded situations, and learns with an ordinary on-policy method (MAPPO). Agents that
-meet in the model can agree on one convention. An ensemble says where the model is guessing: there
-the reward is lowered, and beyond a limit the rollout stops.
+The idea. Act 1 learns a model of the world from the data. In act 2 the team plays in it
+for a few steps from recorded situations, and learns with an ordinary on-policy method
+(MAPPO). Agents that meet in the model can agree on one convention. An ensemble says where
+the model is guessing: there the reward is lowered, and beyond a limit the rollout stops.
 
-Equations, by numbers of our own. s is the state, a the joint action, o_i agent i's view, h_i its
-last views and actions. Members e = 1..n of the ensemble predict s'_e and r_e; x_e = (s'_e, r_e).
-From Eq. 2 on, the members are the best ones only.
+Equations, by numbers of our own. s is the state, a the joint action, o_i agent i's view,
+h_i its last views and actions. Members e = 1..n of the ensemble predict s'_e and r_e;
+x_e = (s'_e, r_e). From Eq. 2 on, the members are the best ones only.
  1 ensemble   L_e   = -log N(s'; s'_e, sigma_e) / D' - log N(r; r_e, sigma_e) + BCE(end),
                       D' entries of s' that vary
  2            r^    = mean_e r_e,  s^ = s'_e of one member drawn for each step,
                       end = majority of the members
- 3            eps_r = var_e r_e,   eps_g = | cov_e x_e |_F
- 4            r~    = box(r^) - lambda_r min(eps_r, l) - lambda_g min(eps_g, l),  s^ = box(s^)
- 5 masks      m     = 0 where the game ended;   zeta = 0 at the k-th step, or where eps_g >= l
+ 3            eps_r = var_e r_e,  eps_g = | cov_e x_e |_F
+ 4            r~    = box(r^) - lambda_r min(eps_r, l) - lambda_g min(eps_g, l),
+                      s^ = box(s^)
+ 5 masks      m     = 0 where the game ended,
+              zeta  = 0 at the k-th step, or where eps_g >= l
  6 GAE        delta_t = r~_t + gamma m_t V(s_{t+1}) - V(s_t)
  7            A_t   = delta_t + gamma lambda m_t zeta_t A_{t+1}
  8            R_t   = r~_t + gamma m_t [ zeta_t R_{t+1} + (1 - zeta_t) V(s_{t+1}) ]
- 9 agents     V     = sum_i w_i(s) V_i(h_i, o_i) + b(s),   log pi = sum_i log pi_i(a_i | h_i, o_i)
-10            L(pi) = -E min( rho A, clip(rho) A ) + mu E sum max(0, |mean action| - 1)^2 - alpha H
+ 9 agents     V     = sum_i w_i(s) V_i(h_i, o_i) + b(s),
+              log pi = sum_i log pi_i(a_i | h_i, o_i)
+10            L(pi) = -E min( rho A, clip(rho) A )
+                      + mu E sum max(0, |mean action| - 1)^2 - alpha H
 11            L(V)  = 1/2 max( E (V - R)^2, E (V_old + clip(V - V_old) - R)^2 )
 
-In Eq. 1 the members learn alone, each from minibatches of its own: that they differ where there
-are no data is all that Eq. 3 measures. sigma_e is a network's output, between e^-6 and e^2 times
-the spread of what is predicted.
+Eq. 1: each member learns alone, from minibatches of its own. That members differ where
+there are no data is all that Eq. 3 measures. sigma_e is an output, too, between e^-6 and
+e^2 times the spread of what is predicted.
 
-In Eq. 10 rho = pi / pi_played is the ratio of the *joint* action, the product of all agents'
-ratios. The advantage A is the team's, earned by what all did together, so it is weighted by how
-likely that is now. One clip then limits how far the whole team moves; N clips, one an agent,
-would let it move N times as far. rho is cut at e^10. A is less its mean and over its spread in all
-rollouts of an update. mu is --action-penalty, 1. Policies are Gaussians on the whole line, whose
-actions are clipped to [-1, 1] where they are played: beyond, the reward no longer teaches the
-mean, so mu's term brings it back. The deviation of a policy lies between e^-6 and 1.
+Eqs. 5 to 8: where the game ends, nothing follows. Where a rollout only stops, V(s_{t+1})
+stands for what would have followed.
 
-Each minibatch is a step of Adam down L(pi) + L(V), with a gradient of limited length. The price of
-entropy alpha begins at 0, and after each minibatch becomes max(0, alpha + 0.001 (H_least - H)):
-there is no bonus before the team's joint entropy H falls below H_least.
+Eq. 9: V serves training only. To play, an agent needs its own view and memory.
 
-Commands, and the return to expect (last policy, greedy; one CPU core). All tasks and datasets:
-algorithms/moma_ppo.md.
+Eq. 10: rho = pi / pi_played is the ratio of the *joint* action, the product of all agents'
+ratios. A is the team's, earned by what all did together, so it is weighted by how likely
+that is now. One clip limits how far the whole team moves; a clip for each agent would let
+it move N times as far. rho is cut at e^10. A is less its mean and over its spread in all
+rollouts of an update. Policies are Gaussians on the whole line, and their actions are
+clipped to [-1, 1] where they are played. Beyond that the reward no longer teaches the
+mean, so the term with mu (--action-penalty, 1) brings it back. A policy's deviation lies
+between e^-6 and 1.
+
+Each minibatch is a step of Adam down L(pi) + L(V), with a gradient of limited length. The
+price of entropy alpha begins at 0, and after each minibatch becomes max(0, alpha + 0.001
+(H_least - H)): there is no bonus before the team's joint entropy H falls below H_least.
+
+Commands, and the return to expect (last policy, greedy; one CPU core):
   python algorithms/moma_ppo.py
-      the coordination game, unfavourable data, 10 seeds, 8 s: 1, the best return, in all seeds;
-      cloning (bc.py) has 0
+      the coordination game, unfavourable data, 10 seeds, 8 s: 1, the best return, in all
+      seeds; cloning (bc.py) has 0
   python algorithms/moma_ppo.py --env reacher --task all-observant
       two agents share an arm, 3 seeds, 9 minutes: normalised 1.00 (cloning 0.89)
   python algorithms/moma_ppo.py --env ant --dataset medium
-      four agents share an ant, a leg each, 3 seeds, 34 minutes: 2,743 (data 1,870, cloning 2,429)
-  ... --world-model runs/moma_ppo/OTHER       with the model that another run has learned
+      four agents share an ant, 3 seeds, 34 minutes: 2,743 (data 1,870, cloning 2,429)
   ... --penalty aleatoric | --reward-penalty 0 --state-penalty 0 | --no-box | --horizon 5
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, moma_ppo as moma
-  S, T, row = 2, 10, torch.arange(20 * 11)     # seeds; 20 episodes of T steps, T + 1 rows each
-  state, action, age = torch.randn(len(row), 3), 2 * torch.rand(len(row), 2, 1) - 1, row % (T + 1)
-  reward, start = -state.abs().sum(1), row[age < T]
-  held = start % 10 == 0                       # better: some whole episodes
-  columns = torch.tensor([[0, 1], [1, 2]])     # each agent sees two entries of the state
+  S, T, row = 2, 10, torch.arange(20 * 11)  # seeds; 20 episodes of T steps, T + 1 rows each
+  age, start = row % (T + 1), row[row % (T + 1) < T]
+  state, action = torch.randn(len(row), 3), 2 * torch.rand(len(row), 2, 1) - 1
+  reward, held = -state.abs().sum(1), start >= 18 * (T + 1)  # two episodes are held out
+  columns = torch.tensor([[0, 1], [1, 2]])  # each agent sees two entries of the state
   data = moma.Data(state, action, reward, 0 * reward, reward, age, start, row[age == 0],
                    start[~held], start[held], columns, None)
-  small = dict(num_seeds=S, model_steps=200, steps=20, rollouts=32, horizon=5)
+  small = dict(num_seeds=S, model_steps=200, model_hidden=32, reward_hidden=32)
+  small |= dict(model_batch=32, steps=20, rollouts=32, horizon=5)
   args = moma.Args(**moma.PRESETS[""] | small)
   streams = [torch.Generator().manual_seed(s) for s in range(S)]
   agents, model = moma.Agents(data, args, streams), moma.Model(data, args, streams)
   adam = torch.optim.Adam(agents.parameters(), args.lr)
   model_adam = torch.optim.Adam(model.parameters(), args.model_lr)
-  for step in range(args.model_steps):         # act 1
+  for step in range(args.model_steps):  # act 1
       model_adam.param_groups[0]["lr"] = args.model_lr * (1 - step / args.model_steps)
-      moma.model_update(model, model_adam, data, moma.draw_batches(streams, data, args), args)
+      rows = moma.draw_batches(streams, data, args)
+      moma.model_update(model, model_adam, data, rows, args)
   elites = model.choose(moma.best(moma.validate(model, data, S), args))
   world = moma.dream(elites, data, args)
-  for step in range(args.steps):               # act 2
+  for step in range(args.warmup):  # 0 here; an ant's agents clone first
+      rows = moma.draw_rows(streams, data.start, args.batch_size)
+      moma.clone_update(agents, adam, data, rows, args)
+  for step in range(args.steps):  # act 2
       adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
       noise = moma.draw_noise(streams, data, args)
       batch, logs = moma.rehearse(agents, world, data, noise, args)
@@ -83,32 +96,33 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
       logs |= moma.update(agents, adam, batch, orders, args)
 
 Where the paper and its authors' code disagree, this is the paper's:
-  1. The reward is all members' mean, not one's. A game ends by the members' vote; in the code the
-     agents' heads of the one drawn member vote.
-  2. eps_g is compared with its limit before it is capped. The code caps it first, so that no
-     rollout ever stops for it (--no-adaptive).
+  1. The reward is all members' mean, not one's. A game ends by the members' vote; in the
+     code the agents' heads of the one drawn member vote.
+  2. eps_g is compared with its limit before it is capped. The code caps it first, so that
+     no rollout ever stops for it (--no-adaptive).
   3. In the ant each agent drives the leg that it sees (see envs/mamujoco.py).
-Choices made here, and in brackets the flags for what the paper or its code has. The reasons stand
-under the same numbers in algorithms/moma_ppo.md.
-  4. The model predicts the global state once; the code, every agent's view of it. In eps_g an entry
-     counts as often as the agents see it, and the reward once for each agent.
-  5. Networks see and predict in units of the data's spread, and the model predicts changes. The
-     code has raw numbers and the next state.
-  6. Whole episodes are held out, and members ranked by how their means err there. The code holds
-     out steps, and ranks by drawn predictions.
-  7. A rollout that ends early makes room for a new one: an update always sees rollouts x horizon
-     steps.
-  8. The policies' entropy and the penalty on actions are exact means. The code weights them by rho.
+Choices made here, and in brackets the flags for what the paper or its code has. Reasons
+stand under the same numbers in algorithms/moma_ppo.md.
+  4. The model predicts the global state once; the code, every agent's view of it. In eps_g
+     an entry counts as often as agents see it, and the reward once for each agent.
+  5. Networks see and predict in units of the data's spread, and the model predicts changes.
+     The code has raw numbers and the next state.
+  6. Whole episodes are held out, and members ranked by how their means err there. The code
+     holds out steps, and ranks by drawn predictions.
+  7. A rollout that ends early makes room for a new one: an update always sees rollouts x
+     horizon steps.
+  8. The policies' entropy and the penalty on actions are exact means. The code weights
+     them by rho.
   9. Networks are smaller than the code's, and step sizes larger; these fall to 0.
- 10. L(V) and its clip are in units of the returns' spread. w(s) may be negative, as in the code,
-     though not in QMIX.
+ 10. L(V) and its clip are in units of the returns' spread. w(s) may be negative, as in the
+     code, though not in QMIX.
  11. Policies begin with the spread of the recorded actions, not with 1.
  12. The arm's box is wider than the data (--box-margin 0). The ant's V(s') is bounded
      (--no-bound-values).
- 13. Bodies rehearse 25 or 50 steps (--horizon 10), some from an episode's start (--first 0), and
-     remember nothing (--memory 10).
- 14. The ant's agents first clone the data (--warmup 0), while V learns the data's returns. These
-     take a time limit for the end.
+ 13. Bodies rehearse 25 or 50 steps (--horizon 10), some from an episode's start
+     (--first 0), and remember nothing (--memory 10 --width 128).
+ 14. The ant's agents first clone the data (--warmup 0), while V learns the data's returns.
+     These take a time limit for the end.
  15. Bodies' models learn with --beta-nll 0.5 (0). The ant's draws its next states
      (--no-sample-states) and tells a fall by s'_e (--end-from step).
  16. The ant's limit, penalties, --no-adaptive and least entropy are ours. The game has no
@@ -116,16 +130,16 @@ under the same numbers in algorithms/moma_ppo.md.
 
 Seeds differ in all that is random here, but share the held-out episodes.
 
-Shapes: S seeds, N agents, B rollouts or steps of a minibatch, k steps of a rollout, n members,
-U = S n models, Q = S N networks of agents, A actions (or entries of an action), X = N A,
-O observation, D state, H steps of memory, W its width, R rows (observations) of the dataset,
-M rows in which a step begins, E episodes.
+Shapes: S seeds, N agents, B rollouts or steps of a minibatch, k steps of a rollout,
+n members, U = S n models, Q = S N networks of agents, A actions (or entries of an action),
+X = N A, O observation, D state, H steps of memory, W its width, R rows (observations) of
+the dataset, M rows in which a step begins, E episodes.
 """
 
 import copy
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -147,62 +161,57 @@ class Args:
     dataset: str = ""  # a dataset's name, or the path of a file
     episodes: int = 0  # how many episodes a named dataset has; 0 for its default
     env_kwargs: str = ""  # more for the environment, as JSON
-    team_reward: Literal["sum", "mean"] = (
-        "sum"  # of the agents' rewards, in a game that is not ours
-    )
+    team_reward: Literal["sum", "mean"] = "sum"  # of rewards in games that are not ours
     # --- the run
     seed: int = 0  # the first seed
     num_seeds: int = 10  # how many seeds train, all at once
     steps: int = 20  # updates of MAPPO, each with its own rollouts
     eval_every: int = 5  # updates between evaluations; each writes a checkpoint
-    eval_episodes: int = 10  # games per seed and evaluation; 0 to train without an environment
+    eval_episodes: int = 10  # games per seed and evaluation; 0: no environment
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 1  # CPU threads
-    compile: bool = torch.cuda.is_available()  # compile updates and rehearsals with torch.compile
+    compile: bool = torch.cuda.is_available()  # with torch.compile
     out_dir: str = ""  # the run's folder; by default a new one in runs/moma_ppo
     resume: bool = False  # go on with the run in --out-dir
     track: bool = False  # also log to Weights & Biases
     # --- act 1, the world model
-    world_model: str = ""  # the folder of a run whose model to use in place of learning one
     model_steps: int = 300  # updates of the model
     model_eval_every: int = 100  # updates between looks at the held-out episodes
     model_batch: int = 64  # steps per update, drawn by each member on its own
     model_hidden: int = 32  # units per hidden layer of what predicts the state
     reward_hidden: int = 32  # and of what predicts the reward and the end
     model_layers: int = 2  # hidden layers
-    end_from: Literal["step", "state"] = "step"  # what tells the end: s and a, or the next state s'
-    beta_nll: float = 0.0  # how much steps of large sigma count: 0 likelihood, 1 squared errors
+    end_from: Literal["step", "state"] = "step"  # what tells the end: (s, a) or s'
+    beta_nll: float = 0.0  # 0: likelihood; 1: squared errors, whatever sigma
     model_lr: float = 3e-3  # Adam's step size, which falls linearly to 0
     members: int = 7  # how many models are learned
     elites: int = 5  # how many of them, the best, are kept
-    holdout: float = 0.1  # the share of the episodes to judge them by; with 0, all that they learn
+    holdout: float = 0.1  # the share of the episodes to judge them by
     # --- act 2, rollouts in it
     rollouts: int = 256  # rollouts at once
     horizon: int = 1  # k, their steps
-    first: float = 0.0  # the share of them that begin where an episode did, the others anywhere
-    penalty: Literal["epistemic", "aleatoric"] = (
-        "epistemic"  # what lowers r: Eq. 4, or MOPO's spread
-    )
+    first: float = 0.0  # the share of them that begin where an episode did
+    penalty: Literal["epistemic", "aleatoric"] = "epistemic"  # Eq. 4, or MOPO's spread
     reward_penalty: float = 0.0  # lambda_r, weight of eps_r
     state_penalty: float = 0.0  # lambda_g, weight of eps_g
     limit: float = 2.0  # l, the most that eps_r and eps_g count
-    aleatoric: float = 1.0  # weight of the largest spread a member predicts (--penalty aleatoric)
+    aleatoric: float = 1.0  # weight of the largest predicted spread
     adaptive: bool = True  # and rollouts stop where eps_g reaches it
     box: bool = True  # clip states and rewards to the range of the data
-    box_margin: float = 0.0  # it is wider by this share on either side, for rewards below only
+    box_margin: float = 0.0  # it is wider by this share; for rewards below only
     bound_values: bool = False  # keep V(s') from rising far above the data's returns
-    sample_states: bool = False  # draw the next state from the member's Gaussian, not its mean
+    sample_states: bool = False  # draw the next state, do not take the mean
     # --- act 2, MAPPO
-    warmup: int = 0  # updates of cloning before the first rehearsal; the critic learns, too
+    warmup: int = 0  # updates of cloning before the first rehearsal
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.98  # how far advantages look past the critic
-    clip: float = 0.2  # how far the joint action's ratio, and the value, may move in an update
+    clip: float = 0.2  # how far the joint ratio, and V, may move in an update
     action_penalty: float = 1.0  # weight of mean actions beyond [-1, 1]
     least_entropy: float = -2.0  # H_least, of the joint action: below it, a bonus grows
     epochs: int = 5  # passes over the rollouts
     batch_size: int = 64  # steps in a minibatch
     lr: float = 1e-3  # Adam's step size, which falls linearly to 0 after the warm-up
-    max_grad_norm: float = 1.0  # longest gradient of a seed's agents, or of a member of the model
+    max_grad_norm: float = 1.0  # longest gradient of a team, or of a member
     hidden: int = 64  # units of the two hidden layers of policies, values and mixer
     memory: int = 0  # how many steps an agent remembers; 0 for none
     width: int = 32  # of the memory's attention
@@ -262,8 +271,8 @@ PRESETS = {  # what differs from the values above; "" is a game that is not ours
 class Data(NamedTuple):
     """The dataset as R rows, one for each observation: episodes end to end.
 
-    In an episode's last row no step begins. A state holds each distinct entry of all that there is
-    to see once; what the agents see is picked from it.
+    In an episode's last row no step begins. A state holds each distinct entry of all that
+    there is to see once; what the agents see is picked from it.
     """
 
     state: Tensor  # (R, D)
@@ -300,7 +309,7 @@ class Units(nn.Module):
 
 
 class Noise(NamedTuple):
-    """All that a rehearsal draws: given it, k steps in B places for each seed hold no chance.
+    """All that a rehearsal draws; given it, there is no chance in it.
 
     The noise of one step has the same shapes without k.
     """
@@ -312,7 +321,7 @@ class Noise(NamedTuple):
 
 
 def draw(generators, how, *shape):
-    """Random numbers (S, *shape), each seed's own: uniform_, normal_ or exponential_ ones."""
+    """Random numbers (S, *shape), each seed's own."""
     draws = [torch.empty(shape, device=g.device) for g in generators]
     return torch.stack([getattr(x, how)(generator=g) for x, g in zip(draws, generators)])
 
@@ -321,10 +330,14 @@ def draw_noise(generators, data, args):
     """The `Noise` of one rehearsal."""
     (N, A), k, B = data.action.shape[1:], args.horizon, args.rollouts
     where = draw(generators, "uniform_", k, B)
-    rows = data.start[(where * len(data.start)).long()]
+
+    def pick(rows):
+        return rows[(where * len(rows)).long()]
+
+    rows = pick(data.start)
     if args.first:
-        opening = data.openings[(where * len(data.openings)).long()]
-        rows = torch.where(draw(generators, "uniform_", k, B) < args.first, opening, rows)
+        first = draw(generators, "uniform_", k, B) < args.first
+        rows = torch.where(first, pick(data.openings), rows)
     member = (draw(generators, "uniform_", k, B) * args.elites).long()
     action = draw(generators, "normal_" if data.avail is None else "exponential_", k, N, B, A)
     state = action.new_zeros(*rows.shape, data.state.shape[1])
@@ -345,7 +358,7 @@ def draw_batches(generators, data, args):
 
 
 def draw_orders(generators, count, args):
-    """In which order each epoch goes over the `count` steps of a rehearsal: (epochs, S, count)."""
+    """The order in which each epoch goes over a rehearsal: (epochs, S, count)."""
     epochs = []
     for _ in range(args.epochs):
         orders = [torch.randperm(count, generator=g, device=g.device) for g in generators]
@@ -355,7 +368,7 @@ def draw_orders(generators, count, args):
 
 # ---------------------------------------------------------------- networks
 class Linear(nn.Module):
-    """Independent linear layers as one batched product; each generator initialises one of them."""
+    """Independent linear layers as one batched product, one for each generator."""
 
     def __init__(self, inputs, outputs, generators, scale=1.0):
         super().__init__()
@@ -380,7 +393,7 @@ def mlp(inputs, outputs, hidden, layers, generators, scale=1.0):
 
 
 class Guess(NamedTuple):
-    """What U models predict of a step, in the data's own numbers. U may also stand as (S, n)."""
+    """What U models predict of a step: raw numbers, not in units of the data."""
 
     state: Tensor  # (U, B, D) the mean of the next state
     state_std: Tensor  # (U, B, D)
@@ -390,9 +403,9 @@ class Guess(NamedTuple):
 
 
 class Model(nn.Module):
-    """n models for each seed: Gaussians of the next state and the reward, and the chance of an end.
+    """n models for each seed: of the next state, the reward and the end.
 
-    Networks see and predict numbers in units of the data; `forward` returns them as they are.
+    Networks see and predict in units of the data; `forward` returns raw numbers.
     """
 
     def __init__(self, data, args, generators):
@@ -406,14 +419,15 @@ class Model(nn.Module):
         self.for_reward = mlp(inputs, 2, args.reward_hidden, layers, each)
         self.for_end = mlp(judged, 1, args.reward_hidden, 2, each)
         self.state = Units(data.state, 1e-3)
-        self.move = Units(data.state[data.start + 1] - data.state[data.start])  # what steps change
+        self.move = Units(data.state[data.start + 1] - data.state[data.start])
         self.action = Units(action, 1e-3)
         self.reward = Units(data.reward[data.start])
 
     def forward(self, state, action, next_state=None):
         """(U, B, D), (U, B, X) -> `Guess`.
 
-        With --end-from state the end is told by next_state (U, B, D), or by the predicted one.
+        With --end-from state the end is told by next_state (U, B, D), or, where
+        there is none, by the predicted one.
         """
         x = torch.cat([self.state(state), self.action(action)], -1)
         move, log_std = self.for_state(x).chunk(2, -1)  # (U, B, D) each
@@ -468,7 +482,7 @@ class Memory(nn.Module):
 
 
 class Agents(nn.Module):
-    """All that S teams learn by rehearsal: N memories, policies and values each, and a mixer.
+    """What S teams learn: N memories, policies and values each, and a mixer.
 
     Agents share nothing. Their networks are Q = S N, and see (Q, B, ...).
     """
@@ -515,14 +529,14 @@ class Agents(nn.Module):
         return out.unflatten(0, (self.S, self.N)).transpose(1, 2)
 
     def remember(self, obs, history):
-        """The inputs of policies and values: an agent's memory of its last H steps, and its view.
+        """What policies and values see: an agent's memory of H steps, and its view.
 
         (S, B, N, O), (S, B, N, H, O + A) -> (S, B, N, inputs).
         """
         return torch.cat([self.each(self.memory, history), obs], -1) if self.H else obs
 
     def policy(self, x):
-        """Log-probabilities of all actions (S, B, N, A), or means and log sigmas (S, B, N, 2A)."""
+        """Log-probabilities (S, B, N, A), or means and log sigmas (S, B, N, 2A)."""
         out = self.each(self.policies, x)
         if self.discrete:
             return F.log_softmax(out.masked_fill(~self.avail, ILLEGAL), -1)
@@ -537,7 +551,7 @@ class Agents(nn.Module):
         return self.returns.mean + self.returns.std * mixed
 
     def log_prob(self, policy, action):
-        """Log-probability and entropy of the team's joint action: sums over agents, (S, B) each."""
+        """Log-probability and entropy of the joint action: sums over agents, (S, B)."""
         if self.discrete:
             log_prob = policy.gather(-1, action[..., None])  # (S, B, N, 1)
             entropy = -policy.exp() * policy  # (S, B, N, A)
@@ -548,19 +562,18 @@ class Agents(nn.Module):
         return log_prob.sum(-1).sum(-1), entropy.sum(-1).sum(-1)
 
     def sample(self, policy, noise=None):
-        """Actions (S, B, N) or (S, B, N, A), drawn by the noise (S, B, N, A), or the likeliest."""
-        if not self.discrete:
-            mean, log_std = policy.chunk(2, -1)
-            return mean if noise is None else mean + log_std.exp() * noise
-        if noise is not None:  # which exponential clock rings first is a draw from pi
-            policy = policy - noise.clamp(min=1e-30).log()
-        return policy.argmax(-1)
+        """Actions (S, B, N) or (S, B, N, A), the likeliest without noise (S, B, N, A).
 
-    def carry_out(self, action):
-        """Actions as the world and the memory see them, (S, B, N, A): one-hot, or clipped."""
+        Also as world and memory see them, (S, B, N, A): one-hot, or clipped.
+        """
         if self.discrete:
-            return F.one_hot(action, self.A).to(self.alpha.dtype)
-        return action.clamp(-1, 1)
+            if noise is not None:  # which exponential clock rings first is a draw from pi
+                policy = policy - noise.clamp(min=1e-30).log()
+            action = policy.argmax(-1)
+            return action, F.one_hot(action, self.A).to(self.alpha.dtype)
+        mean, log_std = policy.chunk(2, -1)
+        action = mean if noise is None else mean + log_std.exp() * noise
+        return action, action.clamp(-1, 1)
 
 
 # ---------------------------------------------------------------- act 1: the world model
@@ -584,10 +597,11 @@ def model_loss(model, data, rows, beta):
 
 @torch.no_grad()
 def validate(model, data, S, most=2000):
-    """Errors of the members on held-out steps, (S, n) each; `most` of the steps, evenly spaced.
+    """Errors of the members on at most so many held-out steps, (S, n) each.
 
-    Of states: the root mean square over entries, in units of the spread of changes. Of rewards: the
-    absolute error, in units of their spread. Of ends: the share told wrong.
+    Of states: the root mean square over entries, in units of the changes' spread.
+    Of rewards: the absolute error, in units of their spread.
+    Of ends: the share told wrong.
     """
     count, U = len(data.held), len(model.for_end[0].weight)
     even = torch.linspace(0, count - 1, min(most, count), device=data.held.device)
@@ -603,9 +617,9 @@ def validate(model, data, S, most=2000):
 
 
 def best(errors, args):
-    """The members that err least in states and rewards, the best first: (S elites) of U models."""
+    """The members that err least in states and rewards: (S elites) of U models."""
     total = errors["state_error"] + errors["reward_error"]  # (S, n)
-    order = total.sort(dim=1, stable=True)[1][:, : args.elites]
+    order = total.argsort(dim=1, stable=True)[:, : args.elites]
     seed = torch.arange(len(order), device=order.device)[:, None]
     return (order + total.shape[1] * seed).flatten()
 
@@ -615,8 +629,8 @@ def dream(model, data, args):
     """The model, of each seed's elites, as a world to play in.
 
     It is a function of states (S, B, D), joint actions (S, B, X), members (S, B) and noise
-    (S, B, D), which returns next states, penalised rewards,
-    where the game ends, and where the model is sure (S, B).
+    (S, B, D), which returns next states, penalised rewards, where the game ends, and where
+    the model is sure (S, B).
     """
     low, high = data.state.aminmax(dim=0)
     worst, top = data.reward[data.start].aminmax()
@@ -646,7 +660,7 @@ def dream(model, data, args):
 
 
 def weights(data):
-    """How often each entry of the state and, at last, the reward counts in eps_g: (D + 1,)."""
+    """How often each entry of the state, and at last the reward, counts in eps_g."""
     D = data.state.shape[1]
     weight = data.columns.flatten().bincount(minlength=D + 1)  # how often agents see it
     weight[:D][(data.state == 0).all(0)] = 0  # what never is anything but 0 does not count
@@ -664,7 +678,7 @@ def gram_norm(x):
 
 
 def penalise(reward, guess, eps_g, args):
-    """Eq. 4, or MOPO's, which takes off the largest spread that a member predicts; (S, B)."""
+    """Eq. 4; or MOPO's penalty, the largest spread that a member predicts."""
     if args.penalty == "aleatoric":
         variance = (guess.state_std**2).sum(-1) + guess.reward_std**2  # (S, n, B)
         return reward - args.aleatoric * variance.sqrt().amax(1)
@@ -673,7 +687,7 @@ def penalise(reward, guess, eps_g, args):
 
 
 def begin(agents, data, rows):
-    """States (S, B, D) and histories (S, B, N, H, O + A) of rollouts that begin in rows (S, B)."""
+    """States (S, B, D), histories (S, B, N, H, O + A) of rollouts that begin in rows."""
     past = rows[..., None] + torch.arange(-agents.H, 0, device=rows.device)  # (S, B, H)
     known = past >= (rows - data.age[rows])[..., None]  # of the same episode
     history = torch.cat([agents.see(data.state[past]), data.action[past]], -1)
@@ -682,7 +696,7 @@ def begin(agents, data, rows):
 
 
 def push(history, obs, carried):
-    """Histories one step later; views (S, B, N, O) and actions (S, B, N, A) become the newest."""
+    """Histories one step later: these views and actions (S, B, N, ...) are the newest."""
     newest = torch.cat([obs, carried], -1)[..., None, :]
     return torch.cat([history, newest], -2)[..., 1:, :]
 
@@ -705,22 +719,21 @@ class Played(NamedTuple):
 def rehearsal_step(agents, world, data, state, history, noise, args):
     """One step in the world, from states (S, B, D) and histories, with this step's `Noise`.
 
-    Returns `Played`, and the states and histories to go on from. Where a rollout is over another
-    one begins, in the row that the noise tells.
+    Returns `Played`, and the states and histories to go on from. Where a rollout is
+    over another one begins, in the row that the noise tells.
     """
     obs = agents.see(state)
     x = agents.remember(obs, history)
     policy, value = agents.policy(x), agents.value(x, state)
-    action = agents.sample(policy, noise.action)
+    action, carried = agents.sample(policy, noise.action)
     log_prob, _ = agents.log_prob(policy, action)
-    carried = agents.carry_out(action)  # (S, B, N, A)
     joint = carried.flatten(2)  # (S, B, X)
     next_state, reward, end, sure = world(state, joint, noise.member, noise.state)
     next_history = push(history, obs, carried)
     x = agents.remember(agents.see(next_state), next_history)
     next_value = agents.value(x, next_state)
-    if args.bound_values:
-        next_value = next_value.clamp(max=agents.highest)  # from below, bad teams would look good
+    if args.bound_values:  # not from below, where bad teams would look good
+        next_value = next_value.clamp(max=agents.highest)
     now = state, history, action, log_prob, value
     played = Played(*now, reward, next_value, m=~end, zeta=sure)
     new_state, new_history = begin(agents, data, noise.rows)
@@ -759,18 +772,20 @@ class Batch(NamedTuple):
 @torch.no_grad()
 def settle(agents, steps, args):
     """What k steps `Played` teach: a `Batch` of B k steps, and what to log, (S,) each."""
-    *now, reward, next_value, m, sure = (torch.stack(x, 2) for x in zip(*steps))  # (S, B, k, ...)
+    played = Played(*(torch.stack(x, 2) for x in zip(*steps)))  # (S, B, k, ...)
+    reward, value, m, sure = played.reward, played.value, played.m, played.zeta
     zeta = F.pad(sure[..., :-1], (0, 1))  # Eq. 5: a rollout's k-th step is its last
-    advantage, returns = gae(reward, now[-1], next_value, m, zeta, args.gamma, args.gae_lambda)
+    rates = args.gamma, args.gae_lambda
+    advantage, returns = gae(reward, value, played.next_value, m, zeta, *rates)
     std, mean = torch.std_mean(advantage, (1, 2), keepdim=True, correction=0)
     advantage = (advantage - mean) / (std + 1e-3 * agents.returns.std)
-    batch = Batch(*(x.flatten(1, 2) for x in (*now, advantage, returns)))
-    logs = dict(model_reward=reward, stopped=m & ~sure, ended=~m)  # how often
+    batch = Batch(*(x.flatten(1, 2) for x in (*played[:5], advantage, returns)))
+    logs = dict(model_reward=reward, stopped=m & ~sure, ended=~m)
     return batch, {name: x.to(reward.dtype).mean((1, 2)) for name, x in logs.items()}
 
 
 def rehearse(agents, world, data, noise, args, rehearsal_step=rehearsal_step):
-    """Play k steps in B places for each seed: a `Batch` of B k steps, and what to log, (S,) each.
+    """Play k steps in B places for each seed: a `Batch` of B k steps, and logs, (S,).
 
     `rehearsal_step` can be given in compiled form.
     """
@@ -786,7 +801,7 @@ def rehearse(agents, world, data, noise, args, rehearsal_step=rehearsal_step):
 
 # ---------------------------------------------------------------- act 2: losses
 def ppo_loss(agents, batch, args):
-    """All of the agents' losses, and what to log, (S,) each: L(pi)'s first term, L(V), H, KL."""
+    """All of the agents' losses, (S,), and logs: L(pi)'s first term, L(V), H, KL."""
     x = agents.remember(agents.see(batch.state), batch.history)
     policy, value = agents.policy(x), agents.value(x, batch.state)
     log_prob, entropy = agents.log_prob(policy, batch.action)
@@ -815,8 +830,8 @@ def ppo_loss(agents, batch, args):
 def clone_loss(agents, data, rows):
     """The warm-up's loss on the steps that begin in the rows (S, B), (S,).
 
-    Independent behavioural cloning, -log pi_i(a_i) of the recorded actions, summed over agents; and
-    how far V is from what the recorded rest of the episode was worth.
+    Independent behavioural cloning, -log pi_i(a_i) of the recorded actions, summed over
+    agents; and how far V is from what the recorded rest of the episode was worth.
     """
     state, history = begin(agents, data, rows)
     x, action = agents.remember(agents.see(state), history), data.action[rows]  # (S, B, N, A)
@@ -838,8 +853,8 @@ def take_step(adam, parameters, gradients):
 def descend(adam, module, losses, max_grad_norm):
     """One step down the losses (G,) of independent parts; returns them, detached.
 
-    A part is a member of the model, or all that one seed's agents learn. Their sum leaves each
-    part the gradient that it would have alone; each gradient has a limited length.
+    A part is a member of the model, or all that one seed's agents learn. Their sum leaves
+    each part the gradient that it would have alone; each gradient has a limited length.
     """
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(losses.sum(), parameters)
@@ -852,14 +867,14 @@ def descend(adam, module, losses, max_grad_norm):
 
 
 def model_update(model, adam, data, rows, args):
-    """One update of all members, from minibatches of their own, rows (S, n, B); losses (S, n)."""
+    """One update of all members on their own rows (S, n, B); losses (S, n)."""
     losses = model_loss(model, data, rows.flatten(0, 1), args.beta_nll)  # (U,)
     losses = descend(adam, model, losses, args.max_grad_norm)
     return losses.view(rows.shape[:2])
 
 
 def minibatch(agents, adam, batch, pick, args):
-    """One gradient step of all seeds on the steps `pick` (S, B) of the batch; what to log, (S,)."""
+    """One gradient step of all seeds on the steps `pick` (S, B) of the batch; logs."""
     seed = torch.arange(agents.S, device=pick.device)[:, None]
     total, logs = ppo_loss(agents, Batch(*(x[seed, pick] for x in batch)), args)
     total = descend(adam, agents, total, args.max_grad_norm)
@@ -869,7 +884,7 @@ def minibatch(agents, adam, batch, pick, args):
 
 
 def update(agents, adam, batch, orders, args, minibatch=minibatch):
-    """Go over a rehearsal in minibatches, in these orders (epochs, S, B k); logs of the last one.
+    """Go over a rehearsal in these orders (epochs, S, B k); logs of the last minibatch.
 
     `minibatch` can be given in compiled form.
     """
@@ -883,7 +898,7 @@ def update(agents, adam, batch, orders, args, minibatch=minibatch):
 
 
 def clone_update(agents, adam, data, rows, args):
-    """One update of the warm-up on the steps that begin in the rows (S, B); its loss (S,)."""
+    """One update of the warm-up on the rows (S, B); its loss (S,)."""
     return descend(adam, agents, clone_loss(agents, data, rows), args.max_grad_norm)
 
 
@@ -900,7 +915,8 @@ elif __name__ == "__main__":
 def distinct_columns(state, obs):
     """Each distinct column of states (R, D) and views (R, N, O) once: states (R, D').
 
-    Also where the agents' views are found in them, (N, O); D' is the 0 that fills up short views.
+    Also where the agents' views are found in them, (N, O); D' is the 0 that fills up
+    short views.
     """
     D, table = state.shape[1], torch.cat([state, obs.flatten(1)], 1)  # (R, C)
     columns = [column.tobytes() for column in table.T.cpu().numpy()]
@@ -933,28 +949,8 @@ def arrange(dataset, args):
     )
 
 
-@torch.no_grad()
-def open_loop(model, data, k):
-    """How far models err that are left to themselves for 1, 2, … k recorded actions: a list.
-
-    The root mean square in units of the data's spread, from held-out rows with k steps to come.
-    """
-    rows = data.held[data.held + k < len(data.state)]
-    rows = rows[data.age[rows + k] == data.age[rows] + k]
-    rows = rows[:: max(1, len(rows) // 500)]  # some of them
-    state = data.state[rows].expand(len(model.for_end[0].weight), -1, -1)
-    errors = []
-    for t in range(k):
-        action = data.action[rows + t].flatten(1).expand(len(state), -1, -1)
-        state = model(state, action).state
-        error = model.state(state) - model.state(data.state[rows + t + 1])
-        errors.append(error.square().mean().sqrt().item())
-    return errors
-
-
-def learn_model(run, data, args):
-    """Act 1: the models of each seed's elites."""
-    model = Model(data, args, run.streams(2, "cpu")).to(run.device)
+def learn_model(run, model, data, args):
+    """Act 1."""
     adam = torch.optim.Adam(model.parameters(), args.model_lr, fused=True)
     generators, learn = run.streams(3), run.compile(model_update)
     run.begin("model step", "world_model.csv", model=model, adam=adam, generators=generators)
@@ -963,7 +959,6 @@ def learn_model(run, data, args):
         loss = learn(model, adam, data, draw_batches(generators, data, args), args)
         if run.scheduled(step + 1):
             run.logs = {"loss": loss} | validate(model, data, args.num_seeds)
-    return model.choose(best(validate(model, data, args.num_seeds), args))
 
 
 def player(agents):
@@ -972,8 +967,7 @@ def player(agents):
     def act(obs, avail, memory, clocks=None):
         obs = agents.scale(obs.to(agents.alpha.dtype))  # (S, B, N, O)
         history = memory.unflatten(-1, (agents.H, agents.O + agents.A))
-        action = agents.sample(agents.policy(agents.remember(obs, history)))
-        carried = agents.carry_out(action)
+        action, carried = agents.sample(agents.policy(agents.remember(obs, history)))
         memory = push(history, obs, carried).flatten(-2)
         return action if agents.discrete else carried.float(), memory
 
@@ -986,35 +980,31 @@ def main(args):
     data = arrange(run.load(), args)
     agents = Agents(data, args, run.streams(0, "cpu")).to(run.device)
     adam = torch.optim.Adam(agents.parameters(), args.lr, fused=True)
-    generators = run.streams(1)
+    generators, team = run.streams(1), player(agents)
 
     # Act 1: a world to play in
-    if run.reached():
-        model = Model(data, replace(args, members=args.elites), run.streams(2, "cpu"))
-        model = model.to(run.device).requires_grad_(False)
-    else:
-        model = learn_model(run, data, args)
-    world = dream(model, data, args)
-    rehearsal, learn = run.compile(rehearsal_step), run.compile(minibatch)
-    clone = run.compile(clone_update)
+    model = Model(data, args, run.streams(2, "cpu")).to(run.device)
+    if not run.reached():
+        learn_model(run, model, data, args)
+    elites = model.choose(best(validate(model, data, args.num_seeds), args))
+    world = dream(elites, data, args)
 
     # Act 2: rehearsals in it
-    run.begin(model=model, agents=agents, adam=adam, generators=generators)
-    errors = open_loop(model, data, args.horizon)
-    run.say(
-        f"open-loop error of the model after 1 and {args.horizon} steps: {errors[0]:.3f}, {errors[-1]:.3f}"
-    )
-    team = player(agents)
+    rehearsal, learn = run.compile(rehearsal_step), run.compile(minibatch)
+    clone = run.compile(clone_update)
+    run.begin(elites=elites, agents=agents, adam=adam, generators=generators)
     for step in run.steps(team):
-        for _ in range(args.warmup if step == 0 else 0):
-            clone(agents, adam, data, draw_rows(generators, data.start, args.batch_size), args)
+        if step == 0:
+            for _ in range(args.warmup):
+                rows = draw_rows(generators, data.start, args.batch_size)
+                clone(agents, adam, data, rows, args)
         adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
         noise = draw_noise(generators, data, args)
         batch, logs = rehearse(agents, world, data, noise, args, rehearsal)
         orders = draw_orders(generators, batch.returns.shape[1], args)
-        run.logs = logs | update(agents, adam, batch, orders, args, learn)
-        run.logs["alpha"] = agents.alpha
-    return run.finish("MOMA-PPO", team, open_loop=errors)
+        logs |= update(agents, adam, batch, orders, args, learn)
+        run.logs = logs | {"alpha": agents.alpha}
+    return run.finish("MOMA-PPO", team)
 
 
 def parse(argv=None):

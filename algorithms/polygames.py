@@ -23,7 +23,8 @@ could, as R is known everywhere. A critic that was learned from data is known
 only near the data, so methods keep one agent's action on the policy and the
 other's on the data.
 
-Equations (numbers from the paper; m, s^2 = mean and variance of the *other* agent's data):
+Equations (numbers from the paper; m, s^2: mean and variance of the *other*
+agent's data):
   Eq. 4   theta_x += eta E_data[dR/da_x at (theta_x, a_y)]; theta_y likewise, from the
           same theta
   Eq. 5   twin peaks: BRUD ends on the peak iff
@@ -92,7 +93,8 @@ more:
      1]^2, because R = xy has no maximum.
   5. Figures 3 and 4 use the whole dataset in every update, and samples shifted
      to the exact mean that the text speaks of, so end points are exact; Figure
-     5 uses raw samples and minibatches. Starts and spreads of 3 and 4 are ours.
+     5 uses raw samples and minibatches. Offline nothing keeps the policy inside
+     the square. Starts and spreads of 3 and 4 are ours.
   6. Double precision throughout: exact comparisons, and no slower at this size.
 
 Legend: S seeds, M data points, B batch size, K steps; the last dimension 2 is

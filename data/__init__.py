@@ -11,7 +11,7 @@
     write(Dataset.from_episodes(episodes, env="bridge"), "mine.h5")   # your own: a list of episodes
     write(Dataset.from_transitions(arrays, ends), "mine.h5")          # or a replay buffer
 
-`python data/collect.py --help` records a dataset; `python data/describe.py FILE` says what it holds.
+`python data/collect.py` records a dataset; `python data/describe.py FILE` says what it holds.
 """
 
 from data.dataset import Dataset, write

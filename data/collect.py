@@ -18,7 +18,7 @@ if __name__ == "__main__":  # let `python data/collect.py` find the packages bes
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.dataset import write
-from data.recipes import about, collect_dataset, default, is_path, load, names  # noqa: F401
+from data.recipes import collect_dataset, default
 from data.record import Kept, record_team
 from data.run import ask, game_options, launch, load_team, read_flags, say
 

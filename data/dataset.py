@@ -1,4 +1,4 @@
-"""The dataset: episodes of a team, padded to the longest, as tensors on one device and as one HDF5 file."""
+"""The dataset: episodes of a team, padded to the longest, as tensors and as one HDF5 file."""
 
 import copy
 import hashlib
@@ -21,9 +21,9 @@ FORMAT = 1  # written into each file; raise it when the meaning of a field chang
 class Dataset:
     """E episodes of at most T steps, N agents, O observation entries, S state entries, A actions.
 
-    Step t of an episode leads from `obs[:, t]` to `obs[:, t + 1]`, so the last observation is always
-    there to bootstrap from. The last real step of an episode is `terminated` if the game ended by its
-    own rules; otherwise it was cut off (a time limit), and its value goes on.
+    Step t of an episode leads from `obs[:, t]` to `obs[:, t + 1]`, so the last observation is
+    always there to bootstrap from. The last real step of an episode is `terminated` if the game
+    ended by its own rules; otherwise it was cut off (a time limit), and its value goes on.
 
     The fields may be given as tensors, numpy arrays or lists of any kind of number. They become
     tensors of the kinds below, without a copy where that is possible. What lies behind the mask
@@ -93,8 +93,8 @@ class Dataset:
         """A dataset of a replay buffer: M steps laid end to end, the oldest first.
 
         Without `next_obs` a copy of an episode's last observation stands in for the one after it.
-        Nothing reads it where the game terminated; where it was cut off, a value function bootstraps
-        from that copy, one step old.
+        Nothing reads it where the game terminated; where it was cut off, a value function
+        bootstraps from that copy, one step old.
 
         Args:
             arrays: a dictionary as in `from_episodes`, of arrays (M, ...): obs, actions, reward,
@@ -256,7 +256,7 @@ def as_tensor(array, name, mask=None):
     """The tensor that the field `name` calls for: float32, bool, or, for actions, float32 or int64.
 
     Args:
-        array: a tensor, a numpy array or nested lists. It is not changed, and copied only if need be.
+        array: a tensor, a numpy array or nested lists. It is not changed, only copied if need be.
         mask: (E, T) bool; what lies behind it in (E, T, ...), or (E, T+1, ...), becomes 0.
     Raises:
         ValueError: it does not hold real numbers, or flags that are neither 0 nor 1.
@@ -389,13 +389,12 @@ def read_ends(part, steps, time_limit):
 
 
 def all_available(whole, num_actions=None):
-    """avail_actions (E, T+1, N, A), all True, , for padded episodes; or None."""
+    """avail_actions (E, T+1, N, A), all True, for padded episodes; None for continuous actions."""
     actions = whole["actions"]
     if actions.is_floating_point():
         return None
-    A = num_actions or int(actions.max()) + 1
-    insist(A <= 10_000, f"the largest action is {A - 1}: if there are so many, give avail_actions")
-    return torch.ones(*whole["obs"].shape[:3], max(A, 1), dtype=torch.bool)
+    A = num_actions or max(int(actions.max()) + 1, 1)
+    return torch.ones(*whole["obs"].shape[:3], A, dtype=torch.bool)
 
 
 def cut(arrays, ends):
@@ -494,7 +493,8 @@ def read_own(file):
     info = {key: json.loads(value) for key, value in file.attrs.items()}
     if info.get("format") != FORMAT:
         raise ValueError(f"it has format {info.get('format')}, this code reads {FORMAT}")
-    arrays = {name: file[name][()] for name in TENSORS if name in file}
-    missing = [name for name in TENSORS if name not in file and name != "avail_actions"]
-    insist(not missing, f"it lacks {', '.join(missing)}")
+    arrays = {}
+    for name in TENSORS:
+        if name in file or name != "avail_actions":
+            arrays[name] = file[name][()]
     return Dataset(**{"avail_actions": None} | arrays, info=info)

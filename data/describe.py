@@ -65,13 +65,11 @@ def histogram(dataset):
     """A figure of the episode returns."""
     figure = Figure(figsize=(5, 3), layout="constrained")
     axes, returns = figure.subplots(), dataset.returns.double()
+    axes.hist(returns.numpy(), bins=40 if returns.max() > returns.min() else 1)
+    axes.axvline(returns.mean(), color="black", linestyle="--")
+    axes.set(xlabel="episode return (dashed: the mean)", ylabel="episodes")
     names = [str(dataset.info.get(key, "")) for key in ("env", "task", "name")]
-    axes.hist(returns.numpy(), bins=40 if returns.max() > returns.min() else 1, color="tab:blue")
-    mean = returns.mean()
-    axes.axvline(mean, color="black", linestyle="--", label=f"mean {mean:.3f}")
-    axes.set(xlabel="episode return", ylabel="episodes")
-    axes.set_title(" ".join(filter(None, names)), parse_math=False)  # a name may hold a "$"
-    axes.legend(frameon=False)
+    axes.set_title(" ".join(names).strip(), parse_math=False)  # a name may hold a "$"
     return figure
 
 

@@ -1,7 +1,8 @@
 """Ways to lay out a `Dataset` as tensors that training scripts share; no gradient.
 
-Shapes: E episodes, R rows (observations, an episode's one more than its steps), M steps, Q sequences,
-L rows of a sequence, N agents, A actions (or entries of an action), O observation, D state, I inputs.
+Shapes: E episodes, R rows (observations, an episode's one more than its steps), M steps, Q
+sequences, L rows of a sequence, N agents, A actions (or entries of an action), O observation, D
+state, I inputs.
 """
 
 import torch
@@ -58,7 +59,7 @@ def episodes(lengths):
 
 
 def age(lengths):
-    """The steps since each row's episode began, and those still to come: lengths (E,) -> (R,), (R,)."""
+    """The steps since each row's episode began, and those to come: lengths (E,) -> (R,), (R,)."""
     begin = (lengths + 1).cumsum(0) - lengths - 1  # (E,) each episode's first row
     episode = episodes(lengths)  # (R,)
     since = torch.arange(len(episode), device=lengths.device) - begin[episode]
@@ -90,9 +91,9 @@ def pairs(start):
 def pack(lengths, empty):
     """Lay whole episodes of `lengths` (E,) rows end to end in sequences: (Q, L) row numbers.
 
-    L is the longest episode's length. Each sequence takes the longest episode that is left, then the
-    shortest ones as long as they fit. So little is padding (the row `empty`), and every update has
-    the same shape.
+    L is the longest episode's length. Each sequence takes the longest episode that is left, then
+    the shortest ones as long as they fit. So little is padding (the row `empty`), and every
+    update has the same shape.
     """
     begin = lengths.cumsum(0) - lengths
     waiting = sorted(zip(lengths.tolist(), begin.tolist()))
@@ -113,11 +114,10 @@ def teams(dataset, args, whole=True):
     Args:
         whole: sequences are whole episodes end to end, padded (`pack`); else each step's two rows.
     Returns:
-        Nine tensors: obs (R, N, I), with `args.recurrent` everybody's last action behind it; state
-        (R, D); avail_actions, actions, reward, done, acted and first as in `rows`, the last row
-        blank; sequences (Q, L) of row numbers.
-        The function that turns observations (..., N, O) and last actions, one-hot (..., N, A), 0 for
-        none, into obs.
+        Nine tensors: obs (R, N, I), with `args.recurrent` everybody's last action behind it;
+        state (R, D); avail_actions, actions, reward, done, acted and first as in `rows`, the last
+        row blank; sequences (Q, L) of row numbers. The function that turns observations (..., N,
+        O) and last actions, one-hot (..., N, A), 0 for none, into obs.
     """
     table = rows(dataset, blank=True)
     recurrent = getattr(args, "recurrent", False)
@@ -137,7 +137,7 @@ def teams(dataset, args, whole=True):
 
 # ---------------------------------------------------------------- inputs
 def scales(dataset):
-    """The spread of the returns, or 1 for none, and whether views and states are cells of a grid."""
+    """The spread of the returns, or 1 for none; whether views and states are cells of a grid."""
     spread = dataset.returns.std(correction=0).item() or 1.0
     whole = all(bool((x == x.round()).all()) for x in (dataset.obs, dataset.state))
     return spread, whole and len(dataset.obs.unique()) <= 20
@@ -162,7 +162,7 @@ def inputs(x, args, correction=0):
 
 
 def one_hot(x):
-    """A function (..., D) -> (..., I) with one column for each value that an entry of x (R, D) takes.
+    """A function (..., D) -> (..., I) with a column for each value that an entry of x (R, D) takes.
 
     An entry that never changes gets none, and a value that x does not hold becomes zeros.
     """
@@ -179,143 +179,3 @@ def one_hot(x):
     entries, values = torch.tensor(cells, device=x.device).T
     entries = entries.long()
     return lambda raw: (raw[..., entries] == values).to(torch.get_default_dtype())
-
-
-# ---------------------------------------------------------------- what single scripts use
-def windows(lengths, length):
-    """The first rows of all windows of `length` successive rows of one episode: lengths (E,), in steps -> (W,)."""
-    _, left = age(lengths)
-    return (left >= length - 1).nonzero()[:, 0]
-
-
-def hold_back(share, begin, lengths, most=5000):
-    """Choose episodes, evenly spread over the data, for judging what was learned from the others.
-
-    Args:
-        share: of the episodes, less where that would be more than `most` sequences.
-        begin: (Q,) the row with which each sequence, or step, begins.
-        lengths: (E,) of the episodes, in steps.
-    Returns:
-        (Q,) bool, the sequences that begin in these episodes; None if there are too few to spare one.
-    """
-    episode = episodes(lengths)[begin]  # (Q,)
-    found = episode.unique()
-    if share == 0 or len(found) < 2:
-        return None
-    return torch.isin(episode, found[:: max(2, round(1 / min(share, most / len(begin))))])
-
-
-def hold_out(share, start, lengths, generator):
-    """Choose whole episodes at random: (M,) bool, the steps, by their rows start (M,), of a share of the episodes.
-
-    At least one episode and never all, so none where there is one; none if the share is 0.
-    """
-    E = len(lengths)
-    count = min(E - 1, max(1, round(share * E))) if share else 0
-    chosen = torch.randperm(E, generator=generator)[:count].to(start.device)
-    return torch.isin(episodes(lengths)[start], chosen)
-
-
-class Judge:
-    """Held-back episodes by which cloning is judged, every 250 updates: each seed keeps its likeliest models, and is
-    done when 1,000 updates brought no better ones.
-
-    Attributes:
-        held, rest: (Q, ...) the sequences, or steps, to judge by and to learn from.
-    """
-
-    def __init__(self, chosen, sequences, last):
-        self.held, self.rest, self.last, self.kept = (
-            sequences[chosen],
-            sequences[~chosen],
-            last,
-            None,
-        )
-
-    @torch.no_grad()
-    def over(self, step, moved, loss):
-        """After update `step` of the parameters `moved` (S, ...), `last` at most: whether all seeds are done. If so,
-        each has its likeliest models back. loss: function without arguments, which returns each seed's (S,)."""
-        if step % 250 and step < self.last:
-            return False
-        found = loss()
-        if self.kept is None:
-            self.kept = [p.detach().clone() for p in moved]
-            self.best, self.since = torch.full_like(found, torch.inf), torch.zeros_like(found)
-        better = (found < self.best) & (self.since < 4)
-        self.best, self.since = (
-            torch.where(better, found, self.best),
-            torch.where(better, 0, self.since + 1),
-        )
-        for old, new in zip(self.kept, moved):
-            old[better] = new[better]
-        over = step == self.last or bool((self.since >= 4).all())
-        if over:
-            torch._foreach_copy_(moved, self.kept)
-        return over
-
-
-def judge(args, sequences, lengths):
-    """The `Judge` of what is cloned with `--hold-back` from sequences (Q, L) of rows, or steps (M,); or None."""
-    chosen = hold_back(
-        args.hold_back, sequences if sequences.dim() == 1 else sequences[:, 0], lengths
-    )
-    return None if chosen is None else Judge(chosen, sequences, args.clone_steps)
-
-
-def joint_avail(avail, K):
-    """What is available to the players: (..., N, A) bool, to the agents, -> (..., K, A^G); None stays None."""
-    if avail is None:
-        return None
-    joint, *others = avail.unflatten(-2, (K, -1)).unbind(-2)  # (..., K, A) each
-    for other in others:
-        joint = (joint[..., None] & other[..., None, :]).flatten(-2)
-    return joint
-
-
-def join(action, avail, K):
-    """The players' actions of the agents': (..., N) -> (..., K) or, if continuous, (..., N, A) -> (..., K, G A)."""
-    if avail is None:
-        return action.flatten(-2).unflatten(-1, (K, -1))
-    digits = action.unflatten(-1, (K, -1))  # (..., K, G)
-    return (
-        digits * avail.shape[-1] ** torch.arange(digits.shape[-1], device=action.device).flip(0)
-    ).sum(-1)
-
-
-def split(action, avail, N):
-    """The agents' actions of the players', `join` backwards: (..., K) -> (..., N) or (..., K, G A) -> (..., N, A)."""
-    if avail is None:
-        return action.flatten(-2).unflatten(-1, (N, -1))
-    A, G = avail.shape[-1], N // action.shape[-1]
-    return (action[..., None] // A ** torch.arange(G, device=action.device).flip(0) % A).flatten(-2)
-
-
-def units(x):
-    """The mean and the spread of each entry of x (R, ...), to measure it in; a spread is at least 1e-3."""
-    std, mean = torch.std_mean(x, 0)
-    return mean, std.clamp(min=1e-3)
-
-
-def distinct_columns(state, obs):
-    """Keep each distinct column of states (R, D) and views (R, N, O) once; views are made by picking columns.
-
-    Returns:
-        state: (R, D') the distinct columns, in the order in which they first stand in (state, obs).
-        columns: (N, O) where each agent's view is found. Column D', which `state` lacks, is the 0 that fills up short
-            views.
-        whole: (D,) where the environment's own state is found.
-    """
-    _, N, O = obs.shape
-    everything = torch.cat([state, obs.flatten(1)], 1)  # (R, C)
-    _, group = torch.unique(everything, dim=1, return_inverse=True)
-    C, device = len(group), obs.device
-    first = torch.full((int(group.max()) + 1,), C, device=device)
-    first = first.scatter_reduce(0, group, torch.arange(C, device=device), "amin")
-    pad = (first >= C - N * O) & (everything == 0).all(0)[
-        first
-    ]  # fills up short views: no part of the world
-    order = (first + C * pad).argsort()
-    place = order.argsort()[group]  # (C,) where each column went; the padding, if any, is column D'
-    state = everything[:, first[order[: len(order) - int(pad.sum())]]].contiguous()
-    return state, place[C - N * O :].view(N, O), place[: C - N * O]

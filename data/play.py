@@ -12,17 +12,25 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 import tyro
 from PIL import Image, ImageDraw  # comes with Matplotlib
 
 if __name__ == "__main__":  # let `python data/play.py` find the packages beside its own folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.run import ask, game, launch, load_team, read_config, read_flags, save, say
+from data.run import (
+    ask,
+    game,
+    kept_player,
+    launch,
+    load_team,
+    read_config,
+    read_flags,
+    save,
+    say,
+    score,
+)
 from envs.rollout import play
-
-AT_ONCE = 1024  # games
 
 
 @dataclass
@@ -47,7 +55,7 @@ def main(args):
             raise ValueError(f"--film-seed {args.film_seed} is none of the run's seeds")
         images = film(kept, team, index, args.seed)
         save_gif(args.gif, images)
-    scores = score_teams(kept, team, args.games, args.seed)
+    scores = score(kept_player(team), kept, args.seed, args.games, "cpu")
     title = f"{config['script']} on {kept.env} {kept.task}".strip()
     say("\n".join([f"{title}: {args.games} games a seed, greedy", *table(scores, kept.seed)]))
     if args.gif:
@@ -69,31 +77,6 @@ def check(args, kept):
         raise ValueError(f"--gif must be a file .gif in a folder that exists, not {args.gif}")
 
 
-def score_teams(kept, team, count, seed):
-    """Let all S teams play `count` games each: {"return": (S, count)}, and "win rate" if known."""
-    S = len(team.start)
-    backend = getattr(kept, "backend", "torch")
-    at_once = AT_ONCE if backend == "torch" else kept.games  # a game of StarCraft II is a process
-    options = {} if backend == "torch" else {"backend": backend}
-    E = min(count, max(1, at_once // S))
-    own = torch.arange(S)
-
-    def act(obs, info, memory):  # each team sees all games: all but its own are left aside
-        actions, memory = ask(team, obs, info, memory)
-        return actions.unflatten(1, (S, -1))[own, own].flatten(0, 1), memory
-
-    returns, won = [], []
-    with contextlib.closing(game(kept, S * E, **options)) as games:
-        memory = team.start.repeat(1, S * E, 1, 1)
-        for k in range(-(-count // E)):
-            played = play(games, act, memory, (seed + 1_000_003 * k) % 2**32)
-            returns.append(played.returns.view(S, E))
-            if played.won is not None:
-                won.append(played.won.view(S, E).double())
-    scores = {"return": returns} | ({"win rate": won} if won else {})
-    return {name: torch.cat(parts, 1)[:, :count] for name, parts in scores.items()}
-
-
 def table(scores, first):
     """Lines of a table: each seed's mean ± standard error over games, then over seeds.
 
@@ -109,7 +92,8 @@ def table(scores, first):
         return (name.ljust(12) + "".join(cells)).rstrip()
 
     S = len(next(iter(scores.values())))
-    lines = [" " * 12 + "".join(f"{name:>12s}".ljust(24) for name in scores).rstrip()]
+    heads = [name.replace("_", " ") for name in scores]
+    lines = [" " * 12 + "".join(f"{head:>12s}".ljust(24) for head in heads).rstrip()]
     for s in range(S):
         lines.append(line(f"seed {first + s}", [x[s] for x in scores.values()]))
     if S > 1:

@@ -62,22 +62,18 @@ def read_hdf5(file, path, time_limit, task):
 
 
 # ---------------------------------------------------------------- padded episodes
+BATCH = ("obs", "state", "avail_actions", "actions", "reward", "terminated", "filled")
+
+
 def read_alberdice(folder):
     """Read the folder of .npy files in which AlberDICE ships its Bridge data.
 
-    (github.com/dematsunaga/alberdice) Its arrays are (episodes, time limit + 1, ...); `filled` is 1
-    up to and including the last observation, whose action is junk. It marks a time-out as terminated;
-    here a game is terminated only if both agents stand on their goals, so that a value function may
-    look beyond the time limit.
+    (github.com/dematsunaga/alberdice) Its arrays are (episodes, time limit + 1, ...); `filled` is
+    1 up to and including the last observation, whose action is junk. It marks a time-out as
+    terminated; here a game is terminated only if both agents stand on their goals, so that a
+    value function may look beyond the time limit.
     """
-    arrays = {}
-    for name in ("obs", "state", "avail_actions", "actions", "reward", "terminated", "filled"):
-        file = folder / f"{name}.npy"
-        if not file.exists():
-            raise ValueError(
-                f"it is neither a vault nor AlberDICE's .npy files: it lacks {name}.npy"
-            )
-        arrays[name] = np.load(file, allow_pickle=False)
+    arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in BATCH}
     state = torch.from_numpy(arrays["state"])
     if state.shape[-1] != 8:
         raise ValueError(f"the state has {state.shape[-1]} entries; only Bridge, with 8, is known")
@@ -90,20 +86,17 @@ def read_alberdice(folder):
 def read_cfcql(file, path, time_limit=None):
     """Read an open HDF5 file in the layout of CFCQL, which is PyMARL's episode batch.
 
-    (github.com/thu-rllab/CFCQL) Its arrays are (episodes, time limit + 1, ...); `filled` is 1 up to
-    and including the last observation, whose action is junk. It marks a time-out as terminated, and
-    keeps nothing that tells a time-out from a lost battle but the length. So an episode that lasts as
-    long as the limit counts as truncated here, any shorter one as the file says. The rare battle that
-    is decided in exactly the last step allowed is then taken for a time-out.
+    (github.com/thu-rllab/CFCQL) Its arrays are (episodes, time limit + 1, ...); `filled` is 1 up
+    to and including the last observation, whose action is junk. It marks a time-out as
+    terminated, and keeps nothing that tells a time-out from a lost battle but the length. So an
+    episode that lasts as long as the limit counts as truncated here, any shorter one as the file
+    says. The rare battle that is decided in exactly the last step allowed is then taken for a
+    time-out.
 
     Args:
         time_limit: by default the padded length, StarCraft's own limit in the published files.
     """
-    arrays = {}
-    for name in ("obs", "state", "avail_actions", "actions", "reward", "terminated", "filled"):
-        if name not in file:
-            raise ValueError(f"it is none of CFCQL's datasets: it lacks {name}")
-        arrays[name] = file[name][()]
+    arrays = {name: file[name][()] for name in BATCH}
     rows = arrays["filled"].sum(1)  # (E, 1) one more than steps
     limit = time_limit or arrays["filled"].shape[1] - 1
     arrays["terminated"][rows[:, 0] - 1 >= limit] = 0
@@ -131,11 +124,11 @@ def read_d4rl(file, path, task=""):
     """Read an open HDF5 file in D4RL's layout, of Ant: one row for each step.
 
     (github.com/Farama-Foundation/D4RL) An episode ends at a terminal, where the ant fell, or at a
-    timeout; what follows the last end is dropped. Where the file has no next_observations, a copy of
-    an episode's last observation stands in for the one after it.
+    timeout; what follows the last end is dropped. Where the file has no next_observations, a copy
+    of an episode's last observation stands in for the one after it.
 
-    MuJoCo's v2, which D4RL used, paid 1 for being alive also in the step in which the ant falls. The
-    references are D4RL's own.
+    MuJoCo's v2, which D4RL used, paid 1 for being alive also in the step in which the ant falls.
+    The references are D4RL's own.
     """
     state, actions, rewards = (file[name][()] for name in ("observations", "actions", "rewards"))
     following = file["next_observations"][()] if "next_observations" in file else state
@@ -199,7 +192,7 @@ def ant_team(episodes, task, info):
 
 
 def clip(actions, info):
-    """Cut continuous actions, a list of tensors, to [-1, 1] as MuJoCo's motors do; `info` is told."""
+    """Cut a list of continuous actions to [-1, 1] as MuJoCo's motors do; `info` is told."""
     beyond = torch.cat([part.abs().flatten() > 1 for part in actions]).double().mean()
     if beyond:
         share = f"{100 * beyond:.3g} % of the actions' entries"
@@ -211,30 +204,29 @@ def clip(actions, info):
 # ---------------------------------------------------------------- OG-MARL
 def find_vault(folder):
     """The vault that a folder is or holds, or None; ValueError if it holds several."""
-
-    def marked(path):
-        return (path / "metadata.json").is_file() or (path / "manifest.ocdbt").is_file()
-
-    inside = [folder] if marked(folder) else sorted(filter(marked, folder.iterdir()))
+    if (folder / "metadata.json").exists():
+        return folder
+    inside = sorted(path.parent for path in folder.glob("*/metadata.json"))
     if len(inside) > 1:
-        choices = ", ".join(path.name for path in inside)
-        raise ValueError(f"it holds several vaults: choose one of {choices}")
+        names = ", ".join(path.name for path in inside)
+        raise ValueError(f"it holds several vaults: choose one of {names}")
     return inside[0] if inside else None
 
 
 def read_vault(folder, time_limit=None):
     """Read a vault (flashbax's storage) in the layout of OG-MARL.
 
-    (github.com/instadeepai/og-marl) Its arrays are (1, M, ...), all M steps one after the other. An
-    episode ends where every agent has a terminal or a truncation; what follows the last end is
-    dropped. A vault keeps no observation after an episode's last step, so a copy of the one before it
-    stands in (see `Dataset.from_transitions`).
+    (github.com/instadeepai/og-marl) Its arrays are (1, M, ...), all M steps one after the other.
+    An episode ends where every agent has a terminal or a truncation; what follows the last end is
+    dropped. A vault keeps no observation after an episode's last step, so a copy of the one
+    before it stands in (see `Dataset.from_transitions`).
 
     Args:
         time_limit: episodes that last that long count as truncated. Without it, every end that is
-            stored as a terminal is one, also the time-outs that OG-MARL's sets store as terminals. A
-            vault with the sizes of 2-agent HalfCheetah, where nothing else ends a game, has 1,000 by
-            default (to take these for terminals: `load(..., limit_terminates=True)`).
+            stored as a terminal is one, also the time-outs that OG-MARL's sets store as
+            terminals. A vault with the sizes of 2-agent HalfCheetah, where nothing else ends a
+            game, has 1,000 by default (to take these for terminals: `load(...,
+            limit_terminates=True)`).
     """
     leaf = open_vault(folder)
     terminals = as_tensor(leaf("terminals"), "terminated").bool()  # (M, N)
@@ -284,7 +276,7 @@ def open_vault(folder):
 
 # ---------------------------------------------------------------- whose order
 def views(state, game):
-    """What each agent of a body sees in states (..., D): (..., N, O), without what no state holds."""
+    """What each agent of a body sees in states (..., D): (..., N, O); 0 for what none holds."""
     hidden = torch.zeros_like(state[..., : game.hidden])
     entries = torch.cat([hidden, state, torch.zeros_like(state[..., :1])], -1)
     return entries[..., torch.as_tensor(game.columns)]
@@ -302,9 +294,9 @@ def check_order(dataset, game, source):
     unlike = (~seen.isclose(views(state, game), 1e-3, 1e-3)).double().mean(0) * known
     if unlike.max() > 0.01:
         i, k = (unlike > 0.01).nonzero()[0].tolist()
-        entry = game.columns[i, k] - game.hidden
+        where = f"entry {k} of agent {i} is not what the state says"
+        remedy = "what MaMuJoCo recorded is for MaMuJoCo: --env package.module:factory"
         raise ValueError(
-            f"{source}: its observations are not in the order of {game.body} here: entry {k} of "
-            f"agent {i} is not the state's entry {entry}; if MaMuJoCo recorded it, learn in "
-            "MaMuJoCo itself: --env package.module:factory (see data/README.md)"
+            f"{source}: its observations are not in the order of {game.body} here ({where}); "
+            f"{remedy} (see data/README.md)"
         )

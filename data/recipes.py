@@ -1,4 +1,4 @@
-"""Which datasets have a name, how each is recorded and by whom, and how to load one by name or path.
+"""Which datasets have a name, how each is recorded and by whom, and how to load any.
 
 The teams' weights are files that `algorithms/mappo.py --save-snapshots` writes, in data/behaviour/:
 MAP/TEAM.npz for the battles; for the bodies that a team shares (halfcheetah, reacher, ant)
@@ -50,8 +50,8 @@ MATRIX_BEHAVIOURS = {
     "climbing": {"uniform": [[1, 1, 1]] * 2},
     "penalty": {"uniform": [[1, 1, 1]] * 2},
 }
-# Polynomial games. Each agent plays uniformly, or around its part of (0, 0) or of a best joint action
-# with the standard deviation in the name. These are examples: any one above 0 will do.
+# Polynomial games. Each agent plays uniformly, or around its part of (0, 0) or of a best joint
+# action with the standard deviation in the name. These are examples: any one above 0 will do.
 POLYNOMIAL = ("uniform", "origin-0.5", "peak-0.5")
 SPREAD = re.compile(r"(peak|origin)-((?:\d+(?:\.\d*)?|\.\d+)(?:e-?\d+)?)", re.ASCII)
 
@@ -145,7 +145,7 @@ def is_name(dataset, env, task):
 
 
 def is_path(dataset, env="", task=""):
-    """Whether a dataset is given by a path: anything with a "/" or a file ending, or what exists."""
+    """Whether a dataset is given by a path: what has a "/" or a file ending, or exists."""
     if not dataset or dataset.startswith("["):
         return False
     path = Path(dataset)
@@ -302,8 +302,6 @@ def collect_dataset(env, task, name, seed=0, episodes=None):
     episodes = episodes or EPISODES.get(f"{env} {name}", 1000)
     if episodes < 1:
         raise ValueError(f"a dataset needs at least one episode, not {episodes}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"a dataset's seed must lie in 0 .. {2**32 - 1}, not {seed}")
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,13 +1,13 @@
-"""Behaviour teams, which play our datasets: one `.npz` a team, as `mappo.py --save-snapshots` writes.
+"""Behaviour teams, which play our datasets: one `.npz` a team, from `mappo.py --save-snapshots`.
 
-A file holds arrays weight0, bias0, weight1, ... (float16) of a ReLU network that all agents share,
-x @ weight0 + bias0 and so on, and a JSON text `info`. Its inputs x are an agent's view, its last
-actions, the newest first (only where actions are discrete), and its number, one-hot both. Its outputs
-are the logits of the actions, or through tanh the mean of normal ones; `log_std` is then the
-logarithm of their spread.
+A file holds arrays weight0, bias0, weight1, ... (float16) of a ReLU network that all agents
+share, x @ weight0 + bias0 and so on, and a JSON text `info`. Its inputs x are an agent's view,
+its last actions, the newest first (only where actions are discrete), and its number, one-hot
+both. Its outputs are the logits of the actions, or through tanh the mean of normal ones;
+`log_std` is then the logarithm of their spread.
 
-Networks are computed in float64, and normal numbers drawn in it. In float32 the last digits would be
-the processor's, and a body goes its own way from there.
+Networks are computed in float64, and normal numbers drawn in it. In float32 the last digits would
+be the processor's, and a body goes its own way from there.
 """
 
 import json
@@ -31,25 +31,23 @@ def read_behaviour(path, env="smac"):
         path: a file in data/behaviour/: MAP/TEAM.npz, or BODY/TEAM.npz.
         env: the environment that the team must be for, "smac" or a body.
     Returns:
-        A function of (step, obs (B, N, O), info, generator) that returns actions (B, N), or (B, N, A),
-        not clipped and without a generator (None) the most likely ones; and the file's info.
+        A function of (step, obs (B, N, O), info, generator) -> actions (B, N) or (B, N, A), not
+        clipped, and without a generator (None) the most likely ones; and the file's info.
     Raises:
         ValueError: there is no such file, or it is damaged or for another environment.
     """
     about, layers, spread = read_weights(path, env)
-    task = about.get("task")
-    discrete = spread is None
-    if about.get("env") != env or task not in envs.TASKS[env] or discrete != (env == "smac"):
-        raise ValueError(f"{path} holds a team for {about.get('env')} {task}, not for {env}")
-    game = envs.make(env, task)
+    if about["env"] != env:
+        raise ValueError(f"{path} holds a team for {about['env']}, not for {env}")
+    game = envs.make(env, about["task"])
     N, A = game.num_agents, game.num_actions
-    recall = about.get("recall", 1) if discrete else 0
+    recall = about.get("recall", 1) if spread is None else 0
     found = layers[0][0].shape[0], layers[-1][0].shape[1]
     wanted = game.obs_dim + N + recall * A, A
     if found != wanted:
         sizes = f"(inputs, outputs) = {found}, the environment calls for {wanted}"
-        raise ValueError(f"{path} does not fit {env} {task}: it has {sizes}")
-    if discrete:
+        raise ValueError(f"{path} does not fit {env} {about['task']}: it has {sizes}")
+    if spread is None:
         return Discrete(layers, recall), about
 
     def play(t, obs, info, generator):
@@ -69,11 +67,10 @@ def read_weights(path, env):
             about = json.loads(str(file["info"]))
             arrays = {name: torch.tensor(file[name]) for name in file.files if name != "info"}
     except FileNotFoundError:
-        task = path.parent.name if env == "smac" else f"{envs.TASKS[env][0]} --normalize"
-        train = f"python algorithms/mappo.py --env {env} --task {task} --save-snapshots"
+        train = f"python algorithms/mappo.py --env {env} --save-snapshots"
+        what = f"no {path.stem} team for {path.parent.name} ships with the repository"
         raise ValueError(
-            f"no {path.stem} team for {path.parent.name} ships with the repository: train one "
-            f"with `{train}` (see {path.parents[1]}/README.md)"
+            f"{what}: train one with `{train}` (see data/behaviour/README.md)"
         ) from None
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
@@ -82,8 +79,6 @@ def read_weights(path, env):
     layers = []
     for k in range(len(arrays) // 2):
         layers.append((arrays[f"weight{k}"], arrays[f"bias{k}"]))
-    if not all(array.isfinite().all() for array in arrays.values()):
-        raise ValueError(f"{path} holds weights that are not finite")
     return about, layers, spread
 
 

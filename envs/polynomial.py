@@ -1,15 +1,16 @@
-"""Polynomial games: two agents with one continuous action each; a polynomial of the two says what the team earns.
+"""Polynomial games: a polynomial of two agents' continuous actions says what the team earns.
 
-The four games of PJAP (Tilbury et al., 2024, sections 3 and 4), each played as one step, x and y in [-1, 1]:
+The four games of PJAP (Tilbury et al., 2024, sections 3 and 4), each played as one step, with x and
+y in [-1, 1]:
 
-    twin-peaks         -A (x^2 + y^2) - B (x y)^2 + C x y,  A, B, C = 1, 4, 5: equal peaks at +-(0.612, 0.612)
+    twin-peaks         -A (x^2 + y^2) - B (x y)^2 + C x y: equal peaks at +-(0.612, 0.612)
     sign-agreement     x y: best where both go all the way to the same side
     action-agreement   -(x - y)^2: best wherever the two are the same
     decoupled          x + y: each agent can do without the other
 
-They are where offline learning with continuous actions fails first: each agent answers what the other one did in the
-data, and in the first two the answer is wrong as soon as the data lie elsewhere than the policies. What follows from
-that in closed form is algorithms/polygames.py, whose pictures are drawn by the second half of this file.
+They are where offline learning with continuous actions fails first: each agent answers what the
+other one did in the data, and in the first two the answer is wrong as soon as the data lie
+elsewhere than the policies. What follows from that in closed form is algorithms/polygames.py.
 """
 
 import math
@@ -23,9 +24,8 @@ from matplotlib.figure import Figure
 from envs.common import OneStep, describe, pixels
 
 A, B, C = 1, 4, 5  # of twin peaks, as in the paper's figures
-PEAK = math.sqrt(
-    (C - 2 * A) / (2 * B)
-)  # 0.612: there both slopes of twin peaks are 0, and both curvatures negative
+# Both slopes of twin peaks are 0 here, and both curvatures negative.
+PEAK = math.sqrt((C - 2 * A) / (2 * B))  # 0.612
 
 
 class Game(NamedTuple):

@@ -1,12 +1,12 @@
 """Measure speed; nothing here is asserted.
 
     python tests/bench.py                                # all, on one thread of the CPU
-    python tests/bench.py --parts updates --device cuda  # or only some of: updates, simulator, windows
+    python tests/bench.py --parts updates --device cuda  # some of: updates, simulator, windows
 
-`updates` starts each script with its preset, as a user would, for a few updates without games, eager and compiled, and
-reads updates per second (the compiler's time left out) from its summary. InSPO's and AlberDICE's update is a sweep over
-all agents, MAPPO's and MOMA-PPO's an iteration. `simulator` plays available actions at random, and `windows` draws from
-PJAP's sampler.
+`updates` starts each script with its preset, as a user would, for a few updates without games,
+eager and compiled, and reads updates per second (the compiler's time left out) from its summary.
+InSPO's and AlberDICE's update is a sweep over all agents, MAPPO's and MOMA-PPO's an iteration.
+`simulator` plays available actions at random, and `windows` draws from PJAP's sampler.
 """
 
 import statistics
@@ -63,7 +63,7 @@ def updates_per_second(script, flags, count, device):
 
 
 def median_speed(play, count, device, repeats=3):
-    """How many a second, where `play()` makes `count` of them: the median, after a warm-up; of CPU time on a CPU."""
+    """How many a second, where `play()` makes `count`: the median; of CPU time on a CPU."""
     clock = time.process_time if device == "cpu" else time.perf_counter
     speeds = []
     for _ in range(repeats + 1):
@@ -102,7 +102,8 @@ def windows(device):
     def draw():
         for _ in range(200):
             uniform = torch.rand(1, 64, device=device, dtype=torch.float64)
-            sampler.write(sampler.draw(uniform), torch.rand(1, 64, device=device))
+            distance = torch.rand(1, 64, device=device)
+            sampler.refresh(sampler.draw(uniform), distance, 4.0, script.Args())
 
     milliseconds = 1000 / median_speed(draw, 200, device)
     say(f"64 of a million windows drawn and renewed: {milliseconds:.2f} ms")

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"  # real data by other authors; tests that need it are skipped without it
+SHARED = (
+    ROOT.parent / "shared" / "data"
+)  # real data by other authors; tests that need it are skipped without it
 sys.path.insert(0, str(ROOT))
 
 
@@ -24,14 +26,19 @@ def load_script(name):
 
 
 def command(*words, **options):
-    """Start `python WORDS` in the repository, as a user would, and wait; returns the finished process."""
+    """Run `python WORDS` in the repository, as a user would; returns the finished process."""
     return subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=900, **options
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        **options,
     )
 
 
 def complains(process, *words, code=1):
-    """Assert that a command ended with one clear line that holds `words`, and with this exit code."""
+    """Assert that a command ended with one clear line with `words`, and with this exit code."""
     lines = process.stderr.strip().splitlines()
     assert process.returncode == code, process.stderr
     assert len(lines) == 1 and "Traceback" not in process.stderr, process.stderr
@@ -42,7 +49,9 @@ def complains(process, *words, code=1):
 def refuses(script, flags, said, folder):
     """Assert that a script ends with one line that holds `said`, and leaves no folder behind."""
     with pytest.raises((ValueError, OSError)) as error:
-        script.main(script.parse([*flags, *(() if "--resume" in flags else ("--out-dir", str(folder)))]))
+        script.main(
+            script.parse([*flags, *(() if "--resume" in flags else ("--out-dir", str(folder)))])
+        )
     assert said in str(error.value) and "\n" not in str(error.value)
     assert not folder.exists()
 
@@ -63,11 +72,15 @@ def one_thread():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="also run the claims that take too long for every time")
+    parser.addoption(
+        "--long", action="store_true", help="also run the claims that take too long for every time"
+    )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "long: a claim that takes too long for every time; only with --long")
+    config.addinivalue_line(
+        "markers", "long: a claim that takes too long for every time; only with --long"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -78,7 +91,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """All tests at once run on all cores, where pytest-xdist is installed; -n 0 runs them one after the other."""
+    """All tests at once run on all cores, where pytest-xdist is installed; -n 0: on one."""
     whole = [Path(word).resolve() for word in config.args] in ([ROOT / "tests"], [ROOT])
     mine = config.pluginmanager.hasplugin("xdist") and "PYTEST_XDIST_WORKER" not in os.environ
     if mine and whole and config.option.numprocesses is None:

@@ -1,14 +1,15 @@
 """Train every method on every task, and render the one table of all of them.
 
-    python tests/grid.py                                  # all cells, two processes at a time, cheap ones first
-    python tests/grid.py --methods inspo "*cql" --tasks xor    # a part, by names or patterns
-    python tests/grid.py --list                           # the cells, numbered, and which of them are done
-    python tests/grid.py --index 7                        # one cell, e.g. $SLURM_ARRAY_TASK_ID of a SLURM array
-    python tests/grid.py --render                         # results.csv -> the tables and the picture
+    python tests/grid.py                                    # all cells, two at a time
+    python tests/grid.py --methods inspo "*cql" --tasks xor # a part, by names or patterns
+    python tests/grid.py --list                             # the cells, numbered; which are done
+    python tests/grid.py --index 7                          # one cell, for an array of jobs
+    python tests/grid.py --render                           # results.csv -> tables, picture
 
-A cell is one run of a script with its preset: method x task x dataset, all seeds at once. It is kept in runs/grid/. A
-finished cell is skipped and one that was killed goes on, so the same command may be given again at any time. Each
-cell's numbers go to algorithms/results.csv, a line a seed; no other number enters the tables.
+A cell is one run of a script with its preset: method x task x dataset, all seeds at once. It is
+kept in runs/grid/. A finished cell is skipped and one that was killed goes on, so the same command
+may be given again at any time. Each cell's numbers go to algorithms/results.csv, a line a seed; no
+other number enters the tables.
 """
 
 import csv
@@ -74,7 +75,7 @@ class Task(NamedTuple):
     task: str
     datasets: tuple
     seeds: int
-    worst: float = 0.0  # shares: 0 is random play (in games: the mean of the payoffs, or 1,000 games), 1 is the best
+    worst: float = 0.0  # what random play is worth, a share of 0; 1 is the best possible
 
     @property
     def title(self):
@@ -125,7 +126,7 @@ class Cell(NamedTuple):
 
 
 def cells():
-    """All cells, the cheap tasks first: a list of `Cell`, whose places are the numbers of `--index`."""
+    """All cells, the cheap tasks first; their places are the numbers of `--index`."""
     return [
         Cell(method, task, dataset)
         for task in TASKS
@@ -148,7 +149,7 @@ def words(cell, folder, resume):
 
 
 def commit():
-    """The short name of the commit, with a "+" if what is tracked differs from it, but for what this script writes."""
+    """The commit's short name, with a "+" if files that this script does not write differ."""
     others = [f":!{file}" for file in WRITTEN]
     changed = files.git("status", "--porcelain", "--untracked-files=no", "--", ".", *others)
     return files.git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
@@ -156,7 +157,7 @@ def commit():
 
 # ---------------------------------------------------------------- training
 def train(cell, out_dir):
-    """Train one cell, or what is left of it; returns the last line of what went wrong, or "" if all went well."""
+    """Train one cell, or what is left of it; returns the last line of what went wrong, or ""."""
     folder = Path(out_dir) / cell.folder
     if (folder / "summary.json").exists():
         return ""
@@ -236,8 +237,8 @@ def lines(cell, about, state):
 def welch(x, y):
     """The two-sided p-value of Welch's t-test for two lists of at least two numbers.
 
-    With t = sqrt(df) tan(a) Student's density is cos(a) ** (df - 1), which a sum integrates. Without any spread two
-    means are equal or not: 1 or 0.
+    With t = sqrt(df) tan(a) Student's density is cos(a) ** (df - 1), which a sum integrates.
+    Without any spread two means are equal or not: 1 or 0.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     a, b = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
@@ -263,14 +264,14 @@ def read_results():
 
 
 def score(rows):
-    """What a cell is judged by, one number a seed: battles won, else the normalised return, else the return."""
+    """What a cell is judged by, one number a seed: battles won, normalised return, or return."""
     for name in ("win_rate", "normalized_return", "return"):
         if rows[0][name] is not None:
             return [row[name] for row in rows]
 
 
 def sampled(rows):
-    """The battles that a team wins which draws its actions, one number a seed; None where a method does not draw."""
+    """The battles won by sampling, one number a seed; None where a method does not sample."""
     return (
         None if rows[0]["sampled_win_rate"] is None else [row["sampled_win_rate"] for row in rows]
     )
@@ -383,14 +384,14 @@ def picture(found):
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     axes.set_xlabel(
-        "greedy teams: 0 plays like chance, 1 is the best possible; of bodies, as good as our experts",
+        "greedy teams: 0 plays like chance, 1 is the best possible, or our experts' level",
         fontsize=8.5,
     )
     return figure
 
 
 def spreads(found):
-    """PJAP where the critic is learned: the score in twin peaks over the spread of the data, with and without it."""
+    """PJAP with a learned critic: scores in twin peaks over the spread of the data."""
     (task,) = [task for task in TASKS if task.name == "twin-peaks"]
     figure = Figure(figsize=(4.5, 3), layout="constrained")
     axes = figure.subplots()

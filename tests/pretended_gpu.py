@@ -1,14 +1,15 @@
-"""A pretended GPU on a machine without one: tensors that are "elsewhere", hold real numbers, and tell what a GPU minds.
+"""A pretended GPU on a machine without one: tensors that are "elsewhere", hold real numbers, and
+tell what a GPU minds.
 
     with PretendedGPU() as gpu:
         x = torch.rand(3, device="meta")    # the pretended device's name
-        if (x > 2).any(): ...               # gpu.waits: {"_local_scalar_dense at tests/....py:7": 1}
+        if (x > 2).any(): ...               # gpu.waits: {"_local_scalar_dense at tests/x.py:7": 1}
         x + torch.ones(3)                   # RuntimeError: mixed devices
 
-`waits` counts, by kind and line, where the host would have to wait for the device or copy to it; `ops` counts the
-operations that would be launched there, views left out. Torch's own FakeTensorMode cannot do this: its tensors have no
-numbers, so programs stop at their first mask, and a CPU build refuses autograd on a fake "cuda" tensor. That is why
-the device is called "meta" here.
+`waits` counts, by kind and line, where the host would have to wait for the device or copy to it;
+`ops` counts the operations that would be launched there, views left out. Torch's own FakeTensorMode
+cannot do this: its tensors have no numbers, so programs stop at their first mask, and a CPU build
+refuses autograd on a fake "cuda" tensor. That is why the device is called "meta" here.
 """
 
 import collections
@@ -28,10 +29,14 @@ current = None  # the pretended GPU that is switched on
 
 # Operations that launch nothing, and those whose result's size or value the host has to wait for.
 VIEWS = set(
-    "view _unsafe_view reshape expand transpose t permute unsqueeze squeeze select slice detach alias split as_strided "
-    "split_with_sizes unbind diagonal unfold view_as chunk movedim _reshape_alias lift_fresh unsafe_split".split()
+    "view _unsafe_view reshape expand transpose t permute unsqueeze squeeze select slice detach "
+    "alias split as_strided split_with_sizes unbind diagonal unfold view_as chunk movedim "
+    "_reshape_alias lift_fresh unsafe_split".split()
 )
-WAITING = set("_local_scalar_dense nonzero masked_select _unique2 unique_dim unique_consecutive bincount equal".split())
+WAITING = set(
+    "_local_scalar_dense nonzero masked_select _unique2 unique_dim unique_consecutive "
+    "bincount equal".split()
+)
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
 
 
@@ -42,8 +47,14 @@ class Away(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held):
-        place = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        tensor = torch.Tensor._make_wrapper_subclass(cls, held.size(), layout=held.layout, device=AWAY, **place)
+        place = {
+            "strides": held.stride(),
+            "storage_offset": held.storage_offset(),
+            "dtype": held.dtype,
+        }
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, held.size(), layout=held.layout, device=AWAY, **place
+        )
         tensor.held = held
         return tensor
 
@@ -58,7 +69,9 @@ class Away(torch.Tensor):
         if id(self) not in memo:
             copy = Away(self.held.detach().clone())
             kind = torch.nn.Parameter if isinstance(self, torch.nn.Parameter) else None
-            copy = kind(copy, self.requires_grad) if kind else copy.requires_grad_(self.requires_grad)
+            copy = (
+                kind(copy, self.requires_grad) if kind else copy.requires_grad_(self.requires_grad)
+            )
             memo[id(self)] = copy
         return memo[id(self)]
 
@@ -122,25 +135,45 @@ def as_tensor(value, dtype=None, device=None):
 
 def line_of_ours():
     """The innermost line of this project that led here."""
-    own = [f for f in traceback.extract_stack() if f.filename.startswith(ROOT) and f.filename != __file__]
-    return f"{own[-1].filename.removeprefix(ROOT)}:{own[-1].lineno}" if own else "backward or a library"
+    own = [
+        f
+        for f in traceback.extract_stack()
+        if f.filename.startswith(ROOT) and f.filename != __file__
+    ]
+    return (
+        f"{own[-1].filename.removeprefix(ROOT)}:{own[-1].lineno}"
+        if own
+        else "backward or a library"
+    )
 
 
 class PretendedGPU(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.waits, self.ops, self.patches = collections.Counter(), collections.Counter(), contextlib.ExitStack()
+        self.waits, self.ops, self.patches = (
+            collections.Counter(),
+            collections.Counter(),
+            contextlib.ExitStack(),
+        )
 
     def __enter__(self):
         global current
         current = self
-        for name, pretended in {"Generator": Generator, "tensor": make_tensor, "as_tensor": as_tensor}.items():
+        for name, pretended in {
+            "Generator": Generator,
+            "tensor": make_tensor,
+            "as_tensor": as_tensor,
+        }.items():
             self.patches.enter_context(mock.patch.object(torch, name, pretended))
-        for module in (sys.modules[f"torch.optim.{name}"] for name in ("optimizer", "adam", "rmsprop")):
+        for module in (
+            sys.modules[f"torch.optim.{name}"] for name in ("optimizer", "adam", "rmsprop")
+        ):
             for kind in ("capturable", "fused_kernels", "foreach_kernels"):
                 name = f"_get_{kind}_supported_devices"
                 if hasattr(module, name):  # the optimisers ask on which devices they may run
-                    self.patches.enter_context(mock.patch.object(module, name, lambda *_, **__: [AWAY, "cuda", "cpu"]))
+                    self.patches.enter_context(
+                        mock.patch.object(module, name, lambda *_, **__: [AWAY, "cuda", "cpu"])
+                    )
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         return super().__enter__()
 
@@ -160,7 +193,7 @@ class PretendedGPU(TorchDispatchMode):
         return self.launch(func, args, kwargs or {})
 
     def launch(self, func, args, kwargs):
-        """Run one operation: complain of mixed devices, note waits, count it, and wrap what stays on the device."""
+        """Run one operation: complain of mixed devices, note waits, count it, wrap what stays."""
         name, given = func._overloadpacket.__name__, tree_leaves((args, kwargs))
         away = [x for x in given if isinstance(x, Away)]
         here = [x for x in given if isinstance(x, torch.Tensor) and not isinstance(x, Away)]
@@ -176,14 +209,24 @@ class PretendedGPU(TorchDispatchMode):
             if stays != isinstance(args[1], Away) and (not stays or args[1].dim() > 0):
                 self.wait("copy to the device" if stays else "copy to the host")
         elif here and away:
-            if name in INDEXING and isinstance(args[0], Away) and all(x is not args[0] for x in here):
+            if (
+                name in INDEXING
+                and isinstance(args[0], Away)
+                and all(x is not args[0] for x in here)
+            ):
                 self.wait("an index from the host")
             elif any(x.dim() > 0 for x in here) or not any(x.dim() > 0 for x in away):
-                raise RuntimeError(f"mixed devices in {name} at {line_of_ours()}: {[tuple(x.shape) for x in here]}")
+                raise RuntimeError(
+                    f"mixed devices in {name} at {line_of_ours()}: {[tuple(x.shape) for x in here]}"
+                )
         if name in WAITING or name == "repeat_interleave" and kwargs.get("output_size") is None:
             self.wait(name)
-        if name in INDEXING and any(getattr(x, "dtype", None) in (torch.bool, torch.uint8) for x in args[1]):
-            if name in ("index", "_unsafe_index") or args[2].numel() != 1:  # to put one number is a fill
+        if name in INDEXING and any(
+            getattr(x, "dtype", None) in (torch.bool, torch.uint8) for x in args[1]
+        ):
+            if (
+                name in ("index", "_unsafe_index") or args[2].numel() != 1
+            ):  # to put one number is a fill
                 self.wait("a mask as an index")
         if name not in VIEWS:
             self.ops[name] += 1

@@ -1,34 +1,39 @@
-"""Exact InSPO on tables, to hold the script and the paper's propositions against. Float64 throughout.
+"""Exact InSPO on tables, to hold the script and the paper's propositions against. In float64.
 
-Two agents, X states, A actions each. `mu` is a pair of behaviour policies (X, A), `pi` a pair of policies (X, A),
-T = alpha + beta. The joint behaviour is taken as the product of its marginals, as the paper's decomposition does.
+Two agents, X states, A actions each. `mu` and `pi` are pairs of policies (X, A), T = alpha + beta.
+The joint behaviour is taken as the product of its marginals, as the paper's decomposition does.
 """
 
 import torch
 
 
 def random_game(seed, states=3, actions=3):
-    """A random cooperative Markov game: transitions (X, A, A, X), rewards (X, A, A), behaviour policies."""
-    g = torch.Generator().manual_seed(seed)
-    transitions = torch.rand(states, actions, actions, states, generator=g, dtype=torch.float64) ** 3
-    rewards = torch.randn(states, actions, actions, generator=g, dtype=torch.float64)
-    mu = [torch.rand(states, actions, generator=g, dtype=torch.float64) + 0.05 for _ in range(2)]
-    return transitions / transitions.sum(-1, keepdim=True), rewards, [m / m.sum(-1, keepdim=True) for m in mu]
+    """Transitions (X, A, A, X), rewards (X, A, A) and behaviour policies of a cooperative game."""
+    g, kind = torch.Generator().manual_seed(seed), torch.float64
+    shape = states, actions, actions
+    transitions = torch.rand(*shape, states, generator=g, dtype=kind) ** 3
+    rewards = torch.randn(shape, generator=g, dtype=kind)
+    mu = [torch.rand(states, actions, generator=g, dtype=kind) + 0.05 for _ in range(2)]
+    mu = [m / m.sum(-1, keepdim=True) for m in mu]
+    return transitions / transitions.sum(-1, keepdim=True), rewards, mu
 
 
 def evaluate(game, pi, alpha, beta, gamma):
-    """Eq. 10, solved exactly: the regularised value V (X,) and joint action-value Q (X, A, A) of a joint policy."""
+    """Eq. 10, solved exactly: the regularised value V (X,) and joint Q (X, A, A) of a policy."""
     transitions, rewards, mu = game
     joint = pi[0][:, :, None] * pi[1][:, None, :]  # (X, A, A)
-    cost = sum((p * (alpha * (p / m).log() + beta * p.log())).sum(-1) for p, m in zip(pi, mu))  # (X,)
+    cost = 0.0
+    for p, m in zip(pi, mu):
+        cost = cost + (p * (alpha * (p / m).log() + beta * p.log())).sum(-1)  # (X,)
     P = (joint[..., None] * transitions).sum((1, 2))  # (X, X)
-    V = torch.linalg.solve(torch.eye(len(P), dtype=P.dtype) - gamma * P, (joint * rewards).sum((1, 2)) - cost)
+    paid = (joint * rewards).sum((1, 2)) - cost
+    V = torch.linalg.solve(torch.eye(len(P), dtype=P.dtype) - gamma * P, paid)
     return V, rewards + gamma * transitions @ V
 
 
 def local_q(Q, pi, i):
     """Q_i(s, a_i): the joint Q averaged over what the teammate does now, (X, A)."""
-    return torch.einsum("xab,xb->xa", Q, pi[1]) if i == 0 else torch.einsum("xab,xa->xb", Q, pi[0])
+    return torch.einsum("xab,xb->xa" if i == 0 else "xab,xa->xb", Q, pi[1 - i])
 
 
 def boltzmann(q, mu, alpha, beta):
@@ -46,20 +51,24 @@ def sweep(game, pi, alpha, beta, gamma, order=(0, 1)):
 
 
 def one_state_operator(share, reward, pi, alpha, beta, order=(0, 1), see="now"):
-    """One sweep of InSPO on a dataset of a one-step game, in the limit of infinitely many samples.
+    """One sweep of InSPO on a one-step game, in the limit of infinitely many samples.
 
-    share (A, A): how often each joint action is in the data; reward (A, A).
-    see: "now" (sequential), "before" (all see the sweep's first policies), "nothing" (every ratio is 1).
-    The resampled joint distribution is W = share * pi_j / mu(a_j | a_i); Q_i its mean reward, and the lowest
-    reward where it has no mass; the policy is cloned from the resampled actions.
+    The resampled joint distribution is W = share * pi_j / mu(a_j|a_i). Q_i is its mean reward, and
+    the lowest reward where it has no mass; the policy is cloned from the resampled actions.
+
+    Args:
+        share: (A, A) how often each joint action is in the data; reward (A, A).
+        see: "now" (sequential), "before" (all see the sweep's first policies), "nothing" (every
+            ratio is 1).
     """
     pi, before = list(pi), list(pi)
     for i in order:
         P, R = (share, reward) if i == 0 else (share.T, reward.T)  # rows: agent i
-        mu = P.sum(1)
-        conditional = P / mu.clamp(min=1e-300)[:, None]
-        team = {"now": pi, "before": before}.get(see)
-        W = P if team is None else torch.where(P > 0, P * team[1 - i] / conditional, 0.0)
+        mu, W = P.sum(1), P
+        if see != "nothing":
+            teammate = (pi if see == "now" else before)[1 - i]
+            conditional = P / mu.clamp(min=1e-300)[:, None]
+            W = torch.where(P > 0, P * teammate / conditional, 0.0)
         d = W.sum(1)
         q = torch.where(d > 0, (W * R).sum(1) / d, reward.min())
         logit = d.log() + (q - beta * mu.log()) / (alpha + beta)

@@ -100,8 +100,6 @@ def test_the_best_policy_is_the_behaviour_tilted_by_e(float64, alpha):
     loss, _ = alberdice.policy_loss(logits.log_softmax(-1), e, log_mu, alpha)
     (slope,) = torch.autograd.grad(loss.sum(), logits)
     assert slope.abs().max() < 1e-9 * alpha
-    away = (logits + 0.1 * torch.randn_like(logits)).log_softmax(-1)
-    assert (alberdice.policy_loss(away, e, log_mu, alpha)[0] > loss).all()
     if alpha > 1e6:
         assert torch.allclose(logits.softmax(-1), log_mu.exp(), atol=1e-8)
 
@@ -142,6 +140,7 @@ def test_the_slope_of_nus_loss_is_what_is_missing_from_the_flow_of_visits(float6
 def test_places_are_drawn_again_as_often_as_their_ratio_says():
     ratio = torch.tensor([[1.0, 0, 3, 0], [2, 2, 2, 2]])
     again = alberdice.resample(ratio, torch.linspace(0, 1, 401).expand(2, -1))  # 1: rounded up
+    assert again.max() == 3
     counts = torch.stack([(again == place).sum(1) for place in range(4)], 1)
     assert (counts - 400 * ratio / ratio.sum(1, keepdim=True)).abs().max() <= 1
 
@@ -205,7 +204,7 @@ def test_two_sweeps_are_those_by_hand(float64):
         parameter.data += 0.3 * torch.randn_like(parameter)
     team.mus[0][-1].weight.data *= 60
     behaviour, generators = alberdice.tabulate(team, data, args), streams()
-    adams = alberdice.optimizers(team, args)
+    adam = alberdice.optimizer(team, args)
     assert ((behaviour.log_mu[0] == -20) & data.avail[:, 0]).any()
     names = ("mus", "nus", "es", "policies")
     nets, slow = [], []
@@ -217,8 +216,8 @@ def test_two_sweeps_are_those_by_hand(float64):
         nets[s]["teammates"] = leaves(team.teammates, s)
     for step, alpha, cql, left in ((0, 1.6, 0.9, 1), (1, 0.8, 0.3, 2 / 3)):
         noise = alberdice.draw_noise(generators, N, args)
-        alberdice.schedule(team, adams, step, args)
-        logs = alberdice.update(team, adams, data, behaviour, noise, args)
+        alberdice.schedule(team, adam, step, args)
+        logs = alberdice.update(team, adam, data, behaviour, noise, args)
         for s in range(S):
             for group in slow[s].param_groups:
                 group["lr"] *= left
@@ -272,7 +271,7 @@ def test_whole_episodes_are_held_back(share, held):
 
 def test_each_seed_keeps_the_clones_that_held_back_steps_liked_best(monkeypatch):
     """And is done after 1,000 updates without better ones, whatever the other seed does."""
-    data, args, team = made(clone_steps=4000, hold_back=0.5)
+    data, args, team = made(clone_steps=2600, hold_back=0.5)
     looks = [[5, 5], [4, 6], [9, 7], [9, 7], [9, 7], [3, 1], [9, 1], [9, 1], [9, 1], [9, 1]]
     updates = 0
 
@@ -300,8 +299,6 @@ def test_weights_of_matrix_games_are_in_units_of_the_payoffs():
     weights = args.alpha, args.alpha_end, args.cql, args.cql_end
     assert weights == pytest.approx((20, 0.2, 2, 2)) and args.num_seeds == 10
     assert alberdice.parse(["--env", "matrix"]).dataset == "aa-ab-ba"
-    with pytest.raises(ValueError, match="discrete actions"):
-        alberdice.parse(["--env", "ant"])
 
 
 def score(tmp_path, flags):

@@ -117,7 +117,7 @@ def test_an_unavailable_action_is_never_taken():
 
 @pytest.mark.parametrize("discrete", [True, False])
 def test_agents_learn_by_themselves(float64, discrete):
-    """Without the limit on the team's gradient, what others did and saw does not matter to an agent."""
+    """Without a limit on the team's gradient, what others did and saw does not matter."""
     found = some_data(discrete)
     shuffled = torch.arange(M).roll(7)
     other = bc.Data(*(x if x is None else torch.cat([x[:, :1], x[shuffled, 1:]], 1) for x in found))

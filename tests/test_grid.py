@@ -1,4 +1,5 @@
-"""The grid of all methods and tasks: its cells, its statistics, and its pages from a made-up results.csv."""
+"""The grid of all methods and tasks: its cells, its statistics, and its pages from a made-up
+results.csv."""
 
 import csv
 import math

@@ -1,4 +1,4 @@
-"""The bodies: Gymnasium's own beside ours, bit for bit; what agents see and move, by hand; seeds, ends and errors."""
+"""The bodies: Gymnasium's own beside ours, bit for bit; what agents see and move; seeds, ends."""
 
 import gymnasium
 import numpy as np
@@ -20,14 +20,8 @@ MOTORS = {
     "reacher": [[0], [1]],
     "ant": [[2, 3], [4, 5], [6, 7], [0, 1]],
 }
-# Which entry of MuJoCo's qvel belongs to the joint that each action turns, (N, A).
-SPEEDS = {
-    "halfcheetah": [[5, 4, 3], [8, 7, 6]],  # bfoot bshin bthigh, ffoot fshin fthigh
-    "reacher": [[0], [1]],
-    "ant": [[6, 7], [8, 9], [10, 11], [12, 13]],  # hip and ankle of legs 1 to 4
-}
-# What agents see: for HalfCheetah, entries of qpos (0 to 8: x z pitch, bthigh bshin bfoot, fthigh fshin ffoot) followed
-# by qvel (9 to 17, in the same order); for the others, entries of the state.
+# What agents see: for HalfCheetah, entries of qpos (0 to 8: x z pitch, bthigh bshin bfoot, fthigh
+# fshin ffoot) followed by qvel (9 to 17, in the same order); for the others, entries of the state.
 SEES = {
     "2x3": [
         # bfoot   bshin   bthigh  fthigh, speeds x pitch z, places x pitch z
@@ -85,7 +79,7 @@ def expected(body, task, plain):
 
 @pytest.mark.parametrize("body, task", TASKS)
 def test_side_by_side_with_gymnasium(body, task):
-    B, steps = 3, 1000
+    B, steps = 2, 1000
     game = envs.make(body, task, num_envs=B)
     obs, info = game.reset(seed=7)
     name, options = PLAIN[body]
@@ -105,7 +99,7 @@ def test_side_by_side_with_gymnasium(body, task):
             one[np.array(MOTORS[body])] = action[b].double()
             seen, r, te, tr, _ = plain.step(one)
             state = info["state"][b].numpy()
-            shown = np.delete(state, 10) if body == "reacher" else state  # without the height, Gymnasium's own layout
+            shown = np.delete(state, 10) if body == "reacher" else state  # the height is not in v5
             assert np.array_equal(shown[: len(seen)], seen.astype(np.float32))
             assert np.array_equal(game.qpos[b], plain.unwrapped.data.qpos)  # in double precision
             assert np.array_equal(game.qvel[b], plain.unwrapped.data.qvel)
@@ -114,11 +108,10 @@ def test_side_by_side_with_gymnasium(body, task):
             if te or tr:
                 plain.reset()
                 ends += 1
-        if (
-            over := terminated | truncated
-        ).any():  # the next states must be those of Gymnasium's second, third... games
+        over = terminated | truncated
+        if over.any():  # the next states must be those of Gymnasium's second, third... games
             obs, info = game.reset(options={"reset_mask": over})
-    assert ends >= {"halfcheetah": 3, "reacher": 60, "ant": 3}[body]
+    assert ends >= {"halfcheetah": 2, "reacher": 40, "ant": 2}[body]
 
 
 @pytest.mark.parametrize("body, name", [("reacher", "Reacher-v4"), ("ant", "Ant-v4")])
@@ -134,7 +127,9 @@ def test_the_older_rewards_differ_as_the_docstring_says(body, name):
         one[np.array(MOTORS[body])] = action[0].double()
         seen, old, *_ = plain.step(one)
         _, new, terminated, truncated, info = game.step(action)
-        assert np.array_equal(info["state"][0], seen.astype(np.float32))  # the older layout, 11 and 27 entries
+        assert np.array_equal(
+            info["state"][0], seen.astype(np.float32)
+        )  # the older layout, 11 and 27 entries
         if body == "reacher":
             old += (before[0, 8:].double().norm() - info["state"][0, 8:].double().norm()).item()
         assert new.item() == pytest.approx(old - (terminated.item() and 1), abs=1e-6)
@@ -143,41 +138,17 @@ def test_the_older_rewards_differ_as_the_docstring_says(body, name):
     assert terminated.item() == (body == "ant")
 
 
-@pytest.mark.parametrize("body, task", TASKS)
-def test_an_action_turns_one_joint_of_its_agent(body, task):
-    game = envs.make(body, task, num_envs=2)
-    N, A = np.shape(SPEEDS[body])
-    assert (game.num_agents, game.num_actions) == (N, A)
-    for i in range(N):
-        for a in range(A):
-            game.reset(seed=0)
-            action = rest(game)
-            action[1, i, a] = 1
-            game.step(action)
-            assert not game.data[0].qfrc_actuator.any()
-            assert np.nonzero(game.data[1].qfrc_actuator)[0].tolist() == [SPEEDS[body][i][a]]
-            assert game.ctrl[1][MOTORS[body][i][a]] == 1
-
-
 def test_an_ant_agent_sees_the_leg_that_it_drives():
     for i in range(4):
         still, moved = place("ant", task="partial"), place("ant", task="partial")
         action = rest(moved)
         action[0, i] = 1
         difference = (moved.step(action)[0] - still.step(rest(still))[0])[0].abs()  # (N, O)
-        speeds = [difference[0, [12, 14]], *difference[1:, [1, 3]]]  # of hip and ankle, seen by each agent
+        speeds = [
+            difference[0, [12, 14]],
+            *difference[1:, [1, 3]],
+        ]  # of hip and ankle, seen by each agent
         assert torch.stack(speeds).sum(1).argmax() == i
-
-
-def test_legs_of_the_cheetah_and_its_absolute_place():
-    game = place("halfcheetah", q={0: 123.5, 1: -0.25, 2: 0.5, 3: 0.1, 4: 0.2, 5: 0.3, 6: 0.4, 7: 0.45, 8: 0.35})
-    game._read()
-    obs, info = game._observe()
-    hind, front = obs[0].numpy()
-    assert hind[[0, 2, 4, 6]].tolist() == pytest.approx([0.3, 0.2, 0.1, 0.4])  # bfoot bshin bthigh, fthigh
-    assert front[[0, 2, 4, 6]].tolist() == pytest.approx([0.35, 0.45, 0.4, 0.1])  # ffoot fshin fthigh, bthigh
-    assert hind[-3:].tolist() == front[-3:].tolist() == [123.5, 0.5, -0.25]  # x pitch z
-    assert info["state"][0, :2].tolist() == [-0.25, 0.5]  # no x in the state
 
 
 @pytest.mark.parametrize("bend", [1.0, -1.0])
@@ -187,76 +158,6 @@ def test_the_state_of_a_reacher_tells_its_bend(bend):
     assert info["state"][0, 3].sign() == bend
     elbow, tip = game.xpos[0][2], game.xpos[0][3]  # the forearm's body starts at the elbow
     assert np.sign((tip - elbow)[1]) == bend  # upper arm along +x: counter-clockwise is +y
-
-
-def test_padding_of_shorter_views_is_zero():
-    for body, task, lengths in (("reacher", "leader-only", (8, 6)), ("ant", "partial", (15, 4, 4, 4))):
-        game = envs.make(body, task, num_envs=2)
-        game.reset(seed=1)
-        obs = game.step(next(random_actions(game)))[0]
-        assert [(row != 0).nonzero().max().item() + 1 for row in obs[0]] == list(lengths)
-
-
-@pytest.mark.parametrize(
-    "body, task, shape, state, limit",
-    [
-        ("halfcheetah", "2x3", (2, 3, 13), 17, 1000),
-        ("reacher", "all-observant", (2, 1, 11), 11, 50),
-        ("reacher", "independent", (2, 1, 5), 11, 50),
-        ("reacher", "leader-only", (2, 1, 8), 11, 50),
-        ("ant", "full", (4, 2, 27), 27, 1000),
-        ("ant", "partial", (4, 2, 15), 27, 1000),
-    ],
-)
-def test_is_a_gymnasium_vector_environment(body, task, shape, state, limit, float64):
-    B, (N, A, width) = 4, shape
-    game = envs.make(body, task, num_envs=B)
-    assert isinstance(game, gymnasium.vector.VectorEnv) and game.best_return is None
-    assert game.metadata["autoreset_mode"] == gymnasium.vector.AutoresetMode.DISABLED
-    assert (game.num_agents, game.num_actions, game.obs_dim, game.state_dim, game.time_limit) == (*shape, state, limit)
-    obs, info = game.reset(seed=0)
-    assert game.observation_space.contains(obs.numpy())
-    sample = game.action_space.sample()
-    assert sample.shape == (B, N, A) and sample.dtype == np.float32
-    for action in (torch.as_tensor(sample), torch.as_tensor(sample).double()):
-        obs, reward, terminated, truncated, info = game.step(action)
-        assert obs.shape == (B, N, width) and obs.dtype == torch.float32  # whatever torch's default is
-        assert reward.shape == (B,) and reward.dtype == torch.float32
-        assert terminated.shape == truncated.shape == (B,) and terminated.dtype == truncated.dtype == torch.bool
-        assert list(info) == ["state"] and info["state"].shape == (B, state) and info["state"].dtype == torch.float32
-    game.close()
-
-
-def trajectory(game, actions, seed):
-    """Observations, states and rewards of a game for these actions, from a reset on."""
-    obs, info = game.reset(seed=seed)
-    rows = [(obs, info["state"], torch.zeros(len(obs)))]
-    for action in actions:
-        obs, reward, _, _, info = game.step(action)
-        rows.append((obs, info["state"], reward))
-    return [torch.stack(column, 1) for column in zip(*rows)]
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b))
-
-
-@pytest.mark.parametrize("body", PLAIN)
-def test_same_seed_same_games_in_a_batch_of_any_size(body):
-    many, one = envs.make(body, num_envs=8), envs.make(body)
-    stream = random_actions(many)
-    actions = [next(stream) for _ in range(40)]
-    first = trajectory(many, actions, seed=3)
-    assert same(first, trajectory(many, actions, seed=3))
-    assert same([x[:1] for x in first], trajectory(one, [a[:1] for a in actions], seed=3))
-    assert len(first[1][:, 0].unique(dim=0)) == 8  # every game starts elsewhere
-    assert not torch.equal(first[1][:, 0], many.reset(seed=4)[1]["state"])
-
-
-def test_seeds_do_not_share_games():
-    game = envs.make("halfcheetah", num_envs=4)
-    starts = torch.cat([game.reset(seed=s)[1]["state"] for s in range(4)] + [game.reset()[1]["state"]])
-    assert len(starts.unique(dim=0)) == 20
 
 
 @pytest.mark.parametrize("body", PLAIN)
@@ -272,35 +173,23 @@ def test_a_partial_reset_leaves_the_others_alone(body):
             assert torch.equal(x[others], y[others])
         if t in (4, 9):
             obs, info = left.reset(
-                seed=9 if t == 4 else None, options={"reset_mask": torch.tensor([False, True, False])}
+                seed=9 if t == 4 else None,
+                options={"reset_mask": torch.tensor([False, True, False])},
             )
             assert torch.equal(info["state"][others], b[4]["state"][others])
             assert not torch.equal(info["state"][1], b[4]["state"][1])
-    assert (b[2] | b[3])[others].all() and not a[3][1]  # the game that began again is not yet at its limit
-    rows = [game.reset(options={"reset_mask": torch.tensor([True, False, True])}) for game in (left, right)]
-    assert torch.equal(*(info["state"][others] for _, info in rows))  # nor were the others' random numbers used
-
-
-@pytest.mark.parametrize("body", ["halfcheetah", "reacher"])
-def test_the_time_limit_truncates_and_a_finished_game_stays_put(body):
-    game = envs.make(body, num_envs=2, time_limit=5)
-    game.reset(seed=0)
-    stream = random_actions(game)
-    for t in range(5):
-        _, _, terminated, truncated, info = game.step(next(stream))
-        assert truncated.tolist() == [t == 4] * 2 and not terminated.any()
-    game.reset(options={"reset_mask": torch.tensor([True, False])})
-    velocity = game.qvel[1].copy()
-    _, reward, terminated, truncated, after = game.step(next(stream))
-    assert reward[0] != 0 and reward[1] == 0 and truncated.tolist() == [False, True] and not terminated.any()
-    assert torch.equal(after["state"][1], info["state"][1]) and np.array_equal(game.qvel[1], velocity)
-    assert not torch.equal(after["state"][0], info["state"][0])
+    # The game that began again is not at its limit, and the others' random numbers are unused.
+    assert (b[2] | b[3])[others].all() and not a[3][1]
+    mask = torch.tensor([True, False, True])
+    rows = [game.reset(options={"reset_mask": mask})[1]["state"] for game in (left, right)]
+    assert torch.equal(rows[0][others], rows[1][others])
 
 
 @pytest.mark.parametrize("height, falls", [(0.15, True), (0.7, False), (1.1, True)])
 def test_an_ant_is_terminated_outside_its_heights(height, falls):
-    game = place("ant", q={2: height}, time_limit=1)  # at the time limit, an end by the rules goes first
-    game.model.opt.disableflags |= game.mujoco.mjtDisableBit.mjDSBL_CONTACT  # or the ground would push it up
+    # At the time limit, an end by the rules goes first; the ground would push the ant up.
+    game = place("ant", q={2: height}, time_limit=1)
+    game.model.opt.disableflags |= game.mujoco.mjtDisableBit.mjDSBL_CONTACT
     _, reward, terminated, truncated, info = game.step(rest(game))
     assert terminated.item() == falls and truncated.item() != falls
     assert (0.2 <= info["state"][0, 0] <= 1.0) != falls
@@ -310,44 +199,9 @@ def test_an_ant_is_terminated_outside_its_heights(height, falls):
     assert not game.fallen.any()
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda a: a[:1], r"shape \(2, 2, 3\), not torch.float32 of shape \(1, 2, 3\)"),
-        (lambda a: a.flatten(1), r"shape \(2, 2, 3\), not torch.float32 of shape \(2, 6\)"),
-        (lambda a: a.long(), "floating-point numbers of shape .* not torch.int64"),
-        (lambda a: a + 1.0001, r"lie in \[-1, 1\]; action 0 of agent 0 in game 0 is 1.0001"),
-        (lambda a: a.index_put((torch.tensor(1),) * 3, torch.tensor(-2.0)), "action 1 of agent 1 in game 1 is -2.0"),
-        (
-            lambda a: a.index_put((torch.tensor(1),) * 3, torch.tensor(torch.nan)),
-            "action 1 of agent 1 in game 1 is nan",
-        ),
-        (lambda a: a - torch.inf, "is -inf"),
-    ],
-)
-def test_wrong_actions_are_named_and_move_nothing(change, words):
-    game = envs.make("halfcheetah", num_envs=2)
-    game.reset(seed=0)
-    before = np.array(game.qpos)
-    with pytest.raises(ValueError, match=words):
-        game.step(change(rest(game)))
-    assert np.array_equal(game.qpos, before) and not game.elapsed.any()
-    game.step(rest(game) - 1)  # the bounds themselves are allowed
-    game.step(rest(game) + 1)
-
-
-def test_unknown_tasks_are_named():
-    with pytest.raises(ValueError, match="halfcheetah has no task '3x2': choose one of 2x3"):
-        envs.make("halfcheetah", "3x2")
-    with pytest.raises(ValueError, match="choose one of all-observant, independent, leader-only"):
-        envs.make("reacher", "full")
-    with pytest.raises(ValueError, match="num_envs must be at least 1"):
-        envs.make("ant", num_envs=0)
-
-
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_limited_elbow_bends_one_way_only(sign):
-    """An elbow that is pushed the other way all the time; without limits it turns until it meets Gymnasium's own."""
+    """Its elbow is pushed the other way all the time; without limits it turns on."""
     game = envs.make("reacher", num_envs=4, limits={"joint1": sorted([0, 3 * sign])})
     free = envs.make("reacher", num_envs=4)
     lowest = []
@@ -361,16 +215,11 @@ def test_a_limited_elbow_bends_one_way_only(sign):
     assert (lowest[0] > -0.1).all() and (lowest[1] < -2).all()
 
 
-@pytest.mark.parametrize("limits", [{"joint9": [0, 1]}, {"joint1": [1]}, {"joint1": [1, 0]}, {"joint0": [0, 1]}])
-def test_wrong_limits_are_named(limits):
-    with pytest.raises(ValueError, match="give \\[least, most\\] for one of joint1, target_x, target_y"):
-        envs.make("reacher", limits=limits)
-
-
 @pytest.mark.parametrize("body, task", TASKS)
 def test_a_state_can_be_put_back(body, task):
-    """What follows is nearly as it was: MuJoCo's solver has forgotten where it stopped, and a reacher's gap no longer
-    lags behind its joints by a part of a step."""
+    """What follows is nearly as it was: MuJoCo's solver has forgotten where it stopped, and a
+    reacher's gap no longer lags behind its joints by a part of a step.
+    """
     game, again = (envs.make(body, task, num_envs=3) for _ in range(2))
     game.reset(seed=0)
     actions = random_actions(game)
@@ -380,8 +229,14 @@ def test_a_state_can_be_put_back(body, task):
     own = 8 if body == "reacher" else None  # then comes the gap
     assert torch.allclose(found["state"][:, :own], info["state"][:, :own], atol=1e-6)
     assert torch.allclose(found["state"], info["state"], atol=0.05)
-    hidden = (obs - seen)[..., :own].abs().amax((0, 1)) > 1e-5 if task != "leader-only" else torch.zeros(1)
-    assert hidden.sum() == (body == "halfcheetah")  # only x, the place in the world, is not in the state
+    hidden = (
+        (obs - seen)[..., :own].abs().amax((0, 1)) > 1e-5
+        if task != "leader-only"
+        else torch.zeros(1)
+    )
+    assert hidden.sum() == (
+        body == "halfcheetah"
+    )  # only x, the place in the world, is not in the state
     act = next(actions)
     for now, then in zip(game.step(act)[1:3], again.step(act)[1:3]):
         assert torch.allclose(now.float(), then.float(), atol=0.1)
@@ -390,14 +245,17 @@ def test_a_state_can_be_put_back(body, task):
 
 
 @pytest.mark.parametrize("body", PLAIN)
-@pytest.mark.parametrize("speed", [np.nan, 1e11])  # MuJoCo would quietly put the body back to its start
+@pytest.mark.parametrize(
+    "speed", [np.nan, 1e11]
+)  # MuJoCo would quietly put the body back to its start
 def test_an_unstable_simulation_is_reported(body, speed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT
     game = envs.make(body, num_envs=3)
     game.reset(seed=0)
     game.step(rest(game))
     game.qvel[1][1] = speed
-    with pytest.raises(FloatingPointError, match=f"{body}: MuJoCo became unstable in game 1, 1 steps after its start"):
+    said = f"{body}: MuJoCo became unstable in game 1, 1 steps after its start"
+    with pytest.raises(FloatingPointError, match=said):
         game.step(rest(game))
     game.reset(options={"reset_mask": torch.tensor([False, True, False])})
     obs, reward, _, _, _ = game.step(rest(game))

@@ -17,6 +17,7 @@ from test_cfcql import (
     alone,
     along,
     assert_same,
+    begin_as_in_torch,
     episodes_in,
     follow,
     hand_step,
@@ -84,11 +85,12 @@ def test_two_updates_by_hand(float64, flags):
     """The limit on gradients bites in the first only."""
     args, data, team = made(tau=0.1, lr=0.01, **dict(cql=0.7) | flags)
     other, generators, adams = copy.deepcopy(team), streams(), omar.optimizers(team, args)
-    by_hand = [torch.optim.Adam(x.parameters(), 0.01) for x in (other.critics, other.policies)]
+    modules = other.critics, other.policies
+    by_hand = [torch.optim.Adam(module.parameters(), 0.01) for module in modules]
     for limit in (0.02, 1e3):
         args.max_grad_norm = limit
         rows = omar.draw_rows(generators, data, args)
-        slow, modules = slow_losses(other, data, rows, args), (other.critics, other.policies)
+        slow = slow_losses(other, data, rows, args)
         for adam, module, losses in zip(by_hand, modules, slow):
             parameters = copy.deepcopy(module.state_dict())
             lengths = hand_step(adam, module, losses, limit)
@@ -112,6 +114,11 @@ def test_padding_and_how_episodes_are_laid_out_do_not_matter(float64):
         losses = torch.stack([*logs.values()])
         kept = losses if kept is None else kept
         assert torch.allclose(losses, kept, atol=1e-12)
+
+
+def test_weights_begin_as_in_torch():
+    agents = omar.Agents(some_data(), omar.Args(recurrent=True), streams(9))
+    assert begin_as_in_torch(agents)
 
 
 # ---------------------------------------------------------------- identities
@@ -173,7 +180,7 @@ def test_a_team_plays_as_it_learned(float64, recurrent):
     assert not torch.equal(pi.argmax(-1), actions) and play.clocks == (-1, N, A)
 
 
-# ---------------------------------------------------------------- what it can do, and what it cannot
+# ---------------------------------------------------------------- what it can and cannot do
 def train(folder, words):
     return omar.main(omar.parse([*words.split(), "--out-dir", str(folder)]))
 

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(p.relative_to(ROOT) for p in ROOT.glob("**/*.md") if not {"runs", ".git"} & set(p.relative_to(ROOT).parts))
+PAGES = sorted(
+    p.relative_to(ROOT)
+    for p in ROOT.glob("**/*.md")
+    if not {"runs", ".git"} & set(p.relative_to(ROOT).parts)
+)
 
 
 def anchors(page):
@@ -32,4 +36,6 @@ def test_links(page):
 
 
 def test_pages_are_found():
-    assert {"README.md", "algorithms/README.md", "data/README.md", "envs/README.md"} <= {str(page) for page in PAGES}
+    assert {"README.md", "algorithms/README.md", "data/README.md", "envs/README.md"} <= {
+        str(page) for page in PAGES
+    }

@@ -134,7 +134,7 @@ def test_alberdices_folder_gives_the_same_dataset(tmp_path):
     with pytest.raises(ValueError, match=str(tmp_path)):
         data.read(tmp_path)
     (tmp_path / "reward.npy").unlink()
-    with pytest.raises(ValueError, match="lacks reward.npy"):
+    with pytest.raises(ValueError, match="reward.npy"):
         data.read(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The keeper of a run, by the example of bc.py: folders, files, resuming, the command line, teams."""
+"""The keeper of a run, by the example of bc.py: files, resuming, the command line, teams."""
 
 import itertools
 import json

@@ -1,7 +1,6 @@
 """What all scripts share, each tested once over all of them, through `main` as a user starts it."""
 
 import collections
-import contextlib
 import csv
 import json
 import os
@@ -9,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import types
 
 import pretended_gpu
 import pytest
@@ -17,10 +17,8 @@ from conftest import ROOT, load_script
 from pretended_gpu import AWAY, PretendedGPU
 
 import data
-import envs
 from data import run as runs
 from data.run import files, keeper
-from envs.rollout import play
 
 EVERY = "--num-seeds 2 --eval-episodes 2 "
 LOOP = EVERY + "--steps 4 --eval-every 2 "
@@ -48,7 +46,7 @@ RUNS = {  # name: (script, flags), one small run of everything that makes a diff
     "maiql-ft": ("iql", LOOP + "--team mixed --finetune 1"),
     "matd3+bc": ("td3_bc", REACHER + "--mixing"),
     "iomar": ("td3_bc", REACHER + "--bc 0 --cql 1 --omar 0.9"),
-    "maddpg": ("maddpg_cql_pjap", REACHER + "--window 3 --policy-hidden 8"),
+    "maddpg": ("maddpg_cql_pjap", REACHER.replace("--hidden", "--policy-hidden") + "--window 3"),
     "mappo": (
         "mappo",
         EVERY + "--env bridge --num-envs 4 --rollout 100 --steps 1200 --eval-every 400 "
@@ -78,7 +76,7 @@ def start(name, folder, *flags):
 
 @pytest.fixture
 def light(monkeypatch):
-    """Runs leave an empty file in place of the pictures and of the exported team, which take seconds."""
+    """Runs leave empty files in place of pictures and exported teams, which take seconds."""
     monkeypatch.setattr(keeper, "save_team", lambda path, *_: files.save(path, b""))
     monkeypatch.setattr(files, "save_figure", lambda path, figure: files.save(path, b""))
 
@@ -230,22 +228,15 @@ def test_an_update_never_waits_for_the_host(tmp_path, monkeypatch, light, name):
 def test_the_kept_team_plays_as_the_evaluation_says(tmp_path, name):
     summary = start(name, tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())["args"]
-    team, E, S = runs.load_team(tmp_path / "run"), 20, 2
-    own = torch.arange(S)
-
-    def act(obs, info, memory):
-        actions, memory = runs.ask(team, obs, info, memory)
-        return actions.unflatten(1, (S, -1))[own, own].flatten(0, 1), memory
-
-    with contextlib.closing(envs.make(config["env"], config["task"], S * E)) as games:
-        memory = team.start.repeat(1, S * E, 1, 1)
-        played = play(games, act, memory, summary["steps"])
+    team = runs.load_team(tmp_path / "run")
+    again = runs.score(
+        runs.kept_player(team), types.SimpleNamespace(**config), summary["steps"], 20, "cpu"
+    )
     wanted = summary["return"]["per_seed"]
-    assert played.returns.view(S, E).mean(1).tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    assert again["return"].mean(1).tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-4)
     for file in ("config.json", "metrics.csv", "summary.json", "curve.png", "checkpoint.pt"):
         assert (tmp_path / "run" / file).stat().st_size > 0
-    last = [float(row["return"]) for row in rows(tmp_path / "run")[-S:]]
-    assert len(last) == S and all(map(float.__eq__, last, last))
+    assert all(float(row["return"]) < 1e9 for row in rows(tmp_path / "run")[-2:])
 
 
 def data_of_nothing(folder, script):

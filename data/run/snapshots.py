@@ -1,10 +1,6 @@
-"""What `mappo.py --save-snapshots` writes: teams that can record datasets, one `.npz` each.
+"""What `mappo.py --save-snapshots` writes: behaviour teams, which can record datasets.
 
-A file holds arrays weight0, bias0, weight1, ... (float16) of a ReLU network that all agents share,
-x @ weight0 + bias0 and so on, and a JSON text `info`. Its inputs x are an agent's view, its last
-actions, the newest first (only where actions are discrete), and its number, one-hot both. Its
-outputs are the logits of the actions, or through tanh the mean of normal ones; `log_std` is then
-the logarithm of their spread.
+`data/teams.py` reads them, and says what a file holds.
 """
 
 import io

@@ -212,3 +212,18 @@ def ask(team, obs, info, memory):
     except Exception as error:  # an AssertionError of the program's guards, or of its operations
         reason = str(error).partition("\n")[0][:80]
         raise ValueError(f"the team does not fit this environment ({reason})") from None
+
+
+def kept_player(team):
+    """The `Player` of a kept team, whose program plays all S teams in all games: own ones count."""
+    S, own = len(team.start), torch.arange(len(team.start))
+
+    def act(obs, avail, memory, clocks=None):
+        info = {} if avail is None else {"avail_actions": avail.flatten(0, 1)}
+        everybody = memory.new_zeros(S, *memory.shape)
+        everybody[own, own] = memory
+        actions, everybody = ask(team, obs.flatten(0, 1), info, everybody.flatten(1, 2))
+        actions, everybody = (x.unflatten(1, (S, -1))[own, own] for x in (actions, everybody))
+        return actions, everybody
+
+    return Player(act, team, team.start.shape[-1])
