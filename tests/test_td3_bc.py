@@ -1,6 +1,7 @@
 """TD3+BC, ICQL and IOMAR: whole updates and the search against slow loops, and presets."""
 
 import copy
+import csv
 import math
 
 import pytest
@@ -204,6 +205,14 @@ def test_what_it_cannot_learn_is_refused():
         td3.parse(["--env", "bridge"])
     with pytest.raises(ValueError, match="--mixing"):
         td3.parse(["--mixing", "--cql", "1"])
+
+
+def test_policies_move_in_every_second_update(tmp_path):
+    words = "--env polynomial --num-seeds 1 --steps 4 --eval-every 1 --eval-episodes 0"
+    td3.main(td3.parse([*words.split(), "--out-dir", str(tmp_path / "run")]))
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        losses = [row["policy_loss"] for row in csv.DictReader(file) if row["step"] != "0"]
+    assert losses[0] == losses[1] != losses[2] == losses[3]
 
 
 def test_it_comes_near_the_peak(tmp_path):
