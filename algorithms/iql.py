@@ -505,7 +505,8 @@ class Practice:
     """What the teams play while they are fine-tuned: in each round, E games of up to T steps.
 
     Attributes:
-        data: the dataset's rows and, behind them, those of all games.
+        data: the dataset's rows and, behind them, room for those of all games.
+        end: how many rows are taken.
         steps: for each seed, the rows where recorded steps and its own begin.
         films: what happened, a dictionary a round.
     """
@@ -513,13 +514,20 @@ class Practice:
     def __init__(self, dataset, data, see, args, updates):
         S, M, rounds = args.num_seeds, len(data.steps), math.ceil(updates / 10)
         T = min(10, game(args).time_limit)
-        self.shape = S, math.ceil(M / (rounds * T))  # in the end, half of a seed's steps are own
-        self.game = game(args, math.prod(self.shape), data.obs.device)
+        E = math.ceil(M / (rounds * T))  # in the end, half of a seed's steps are its own
+        self.game = game(args, S * E, data.obs.device)
         self.game.time_limit = T
         self.starts = layout.rows(dataset)["state"][data.steps]  # as the game knows them
-        self.data, self.see, self.steps, self.films = data, see, [data.steps] * S, []
+        self.shape, self.see, self.end = (S, E), see, len(data.obs)
+        self.steps, self.films = [data.steps] * S, []
+        room = rounds * S * E * (T + 1)
+        for name, x in zip(data._fields[:-1], data):
+            if x is not None:
+                x = torch.cat([x, x.new_zeros(room, *x.shape[1:])])
+            data = data._replace(**{name: x})
+        self.data = data
 
-    def draw(self, generators, args):
+    def draw(self, generators, data, args):
         """Rows (S, B): each seed's minibatch, a step of its own as likely as a recorded one."""
         rows = []
         for steps, g in zip(self.steps, generators):
@@ -548,7 +556,7 @@ class Practice:
         self.add(play(self.game, act, film=True).film)
 
     def add(self, film):
-        """Lay what happened behind the other rows."""
+        """Lay what happened behind the rows that are taken."""
         self.films.append(film)
         played = Dataset(**film)
         new = self.see(layout.rows(played))
@@ -556,10 +564,11 @@ class Practice:
         steps = new.steps[order]
         seed = layout.episodes(played.lengths)[steps] // self.shape[1]
         for s, own in enumerate(self.steps):
-            self.steps[s] = torch.cat([own, steps[seed == s] + len(self.data.obs)])
-        pairs = zip(self.data[:-1], new)
-        fields = [x if x is None else torch.cat([x, y]) for x, y in pairs]
-        self.data = Data(*fields, self.data.steps)
+            self.steps[s] = torch.cat([own, steps[seed == s] + self.end])
+        begin, self.end = self.end, self.end + len(new.obs)
+        for x, y in zip(self.data[:-1], new):
+            if x is not None:
+                x[begin : self.end] = y
 
     def state_dict(self):
         return {"films": self.films}
@@ -580,6 +589,7 @@ def main(args):
     more = round(args.finetune * args.steps)
     if more:
         practice = parts["practice"] = Practice(dataset, data, see, args, more)
+        data = practice.data
     learn = run.compile(update)
     run.begin(**parts)
     players = player(team.policies, encode)
@@ -587,13 +597,10 @@ def main(args):
         tuned = step - args.steps  # updates of fine-tuning so far
         share = step / args.steps if tuned < 0 else tuned / more
         adams["policies"].param_groups[0]["lr"] = args.lr * (1 - share)
-        if tuned < 0:
-            run.logs = learn(team, adams, data, draw_rows(generators, data, args), args)
-        else:  # not compiled, as the data grow
-            if tuned % 10 == 0:
-                practice.play(players, generators)
-            rows = practice.draw(generators, args)
-            run.logs = update(team, adams, practice.data, rows, args)
+        if tuned >= 0 and tuned % 10 == 0:
+            practice.play(players, generators)
+        draw = draw_rows if tuned < 0 else practice.draw
+        run.logs = learn(team, adams, data, draw(generators, data, args), args)
     names = {"central": "IQL", "mixed": "MAIQL", "independent": "independent IQL"}
     return run.finish(names[args.team] + "-ft" * (more > 0), players)
 

@@ -2,20 +2,24 @@
 
 Fujimoto & Gu, NeurIPS 2021; Pan et al., ICML 2022.
 
-The problem. A policy that climbs its critic soon proposes actions that nobody recorded, for which
-the critic is a guess. Something has to hold it near the data. And in a team every agent climbs a
-critic that has seen the teammates' recorded actions, not what they will do now.
+The problem. A policy that climbs its critic soon proposes actions that nobody
+recorded, for which the critic is a guess. Something has to hold it near the data.
+And in a team every agent climbs a critic that has seen the teammates' recorded
+actions, not what they will do now.
 
-The idea. TD3+BC adds to a deterministic actor-critic the squared distance to the recorded action,
-and measures both terms in units that make them comparable. Independent learners (ITD3+BC) do that
-for each agent alone, with the team's reward. With --mixing (MATD3+BC) the agents' values are summed
-up, with weights that depend on the state, and all actors climb the sum together. ICQL leaves the
-distance out, and lowers the critic itself where there are no data. IOMAR adds to ICQL a search, as
-the gradient alone gets stuck in poor corners of the critic. Among random actions, refined a few
-times, it takes the one with the highest value, and pulls the actor there.
+The idea. TD3+BC adds to a deterministic actor-critic the squared distance to the
+recorded action, and measures both terms in units that make them comparable.
+Independent learners (ITD3+BC) do that for each agent alone, with the team's reward.
+With --mixing (MATD3+BC) the agents' values are summed up, with weights that depend
+on the state, and all actors climb the sum together. ICQL leaves the distance out,
+and lowers the critic itself where there are no data. IOMAR adds to ICQL a search,
+as the gradient alone gets stuck in poor corners of the critic. Among random
+actions, refined a few times, it takes the one with the highest value, and pulls the
+actor there.
 
-Equations, by numbers of our own. Agent i has pi_i(o_i) and Q_i(o_i, a_i), twice. A prime marks
-slowly moving copies, s' the next state; m is 0 where the game ended by its own rules.
+Equations, by numbers of our own. Agent i has pi_i(o_i) and Q_i(o_i, a_i), twice. A
+prime marks slowly moving copies, s' the next state; m is 0 where the game ended by
+its own rules.
  1 mixing    Q(s, a)  = sum_i |w_i(s)| Q_i(o_i, a_i) + b(s)
  2           y        = r + gamma m min_c Q'_c(s', a'),   a'_i = clip( pi'_i(o'_i) + clip(noise) )
  3           L(Q)     = sum_c E (y - Q_c)^2
@@ -24,10 +28,11 @@ slowly moving copies, s' the next state; m is 0 where the game ended by its own 
                         + omar E |pi(o) - a*|^2 / A
  5           lambda   = 2.5 / E |Q_1(o, pi(o))|  if bc > 0, else 1
  6 search    a*       = the best by Q_1 of pi(o) and the elites of all rounds
-Eq. 1 is for --mixing; otherwise each Q_i stands by itself. The actions a in Eq. 3 are drawn, a
-third each, uniformly, around pi(o) and around pi(o'); p is each one's density. Without bc,
-0.001 |pi(o)|^2 / A belongs to Eq. 4 as well. In Eq. 6 a round's candidates are normal around the
-elites before. The elites are the best of the candidates and of the elites before.
+Eq. 1 is for --mixing; otherwise each Q_i stands by itself. The actions a in Eq. 3
+are drawn, a third each, uniformly, around pi(o) and around pi(o'); p is each one's
+density. Without bc, 0.001 |pi(o)|^2 / A belongs to Eq. 4 as well. In Eq. 6 a
+round's candidates are normal around the elites before. The elites are the best of
+the candidates and of the elites before.
 
 Commands, and the return you should see (last policy; one CPU core, torch 2.13):
   python algorithms/td3_bc.py --env polynomial
@@ -43,7 +48,7 @@ Commands, and the return you should see (last policy; one CPU core, torch 2.13):
   ... --bc 0 --cql 1
       ICQL 0.29, 5 min; all-observant 0.66
   ... --bc 0 --cql 1 --omar 0.9
-      IOMAR 0.30, 12 min on a busy core; all-observant 0.66
+      IOMAR, 12 min on a busy core
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, td3_bc
@@ -58,32 +63,39 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   adams = td3_bc.optimizers(team, args)
   for step in range(100):
       noise = td3_bc.draw_noise(generators, data, args)
-      logs = td3_bc.update(team, adams, data, noise, step % args.delay == 0, args)
+      logs = td3_bc.update_critics(team, adams, data, noise, args)
+      if step % args.delay == 0:
+          logs |= td3_bc.update_policies(team, adams, data, noise, args)
   action = team.policies(obs.transpose(0, 1).expand(S, N, M + 1, 5))  # (S, N, M + 1, A)
 
-Differences from the authors' code (of MOMA-PPO's baselines, and OMAR's), and choices made here:
-  1. The distance is summed over an action's entries, as in MOMA-PPO's code; TD3+BC's own takes the
-     mean.
-  2. Where both codes of ICQL and IOMAR subtract the density of a drawn action, Eq. 3 has its
-     logarithm.
-  3. MATD3+BC is in no released code. That all actors move in Q(s, pi_1..pi_N), the others' actions
-     from their policies, is ours. So is that w depends on the state only and is not negative.
-  4. ICQL's policies have the penalty 0.001 |pi(o)|^2 / A, as IOMAR's. In MOMA-PPO's code it is gone
-     with the search.
-  5. The target has TD3's noise in all methods, as in MOMA-PPO's code; OMAR's code has none.
-  6. Agents have no memory; the authors' look at their last ten views and actions. Networks have 128
-     units (theirs 256), copies move twice as fast, step sizes fall to 0, and a seed's gradient has
-     a limited length.
-  7. Views are in units of the data's mean and spread.
-  8. The reacher's recorded actions vary by 0.09 only, where those of TD3+BC's tasks fill the box.
-     There the distance weighs 10 times as much (--bc 1: `all-observant` 0.42 in place of 1.01).
-  9. With --cql, bodies' minibatches have 64 steps and 4 actions of each kind (the authors' 256 and
-     10): a laptop takes minutes, not hours.
+Differences from the authors' code (of MOMA-PPO's baselines, and OMAR's), and
+choices made here:
+  1. The distance is summed over an action's entries, as in MOMA-PPO's code;
+     TD3+BC's own takes the mean.
+  2. Where both codes of ICQL and IOMAR subtract the density of a drawn action, Eq.
+     3 has its logarithm.
+  3. MATD3+BC is in no released code. That all actors move in Q(s, pi_1..pi_N), the
+     others' actions from their policies, is ours. So is that w depends on the state
+     only and is not negative.
+  4. ICQL's policies have the penalty 0.001 |pi(o)|^2 / A, as IOMAR's. In MOMA-PPO's
+     code it is gone with the search.
+  5. The target has TD3's noise in all methods, as in MOMA-PPO's code; OMAR's code
+     has none.
+  6. Agents have no memory; the authors' look at their last ten views and actions.
+     Networks have 128 units (theirs 256), copies move twice as fast, step sizes
+     fall to 0, and a seed's gradient has a limited length.
+  7. Views are in units of the data's mean and spread; the authors' are as they are.
+  8. The reacher's recorded actions vary by 0.09 only, where those of TD3+BC's tasks
+     fill the box. There the distance weighs 10 times as much (--bc 1:
+     `all-observant` 0.42 in place of 1.01).
+  9. With --cql, bodies' minibatches have 64 steps and 4 actions of each kind (the
+     authors' 256 and 10): a laptop takes minutes, not hours.
 
 Seeds differ in all that is random here, and are evaluated in one environment.
 
-Shapes: S seeds, N agents, Q = S N networks, B steps of a minibatch, J actions for one view, M
-recorded steps, R rows (observations), A entries of an action, O observation, I inputs, D state.
+Shapes: S seeds, N agents, Q = S N networks, B steps of a minibatch, J actions for
+one view, M recorded steps, R rows (observations), A entries of an action, O
+observation, I inputs, D state.
 """
 
 import copy
@@ -398,25 +410,22 @@ def optimizers(team, args):
     return {name: adam(part.parameters()) for name, part in parts.items()}
 
 
-def update(team, adams, data, noise, improve, args):
-    """One update of the critics and, if it is their turn (improve), of policies and targets.
-
-    Returns diagnostics, (S,) tensors.
-    """
-    batch, limit = gather(data, noise.rows), args.max_grad_norm
+def update_critics(team, adams, data, noise, args):
+    """One update of the critics; returns diagnostics, (S,) tensors."""
+    batch = gather(data, noise.rows)
     y = td_target(team, batch, noise, args)
-    q_loss = descend(
-        adams["critics"], team.critics, critic_loss(team, batch, y, noise, args), limit
-    )
-    if not improve:
-        return {"q_loss": q_loss}
-    pi_loss = descend(
-        adams["policies"], team.policies, policy_loss(team, batch, noise, args), limit
-    )
+    loss = critic_loss(team, batch, y, noise, args)
+    return {"q_loss": descend(adams["critics"], team.critics, loss, args.max_grad_norm)}
+
+
+def update_policies(team, adams, data, noise, args):
+    """One update of the policies and, after it, of all targets; returns diagnostics, (S,)."""
+    loss = policy_loss(team, gather(data, noise.rows), noise, args)
+    logs = {"policy_loss": descend(adams["policies"], team.policies, loss, args.max_grad_norm)}
     networks = [*team.policies.parameters(), *team.critics.parameters()]
     with torch.no_grad():
         torch._foreach_lerp_(list(team.targets.parameters()), networks, args.tau)
-    return {"policy_loss": pi_loss, "q_loss": q_loss}
+    return logs
 
 
 # ---------------------------------------------------------------- run
@@ -453,7 +462,7 @@ def main(args):
     data, encode = arrange(run.load(discrete=False), args)
     team = Team(data, args, run.streams(0, "cpu")).to(run.device)
     adams, generators = optimizers(team, args), run.streams(1)
-    learn = run.compile(update)
+    learn, improve = run.compile(update_critics), run.compile(update_policies)
     if run.begin(team=team, adams=adams, generators=generators) and run.step:
         last = run.rows[-args.num_seeds :]  # the policies' loss may be of an earlier update
         run.logs = {"policy_loss": torch.tensor([row["policy_loss"] for row in last])}
@@ -462,7 +471,9 @@ def main(args):
         for adam in adams.values():
             adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
         noise = draw_noise(generators, data, args)
-        run.logs |= learn(team, adams, data, noise, step % args.delay == 0, args)
+        run.logs |= learn(team, adams, data, noise, args)
+        if step % args.delay == 0:
+            run.logs |= improve(team, adams, data, noise, args)
     return run.finish(method_of(args), players)
 
 

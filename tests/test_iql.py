@@ -279,7 +279,7 @@ def test_recorded_and_own_steps_are_equally_likely():
     M, E = len(practice.data.steps), practice.shape[1]
     practice.steps[1] = practice.data.steps
     args.batch_size = 20_000
-    rows = practice.draw(streams(), args)
+    rows = practice.draw(streams(), practice.data, args)
     share = torch.isin(rows[0], own[0]).double().mean()
     assert (
         abs(share - 30 * E / (M + 30 * E)) < 0.02 and torch.isin(rows[0], practice.steps[0]).all()
