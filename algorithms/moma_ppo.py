@@ -434,7 +434,7 @@ class Model(nn.Module):
         reward, reward_log_std = self.for_reward(x).unbind(-1)  # (U, B) each
         guess = state + self.move.mean + self.move.std * self.move.vary * move
         if self.end_from == "state":
-            x = self.state(guess.detach() if next_state is None else next_state)
+            x = self.state(guess if next_state is None else next_state)
         return Guess(
             guess,
             self.move.std * log_std.clamp(-6, 2).exp(),
