@@ -234,7 +234,8 @@ class Games(VectorEnv):
         space = self.views[i]
         if isinstance(seen, dict):
             seen, mask = seen["observation"], seen.get("action_mask", mask)
-        view, size = flatten(space, seen), flatdim(space)
+        size = flatdim(space)
+        view = np.asarray(seen, "f") if isinstance(space, Box) else flatten(space, seen)
         self.obs[b, i, :size] = view.reshape(size)
         if self.discrete:
             allowed = self.avail[b, i, : self.moves[i].n]

@@ -172,7 +172,7 @@ class Smac(TensorGame):
         super().compile(compiler)
 
     def picture(self, actions=None):
-        """The first battle from above, as an array (height, width, 3); a bar is what life is left."""
+        """The first battle from above, an array (height, width, 3); bars: life left."""
         figure = Figure(figsize=(5.5, 3.2), dpi=80, layout="constrained")
         axes = figure.subplots()
         for x0, x1, y0, y1 in self.battle.walkable:
