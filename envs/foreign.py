@@ -120,7 +120,7 @@ class Games(VectorEnv):
         B, N, A, O = len(games), len(self.names), max(sizes), max(map(flatdim, self.views))
         self.owned = np.arange(A) < np.array(sizes)[:, None]  # (N, A) what an agent has of A
         self.streams = [np.random.default_rng((0, b)) for b in range(B)]
-        first = self._start(0)
+        self._start(0)  # for its state
         state = self._state_of(games[0])
         self.own_state = state is not None
         state_dim = len(state) if self.own_state else N * O
@@ -130,7 +130,6 @@ class Games(VectorEnv):
         self.obs, self.state = np.zeros((B, N, O), "f"), np.zeros((B, state_dim), "f")
         self.avail, self.steps = np.zeros((B, N, A), bool), np.zeros(B, int)
         self.ended, self.cut = np.ones(B, bool), np.zeros(B, bool)
-        self._see(0, *first)
 
     def reset(self, *, seed=None, options=None):
         for b in games_to_reset(self, options).nonzero()[:, 0].tolist():

@@ -202,8 +202,7 @@ class Smac(TensorGame):
             *(self._tensor(field)[:, None] for field in zip(*units))
         )  # (U, 1) each
         damage = [[(a.damage + a.bonus * b.armoured) * a.hits for b in units] for a in units]
-        self.damage = self._tensor(damage).flatten()  # (U U) by a on b in one attack
-        self.row = U * number  # (U, 1) offsets into it
+        self.damage = self._tensor(damage)  # (U, U) by a on b in one attack
         self.keep_apart = (u.separation + u.separation.T)[..., None]  # (U, U, 1)
         scan = u.range.clamp(min=SCAN) + u.radius + u.radius.T
         self.scan = scan[N:, :N, None]  # (M, N, 1)
@@ -326,7 +325,7 @@ class Smac(TensorGame):
         self.cooldown = torch.where(fire, period, self.cooldown) - DT
         self.pause = torch.where(fire, self.unit.pause, self.pause - DT)
         nothing = torch.zeros_like(self.x)
-        damage = self.damage[self.row + target] * fire  # whole numbers, so that sums are exact
+        damage = self.damage.gather(1, target) * fire  # whole numbers, so that sums are exact
         raw = nothing.scatter_add(0, target, damage)
         return raw, nothing.scatter_add(0, target, self.unit.hits * fire)
 
