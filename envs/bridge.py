@@ -117,7 +117,7 @@ def _draw(axes, state):
     ground = torch.zeros(ROWS, COLUMNS)
     for cell in WATER:
         ground[cell] = 1
-    axes.imshow(ground, cmap="Blues", vmax=2)
+    axes.imshow(ground.tolist(), cmap="Blues", vmax=2)
     axes.set(xticks=[], yticks=[])
     for agent, colour in zip(state.view(2, 4).tolist(), ("#c0392b", "#2c3e87")):
         row, column, goal_row, goal_column = agent

@@ -93,7 +93,7 @@ def draw_policies(pi, dataset, seeds):
 
 def _draw_table(axes, table, form):
     """A number for each joint action (A, A')."""
-    axes.imshow(table.cpu(), cmap="Blues", alpha=0.6)
+    axes.imshow(table.tolist(), cmap="Blues", alpha=0.6)
     for a, row in enumerate(table.tolist()):
         for b, number in enumerate(row):
             axes.text(b, a, form.format(number), ha="center", va="center")
@@ -106,15 +106,13 @@ def _draw_table(axes, table, form):
 def read_payoff(task):
     """The payoffs (A_0, ..., A_{N-1}) float32 of a task's name or of a table; see `MatrixGame`."""
     table = MATRIX_TASKS.get(task, task) if isinstance(task, str) else task
-    told = f"{task!r:.80}" if isinstance(task, str) else "(the list given)"  # it may be deep
     try:
         table = json.loads(table) if isinstance(table, str) else table
         payoff = torch.tensor(table, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError, OverflowError):  # also too deep, or too large
         names = ", ".join(MATRIX_TASKS)
-        raise ValueError(
-            f"matrix has no task {told}: choose {names}, or '[[1, 0], [0, 2]]'"
-        ) from None
+        told = f"{task!r:.80}: choose one of {names}, or a payoff table such as '[[1, 0], [0, 2]]'"
+        raise ValueError(f"matrix has no task {told}") from None
     if payoff.dim() < 2 or payoff.numel() == 0 or not payoff.isfinite().all():
-        raise ValueError(f"a payoff table needs two agents or more and finite numbers, not {told}")
+        raise ValueError("a payoff table needs two agents or more and finite numbers")
     return payoff

