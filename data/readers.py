@@ -31,8 +31,6 @@ def read(path, time_limit=None, task=""):
         OSError: no such file.
     """
     path = Path(path)
-    if time_limit is not None and time_limit < 1:
-        raise ValueError(f"a time limit is at least one step, not {time_limit}")
     if not path.exists():
         raise FileNotFoundError(f"no dataset file {path}")
     try:
@@ -75,8 +73,6 @@ def read_alberdice(folder):
     """
     arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in BATCH}
     state = torch.from_numpy(arrays["state"])
-    if state.shape[-1] != 8:
-        raise ValueError(f"the state has {state.shape[-1]} entries; only Bridge, with 8, is known")
     home = (state[..., [0, 1, 4, 5]] == state[..., [2, 3, 6, 7]]).all(-1)  # (E, T+1) on both goals
     arrays["terminated"] *= np.pad(home[:, 1:, None], ((0, 0), (0, 1), (0, 0)))
     info = {"env": "bridge", "task": "", "name": folder.name}
@@ -140,8 +136,6 @@ def read_d4rl(file, path, task=""):
         steps = slice(start, stop)
         episodes.append((seen, actions[steps], rewards[steps], terminals[steps]))
         start = stop
-    if not episodes:
-        raise ValueError("no episode in it ever ends")
     info = {"name": path.stem, "behaviour": "published with D4RL"}
     info["references"] = {"random": -325.6, "expert": 3879.7}
     return ant_team(episodes, task, info)
@@ -181,8 +175,7 @@ def ant_team(episodes, task, info):
     for observations, actions, rewards, terminated in episodes:
         widths = observations.shape[1], actions.shape[1]
         if widths[0] not in ANT_WIDTHS or widths[1] != 8:
-            sizes = f"observations have {widths[0]} entries and actions {widths[1]}"
-            raise ValueError(f"{sizes}: of this format only Ant is read ({ANT_WIDTHS}, and 8)")
+            raise ValueError(f"(observations, actions) are {widths}: only Ant is read")
         state = as_tensor(observations[:, :27], "state")
         steps = {"reward": rewards, "terminated": terminated}
         steps["actions"] = as_tensor(actions, "actions")[:, motors]  # (T, N, 2)
@@ -193,10 +186,9 @@ def ant_team(episodes, task, info):
 
 def clip(actions, info):
     """Cut a list of continuous actions to [-1, 1] as MuJoCo's motors do; `info` is told."""
-    beyond = torch.cat([part.abs().flatten() > 1 for part in actions]).double().mean()
-    if beyond:
-        share = f"{100 * beyond:.3g} % of the actions' entries"
-        info["clipped"] = f"{share}, which lay outside [-1, 1]"
+    beyond = torch.cat([part.abs().flatten() > 1 for part in actions])
+    if beyond.any():
+        info["clipped"] = beyond.double().mean()  # the share of entries that lay outside
     for part in actions:
         part.clamp_(-1, 1)
 
@@ -208,8 +200,7 @@ def find_vault(folder):
         return folder
     inside = sorted(path.parent for path in folder.glob("*/metadata.json"))
     if len(inside) > 1:
-        names = ", ".join(path.name for path in inside)
-        raise ValueError(f"it holds several vaults: choose one of {names}")
+        raise ValueError(f"it holds several vaults: choose one, such as {inside[0].name}")
     return inside[0] if inside else None
 
 
@@ -224,9 +215,7 @@ def read_vault(folder, time_limit=None):
     Args:
         time_limit: episodes that last that long count as truncated. Without it, every end that is
             stored as a terminal is one, also the time-outs that OG-MARL's sets store as
-            terminals. A vault with the sizes of 2-agent HalfCheetah, where nothing else ends a
-            game, has 1,000 by default (to take these for terminals: `load(...,
-            limit_terminates=True)`).
+            terminals (to take these for terminals: `load(..., limit_terminates=True)`).
     """
     leaf = open_vault(folder)
     terminals = as_tensor(leaf("terminals"), "terminated").bool()  # (M, N)
@@ -245,10 +234,6 @@ def read_vault(folder, time_limit=None):
         clip([actions], info)
     else:
         arrays["avail_actions"] = leaf("infos.legals")[:M]
-    sizes = (*arrays["obs"].shape[1:], *arrays["state"].shape[1:], *actions.shape[2:])
-    if sizes == (2, 13, 17, 3):
-        info |= {"env": "halfcheetah", "task": "2x3"}
-        time_limit = time_limit or 1000
     terminated = terminals.all(1)[:M]
     if time_limit:
         lengths = last.diff(prepend=last.new_tensor([-1]))
@@ -262,8 +247,7 @@ def open_vault(folder):
     try:
         import tensorstore
     except ImportError:
-        remedy = "pip install tensorstore"
-        raise ValueError(f"reading an OG-MARL vault needs tensorstore: {remedy}") from None
+        raise ValueError("reading an OG-MARL vault needs: pip install tensorstore") from None
     base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
 
     def opened(name):
@@ -295,8 +279,6 @@ def check_order(dataset, game, source):
     if unlike.max() > 0.01:
         i, k = (unlike > 0.01).nonzero()[0].tolist()
         where = f"entry {k} of agent {i} is not what the state says"
-        remedy = "what MaMuJoCo recorded is for MaMuJoCo: --env package.module:factory"
-        raise ValueError(
-            f"{source}: its observations are not in the order of {game.body} here ({where}); "
-            f"{remedy} (see data/README.md)"
-        )
+        remedy = "MaMuJoCo's data are for MaMuJoCo (see data/README.md)"
+        order = f"not in the order of {game.body} here"
+        raise ValueError(f"{source}: its observations are {order}, as {where}; {remedy}")

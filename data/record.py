@@ -73,8 +73,6 @@ def record_team(env, task, team, episodes, seed=0, noise=0.0, options=None):
     Raises:
         ValueError: no such environment, or the team does not fit.
     """
-    if episodes < 1:
-        raise ValueError(f"a dataset needs at least one episode, not {episodes}")
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, episodes, GAMES):
