@@ -7,13 +7,11 @@ BODY/TEAM.npz.
 
 import hashlib
 import json
-import platform
 import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import gymnasium
 import h5py
 import numpy as np
 import torch
@@ -48,12 +46,9 @@ MATRIX_BEHAVIOURS = {
         "neutral": [[0.5, 0.5], [0.5, 0.5]],
         "unfavourable": [[0.75, 0.25], [0.25, 0.75]],
     },
-    "climbing": {"uniform": [[1, 1, 1]] * 2},
-    "penalty": {"uniform": [[1, 1, 1]] * 2},
-}
+}  # in all others: "uniform"
 # Polynomial games. Each agent plays uniformly, or around its part of (0, 0) or of a best joint
-# action with the standard deviation in the name. These are examples: any one above 0 will do.
-POLYNOMIAL = ("uniform", "origin-0.5", "peak-0.5")
+# action with the standard deviation in the name.
 SPREAD = r"(peak|origin)-\d+(\.\d+)?(e-\d+)?"
 
 # Which teams play, in this order and in equal parts; "*" stands for 0, 1, ..., in equal parts too.
@@ -79,7 +74,10 @@ TEAMS = {
         "full-replay": ("replay-*",),
     },
 }
-DATASETS = TEAMS | {"bridge": ("optimal", "mixed"), "polynomial": POLYNOMIAL}
+DATASETS = TEAMS | {
+    "bridge": ("optimal", "mixed"),
+    "polynomial": ("uniform", "origin-0.5", "peak-0.5"),
+}
 BLOCK = 250  # battles that are played at once
 GAMES = 50  # episodes of a body that are played at once
 NOISE = {"halfcheetah": 0.2}  # added to most likely actions; the other bodies' teams sample theirs
@@ -130,18 +128,10 @@ def is_name(dataset, env, task):
 
 def is_path(dataset, env="", task=""):
     """Whether a dataset is given by a path: what has a "/" or a file ending, or exists."""
-    if not dataset or dataset.startswith("["):
-        return False
     path = Path(dataset)
     if "/" in dataset or path.suffix[1:2].isalpha():  # peak-0.5 has no file ending
         return True
-    return path.exists() and not is_name(dataset, env, task)
-
-
-def check_name(env, task, name):
-    if not is_name(name, env, task):
-        remedy = f"choose {', '.join(names(env, task))}, or give the path of a file"
-        raise ValueError(f"{env} {task} has no dataset {name!r}: {remedy}")
+    return dataset != "" and path.exists() and not is_name(dataset, env, task)
 
 
 def full_task(env, task):
@@ -184,11 +174,8 @@ def load(
     if not foreign or options is not None:
         game = envs.make(env, task, **options or {})
     task = full_task(env, task)
-    if is_path(dataset, env, task):
+    if foreign or is_path(dataset, env, task):
         found = read(dataset, game and game.time_limit, task if env == "ant" else "")
-    elif foreign:
-        remedy = "give the path of a file, such as one that data/collect.py has recorded"
-        raise ValueError(f"there is no dataset {dataset!r} of {env or 'no environment'}: {remedy}")
     else:
         found = load_name(env, task, dataset, seed, episodes)
     if game:
@@ -262,14 +249,10 @@ def collect_dataset(env, task, name, seed=0, episodes=0):
     """
     game = envs.make(env, task)
     task = full_task(env, task)
-    check_name(env, task, name)
+    if not is_name(name, env, task):
+        remedy = f"choose {', '.join(names(env, task))}, or give the path of a file"
+        raise ValueError(f"{env} {task} has no dataset {name!r}: {remedy}")
     episodes = episodes or EPISODES.get(f"{env} {name}", 1000)
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "gymnasium": gymnasium.__version__,
-    }
     if env in TEAMS:
         dataset, behaviour = record_teams(env, task, name, episodes, seed)
     else:
@@ -281,8 +264,8 @@ def collect_dataset(env, task, name, seed=0, episodes=0):
         dataset = record(games, lambda t, obs, info: actions[:, t])
     if env in REFERENCES:
         dataset.info["references"] = REFERENCES[env]
-        versions["mujoco"] = version("mujoco")
     dataset.info |= {"env": env, "task": task, "name": name, "seed": seed, "behaviour": behaviour}
+    versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
     dataset.info |= {"collector": COLLECTOR, "versions": versions}
     return dataset.check()
 
@@ -308,15 +291,11 @@ def read_probabilities(name, sizes):
     """Each agent's probabilities for "uniform", or for a JSON list that every agent uses."""
     if name == "uniform":
         return [[1.0] * n for n in sizes]
-    try:
-        weights = json.loads(name)
-        good = min(weights) >= 0 < sum(weights) and {len(weights)} == set(sizes)
-    except (ValueError, TypeError):
-        good = False
-    if not good:
+    weights = [float(weight) for weight in json.loads(name)]
+    if {len(weights)} != set(sizes):
         remedy = "write one probability for each action, such as '[0.9, 0.1]'"
         raise ValueError(f"dataset {name!r:.80}: {remedy}")
-    return [[float(weight) for weight in weights]] * len(sizes)
+    return [weights] * len(sizes)
 
 
 def plan_polynomial(game, task, name, episodes, generator):
@@ -408,11 +387,8 @@ def record_teams(env, task, name, episodes, seed):
                 parts += play_body(env, task, team, count, seed, choose)
         behaviour.append(words)
     behaviour = ", ".join(behaviour)
-    if env != "smac":
-        how = "sampled actions, clipped"
-        if env in NOISE:
-            how = f"most likely actions + N(0, {NOISE[env]}^2), clipped"
-        behaviour = f"{behaviour}; {how}"
+    if env in NOISE:
+        behaviour += f"; most likely actions + N(0, {NOISE[env]}^2), clipped"
     return concatenate(parts), behaviour
 
 

@@ -32,7 +32,7 @@ def read_behaviour(path, env="smac"):
         A function of (step, obs (B, N, O), info, generator) -> actions (B, N) or (B, N, A), not
         clipped, and without a generator (None) the most likely ones; and the file's info.
     Raises:
-        ValueError: there is no such file, or it is damaged.
+        ValueError: there is no such file.
     """
     about, layers, spread = read_weights(path, env)
     if spread is None:
@@ -59,8 +59,6 @@ def read_weights(path, env):
         train = f"train one with `python algorithms/mappo.py --env {env} --save-snapshots`"
         what = f"no {path.stem} team for {path.parent.name} ships with the repository"
         raise ValueError(f"{what}: {train} (see data/behaviour/README.md)") from None
-    except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
-        raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
     spread = arrays.pop("log_std").exp() if "log_std" in arrays else None
     layers = []
     for k in range(len(arrays) // 2):
