@@ -21,7 +21,7 @@ from tqdm import tqdm
 import envs
 from data.dataset import Dataset, write
 from data.readers import check_order, read
-from data.record import block_seed, concatenate, record
+from data.record import block_seed, concatenate, random_player, record
 from data.teams import normal, read_behaviour
 from envs.matrix import read_payoff
 
@@ -376,15 +376,15 @@ def record_teams(env, task, name, episodes, seed):
     for team, count in bar:
         words = f"{count} by {team}"
         if team == "random":
-            parts += play_body(env, task, team, count, seed, draw_uniformly)
+            parts += play_body(env, task, team, count, seed, random_player)
         else:
             play, info = read_behaviour(folder / f"{team}.npz", env)
             words += f" ({info['script']} after {info['steps']} steps)"
             if env == "smac":
                 parts += play_battles(task, count, seed, play, len(parts))
             else:
-                choose = body_player(env, info["task"], play)
-                parts += play_body(env, task, team, count, seed, choose)
+                player = body_player(env, info["task"], play)
+                parts += play_body(env, task, team, count, seed, player)
         behaviour.append(words)
     behaviour = ", ".join(behaviour)
     if env in NOISE:
@@ -407,13 +407,13 @@ def play_battles(task, count, seed, play, block):
     return parts
 
 
-def play_body(env, task, team, count, seed, choose):
+def play_body(env, task, team, count, seed, player):
     """`count` episodes of a body by one team, recorded through the views of `task`.
 
     Of the reacher's clockwise and counter-clockwise teams, only episodes that bend their way stay.
 
     Args:
-        choose: function of (game, generator) that returns actions (B, N, A).
+        player: function of (game, generator) that returns one of (step, obs, info) -> actions.
     Returns:
         A list of `Dataset`s, one for each block of games played at once.
     Raises:
@@ -425,7 +425,7 @@ def play_body(env, task, team, count, seed, choose):
         game = envs.make(env, task, num_envs=min(GAMES, count - kept))
         start = block_seed(env, team, seed, played)
         generator = torch.Generator().manual_seed(start)
-        part = record(game, lambda t, obs, info: choose(game, generator), start)
+        part = record(game, player(game, generator), start)
         played += game.num_envs
         if sign:
             bends = part.state[:, :, 3].sum(1) * sign > 0  # (B,)
@@ -440,23 +440,21 @@ def play_body(env, task, team, count, seed, choose):
 
 
 def body_player(env, trained_on, play):
-    """What chooses the actions of a body, a function of (game, generator).
+    """How a team plays a body, as `random_player` plays any game.
 
-    A team sees what the task shows that it was trained on, whatever the game shows.
+    It sees what the task shows that it was trained on, whatever the game shows.
     """
     columns = envs.make(env, trained_on).columns
 
-    def choose(game, generator):
-        entries = np.pad(game.entries, ((0, 0), (0, 1)))  # (B, F+1), the last one 0
-        seen = torch.from_numpy(entries[:, columns]).float()  # (B, N, O)
-        if env not in NOISE:
-            return play(0, seen, None, generator).clamp(-1, 1)
-        action = play(0, seen, None, None)  # (B, N, A)
-        return (action + NOISE[env] * normal(action.shape, generator)).clamp(-1, 1)
+    def player(game, generator):
+        def act(t, obs, info):
+            entries = np.pad(game.entries, ((0, 0), (0, 1)))  # (B, F+1), the last one 0
+            seen = torch.from_numpy(entries[:, columns]).float()  # (B, N, O)
+            if env not in NOISE:
+                return play(t, seen, info, generator).clamp(-1, 1)
+            action = play(t, seen, info, None)  # (B, N, A)
+            return (action + NOISE[env] * normal(action.shape, generator)).clamp(-1, 1)
 
-    return choose
+        return act
 
-
-def draw_uniformly(game, generator):
-    shape = (game.num_envs, *game.motors.shape)
-    return 2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1
+    return player
