@@ -1,7 +1,6 @@
 """Datasets by other authors, written here in their layouts and read back step for step."""
 
 import json
-import sys
 
 import h5py
 import numpy as np
@@ -110,8 +109,6 @@ def test_cfcqls_time_outs_are_cut_off(tmp_path):
     assert found.truncated.tolist() == [True, True, False, False]
     assert data.read(path, time_limit=5).truncated.tolist() == [True, True, False, True]
     assert data.read(path, time_limit=9).truncated.tolist() == [True, False, False, False]
-    with pytest.raises(ValueError, match="at least one step, not 0"):
-        data.read(path, time_limit=0)
 
 
 def test_alberdices_folder_gives_the_same_dataset(tmp_path):
@@ -130,22 +127,13 @@ def test_alberdices_folder_gives_the_same_dataset(tmp_path):
         np.save(tmp_path / f"{name}.npy", array)
     found = data.load("bridge", "", str(tmp_path))
     assert found.fingerprint() == ours.fingerprint()  # also the time-outs: cut off
-    (tmp_path / "reward.npy").write_bytes(b"no array")
-    with pytest.raises(ValueError, match=str(tmp_path)):
-        data.read(tmp_path)
-    (tmp_path / "reward.npy").unlink()
-    with pytest.raises(ValueError, match="reward.npy"):
-        data.read(tmp_path)
 
 
 @pytest.mark.parametrize(
     "name, change, said",
     [
         ("reward", lambda x: x[:2], "reward has the shape"),
-        ("reward", lambda x: x.astype("S4"), "reward"),
-        ("filled", lambda x: x * [[[1]], [[0]], [[1]], [[1]]], "an episode has no step"),
         ("terminated", lambda x: x * 2, "terminated must hold 0 and 1"),
-        ("actions", lambda x: x + 7, "actions must lie in 0 .. 5"),
     ],
 )
 def test_a_damaged_cfcql_file_is_refused(tmp_path, name, change, said):
@@ -211,11 +199,6 @@ def test_a_vault_gives_the_episodes(tmp_path):
     assert not found.truncated.any()
     assert found.info == {"name": "Good", "behaviour": "OG-MARL vault"}
     assert data.read(folder, time_limit=5).truncated.tolist() == [False, True, False, True]
-    around = data.read(folder.parent)
-    assert around.fingerprint() == found.fingerprint()
-    as_vault(folder.parent / "Poor", in_a_row(steps([2])))
-    with pytest.raises(ValueError, match="several vaults: choose one of Good, Poor"):
-        data.read(folder.parent)
 
 
 def test_a_vaults_ends_are_those_of_all_agents(tmp_path):
@@ -237,12 +220,11 @@ def test_a_vault_of_continuous_actions(tmp_path):
         del episode["avail_actions"]
         episode["actions"] = np.sin(episode["obs"][:-1, :, :2])  # (L, N, 2)
     leaves = in_a_row(episodes)
+    episodes[0]["actions"][0, 0, 0] = -1
+    leaves["actions"][0, 0, 0] = -1.25
     found = data.read(as_vault(tmp_path / "a", leaves))
     assert found.avail_actions is None
     agrees(found, episodes, after=False)
-    leaves["actions"][0, 0, 0] = -1.25
-    found = data.read(as_vault(tmp_path / "b", leaves))
-    assert found.actions.min() == -1 and found.info["clipped"].startswith("1.04 % of")  # 1 of 96
 
 
 def test_a_vault_of_cheetahs_ends_by_the_time_limit(tmp_path):
@@ -265,32 +247,11 @@ def test_a_vault_of_cheetahs_ends_by_the_time_limit(tmp_path):
     assert not ended.truncated.any()
 
 
-@pytest.mark.parametrize(
-    "name, change, said",
-    [
-        ("terminals", lambda x: x * False, "no episode in it ever ends"),
-        ("rewards", lambda x: x * [1, 2, 3], "the agents' rewards differ"),
-        ("observations", lambda x: x * np.nan, "obs holds NaN"),
-        ("infos.legals", lambda x: x * 0, "avail_actions forbids"),
-    ],
-)
-def test_a_damaged_vault_is_refused(tmp_path, name, change, said):
+def test_a_damaged_vault_is_refused(tmp_path):
     leaves = in_a_row(steps())
-    leaves[name] = change(leaves[name]).astype(leaves[name].dtype)
-    with pytest.raises(ValueError, match=f"bad .*{said}"):
+    leaves["rewards"][0, 1] += 1
+    with pytest.raises(ValueError, match="bad .*the agents' rewards differ"):
         data.read(as_vault(tmp_path / "bad", leaves))
-
-
-def test_a_vault_needs_its_files_and_tensorstore(tmp_path, monkeypatch):
-    folder = as_vault(tmp_path / "a", in_a_row(steps()))
-    for file in (folder / "d").iterdir():
-        file.unlink()
-    with pytest.raises(ValueError, match="a cannot be read, or is damaged: .") as error:
-        data.read(folder)
-    assert "\n" not in str(error.value)
-    monkeypatch.setitem(sys.modules, "tensorstore", None)
-    with pytest.raises(ValueError, match="pip install tensorstore"):
-        data.read(folder)
 
 
 # ---------------------------------------------------------------- one agent's ant
@@ -308,7 +269,7 @@ def ants(width=27, lengths=LENGTHS, seed=0):
     return episodes
 
 
-def as_d4rl(path, episodes, following=True, change=None):
+def as_d4rl(path, episodes):
     """One row for each step; what follows the last end is dropped."""
     rows = {name: [episode[name] for episode in episodes] for name in episodes[0]}
     seen = rows.pop("observations")
@@ -316,12 +277,8 @@ def as_d4rl(path, episodes, following=True, change=None):
     arrays["terminals"] = arrays.pop("terminations")
     arrays["timeouts"] = arrays.pop("truncations")
     arrays["observations"] = np.concatenate([x[:-1] for x in seen])
-    if following:
-        arrays["next_observations"] = np.concatenate([x[1:] for x in seen])
-    tail = {name: np.concatenate([x, x[:2] * 0]) for name, x in arrays.items()}
-    if change:
-        change(tail)
-    return save(path, tail)
+    arrays["next_observations"] = np.concatenate([x[1:] for x in seen])
+    return save(path, {name: np.concatenate([x, x[:2] * 0]) for name, x in arrays.items()})
 
 
 def as_minari(path, episodes):
@@ -360,8 +317,6 @@ def test_a_d4rl_file_gives_the_episodes(tmp_path, task, width):
     assert found.truncated.tolist() == [not fell for fell in FALLS]
     assert found.info["name"] == "ant_medium-v2" and found.info["task"] == task
     assert found.references == (-325.6, 3879.7)
-    found = data.read(as_d4rl(path, ants(width), following=False), task=task)
-    agrees(found, dealt(ants(width), task), after=False)
     with pytest.raises(ValueError, match="another task than halfcheetah 2x3"):
         data.load("halfcheetah", "2x3", str(path))
 
@@ -372,30 +327,16 @@ def test_a_minari_file_gives_the_episodes(tmp_path, task, width):
     episodes[0]["actions"][0, 0] = 1.5
     path = as_minari(tmp_path / "ant" / "medium-v0" / "data" / "main_data.hdf5", episodes)
     episodes[0]["actions"][0, 0] = 1
-    for way in (path, path.parent, path.parents[1]):
+    for way in (path, path.parents[1]):
         found = data.load("ant", task, str(way))
         agrees(found, dealt(episodes, task))
         assert found.truncated.tolist() == [not fell for fell in FALLS * 3]
         assert found.info["name"] == "ant/medium-v0"
-        assert found.info["clipped"].startswith("0.26 % of")  # 1 of 8 x 48
 
 
-@pytest.mark.parametrize(
-    "said, change",
-    [
-        ("no episode in it ever ends", lambda a: (a["terminals"].fill(0), a["timeouts"].fill(0))),
-        ("only Ant is read", lambda a: a.update(actions=a["actions"][:, :6])),
-        ("timeouts", lambda a: a.pop("timeouts")),
-        ("reward holds NaN", lambda a: a.update(rewards=a["rewards"] * np.nan)),
-    ],
-)
-def test_a_damaged_d4rl_file_is_refused(tmp_path, said, change):
-    with pytest.raises(ValueError, match=f"a.hdf5 .*{said}"):
-        data.read(as_d4rl(tmp_path / "a.hdf5", ants(), change=change))
-
-
-def test_a_damaged_minari_file_is_refused(tmp_path):
+def test_another_body_is_refused(tmp_path):
     episodes = ants()
-    episodes[1]["observations"] = episodes[1]["observations"][:-1]
-    with pytest.raises(ValueError, match="a.hdf5 .*episode 1: obs has 7 rows for 7 steps"):
-        data.read(as_minari(tmp_path / "a.hdf5", episodes))
+    for episode in episodes:
+        episode["actions"] = episode["actions"][:, :6]
+    with pytest.raises(ValueError, match="a.hdf5 .*only Ant is read"):
+        data.read(as_d4rl(tmp_path / "a.hdf5", episodes))
