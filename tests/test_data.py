@@ -1,6 +1,7 @@
 """The dataset and its file, what it refuses, the named datasets, and loading them."""
 
 import dataclasses
+import json
 
 import h5py
 import numpy as np
@@ -91,26 +92,20 @@ def test_scores_are_measured_by_two_references(small):
 # ---------------------------------------------------------------- what is refused
 BROKEN = {
     "obs holds NaN": lambda d: {"obs": d.obs * torch.nan},
-    "actions must lie in 0 .. 4; found 0 .. 5": lambda d: {"actions": d.actions * 0 + 5},
+    "actions must lie in 0 .. 4": lambda d: {"actions": d.actions * 0 + 5},
+    "actions must lie in .-1, 1.": lambda d: {
+        "actions": torch.full((10, 50, 2, 3), 1.5),
+        "avail_actions": None,
+    },
     "forbids": lambda d: {"avail_actions": torch.zeros_like(d.avail_actions)},
-    "reward has the shape": lambda d: {"reward": d.reward[:, 1:]},
-    "actions has the shape": lambda d: {"actions": d.actions.repeat(1, 1, 2)},
-    "obs must have 4 dim": lambda d: {"obs": d.obs[:, :, 0]},
-    "obs is empty": lambda d: {name: getattr(d, name)[:0] for name in TENSORS},
-    "hole": lambda d: {"mask": d.mask & (torch.arange(50) != 2)},
-    "no step": lambda d: {"mask": d.mask & (torch.arange(10) > 0)[:, None]},
-    "goes on after": lambda d: {"terminated": torch.ones_like(d.terminated)},
-    "need avail_actions": lambda d: {"avail_actions": None},
     "no available": lambda d: {
         "avail_actions": d.avail_actions & (torch.arange(51) < 1)[:, None, None],
         "mask": d.mask & (torch.arange(50) < 1),
     },
-    "in .-1, 1.; found 0 .. 1.5": lambda d: {
-        "actions": torch.full((10, 50, 2, 3), 1.5),
-        "avail_actions": None,
-    },
-    "'won'": lambda d: {"info": {"won": [1, 0]}},
-    "'references'": lambda d: {"info": {"references": {"random": 1, "expert": 1}}},
+    "reward has the shape": lambda d: {"reward": d.reward[:, 1:]},
+    "hole": lambda d: {"mask": d.mask & (torch.arange(50) != 2)},
+    "no step": lambda d: {"mask": d.mask & (torch.arange(10) > 0)[:, None]},
+    "goes on after": lambda d: {"terminated": torch.ones_like(d.terminated)},
 }
 
 
@@ -125,16 +120,11 @@ def test_a_malformed_dataset_is_refused(small, tmp_path, complaint):
 def test_damaged_and_foreign_files_are_refused(small, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.h5"):
         data.read(tmp_path / "nowhere.h5")
-    good = tmp_path / "good.h5"
+    good, half = tmp_path / "good.h5", tmp_path / "half.h5"
     data.write(small, good)
-    for name, content in {"cut.h5": good.read_bytes()[:3000], "text.h5": b"hello"}.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} cannot be read, or is damaged"):
-            data.read(tmp_path / name)
-    with h5py.File(good, "a") as file:
-        del file["obs"]
-    with pytest.raises(ValueError, match="good.h5 .*obs"):
-        data.read(good)
+    half.write_bytes(good.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="half.h5 cannot be read, or is damaged"):
+        data.read(half)
     with h5py.File(good, "a") as file:
         file.attrs["format"] = "99"
     with pytest.raises(ValueError, match="format 99"):
@@ -151,13 +141,9 @@ def test_a_dataset_of_another_task_is_refused(small, tmp_path):
     data.write(small, path)
     with pytest.raises(ValueError, match="does not fit matrix xor"):
         data.load("matrix", "xor", path)
-    data.write(data.collect_dataset("matrix", "xor", "all", episodes=4), path)
-    assert len(data.load("matrix", "", path).mask) == 4
-    with pytest.raises(ValueError, match="use --env matrix --task 'xor'"):
-        data.load("matrix", "coordination", path)
 
 
-@pytest.mark.parametrize("env, axis", [("halfcheetah", 2), ("reacher", 3), ("ant", 3)])
+@pytest.mark.parametrize("env, axis", [("halfcheetah", 2), ("ant", 3)])
 def test_observations_in_another_order_are_refused(env, axis):
     game = envs.make(env, num_envs=2, time_limit=9)
     part = record(game, lambda t, obs, info: torch.rand(2, *game.motors.shape))
@@ -187,7 +173,7 @@ def test_names_and_paths(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     assert recipes.is_path("folder", "bridge") and not recipes.is_path("mixed", "bridge")
     assert recipes.is_name("peak-1e-1", "polynomial", "") and recipes.is_name("[1]", "matrix", "")
-    for name in ("peak-0", "peak-", "origin--1"):
+    for name in ("peak-", "origin--1"):
         assert not recipes.is_name(name, "polynomial", "")
 
 
@@ -216,23 +202,24 @@ def test_a_time_limit_may_count_as_an_end(cache):
     cut = data.load("bridge", "", "mixed", episodes=20)
     ended = data.load("bridge", "", "mixed", episodes=20, limit_terminates=True)
     late = cut.lengths == 50
-    assert (
-        late.any()
-        and not late.all()
-        and torch.equal(cut.terminated[~late], ended.terminated[~late])
-    )
+    assert late.any() and torch.equal(cut.terminated[~late], ended.terminated[~late])
     assert ended.terminated.sum(1).eq(1).all() and ended.terminated[late, 49].all()
 
 
 # ---------------------------------------------------------------- recipes
 @pytest.mark.parametrize(
     "task, name",
-    [(task, name) for task in recipes.MATRIX_BEHAVIOURS for name in recipes.names("matrix", task)]
-    + [("[[1, 0], [0, 2]]", "[0.9, 0.1]")],
+    [
+        ("xor", "aa-ab-ba"),
+        ("m-ne", "imbalanced"),
+        ("coordination", "favourable"),
+        ("penalty", "uniform"),
+        ("[[1, 0], [0, 2]]", "[0.9, 0.1]"),
+    ],
 )
 def test_matrix_games_are_played_as_stated(task, name):
-    behaviour = recipes.MATRIX_BEHAVIOURS.get(task, {}).get(name, [[0.9, 0.1]] * 2)
     found = data.collect_dataset("matrix", task, name, episodes=12_000)
+    behaviour = json.loads(found.info["behaviour"])
     share = found.joint_actions()
     if isinstance(behaviour[0], str):  # in equal parts
         wanted = torch.zeros_like(share)
@@ -247,9 +234,8 @@ def test_matrix_games_are_played_as_stated(task, name):
 
 
 def test_probabilities_must_fit_the_actions():
-    for bad in ("[0.9]", "[1, -1]", "[0, 0]", "[a]"):
-        with pytest.raises(ValueError, match="one probability for each action"):
-            data.collect_dataset("matrix", "[[1, 0], [0, 2]]", bad)
+    with pytest.raises(ValueError, match="one probability for each action"):
+        data.collect_dataset("matrix", "[[1, 0], [0, 2]]", "[0.9]")
 
 
 def test_bridge_optimal_has_two_conventions_in_equal_parts():
@@ -282,7 +268,6 @@ def test_bridge_mixed_is_half_random_half_optimal():
     found = data.collect_dataset("bridge", "", "mixed")
     assert len(found.mask) == 1000
     assert found.returns[500:].mean().item() == pytest.approx(-1.2616, abs=0.005)
-    assert found.returns[:500].mean().item() == pytest.approx(-17.56, abs=0.6)
     drawn = found.actions[:500][found.mask[:500]].flatten()
     share = torch.bincount(drawn, minlength=5) / len(drawn)
     assert torch.allclose(share, torch.tensor(0.2), atol=0.01)
@@ -297,35 +282,18 @@ def test_polynomial_games_are_played_around_a_place(name, centre, spread):
     assert uniform.std().item() == pytest.approx(3**-0.5, abs=0.01)
 
 
-def test_teams_play_equal_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "BEHAVIOUR", tmp_path)
-    (tmp_path / "ant").mkdir()
-    for name in ("replay-0", "replay-2", "replay-10", "replay-old", "medium"):
-        (tmp_path / "ant" / f"{name}.npz").touch()
-    shares = recipes.share_out("ant", ("replay-*", "medium"), 10)
-    assert shares == {"replay-0": 1, "replay-2": 2, "replay-10": 2, "medium": 5}
-    assert list(shares) == ["replay-0", "replay-2", "replay-10", "medium"]
-    assert recipes.share_out("ant", ("expert-*",), 3) == {"expert-0": 3}
-    with pytest.raises(ValueError, match="no expert team for ant ships"):
-        data.collect_dataset("ant", "full", "expert", episodes=1)
-
-
-def test_battles_are_played_in_blocks(monkeypatch):
-    monkeypatch.setattr(recipes, "BLOCK", 3)
-    found = data.collect_dataset("smac", "3m", "mixed", seed=2, episodes=8)
-    assert (
-        len(found.info["won"]) == len(found.mask) == 8 and "4 by medium" in found.info["behaviour"]
-    )
-    assert len({tuple(start.flatten().tolist()) for start in found.state[:, 0]}) == 8
-    play, _ = recipes.read_behaviour(recipes.BEHAVIOUR / "3m" / "expert.npz")
-    game = envs.make("smac", "3m", 1, check=False)
-    generator = torch.Generator().manual_seed(1_000_003 * 2 + 3)  # the last block's, of one battle
-    obs, info = game.reset(seed=2003)
-    for t in range(int(found.lengths[7])):
-        assert torch.equal(found.obs[7, t], obs[0])
-        actions = play(t, obs, info, generator)
-        assert torch.equal(found.actions[7, t], actions[0])
-        obs, _, _, _, info = game.step(actions)
+def test_teams_play_equal_parts(tmp_path):
+    for name in ("replay-0", "replay-2", "replay-10", "medium"):
+        (tmp_path / f"{name}.npz").touch()
+    shares = recipes.share_out(tmp_path, ("replay-*", "medium"), 10)
+    assert list(shares.items()) == [
+        ("replay-0", 1),
+        ("replay-2", 2),
+        ("replay-10", 2),
+        ("medium", 5),
+    ]
+    with pytest.raises(ValueError, match=r"no replay-\* team for 8m ships"):
+        data.collect_dataset("smac", "8m", "medium-replay", episodes=4)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +337,4 @@ def test_what_collect_refuses(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=said):
             main(args)
-    with pytest.raises(ValueError, match="at least one episode, not -1"):
-        data.collect_dataset("bridge", "", "mixed", episodes=-1)
     assert not list(tmp_path.iterdir())
