@@ -1,7 +1,5 @@
 """Datasets by other authors, written here in their layouts and read back step for step."""
 
-import json
-
 import h5py
 import numpy as np
 import pytest
@@ -34,28 +32,21 @@ def steps(lengths=LENGTHS, seed=0):
     return episodes
 
 
+def padded(x, rows):
+    return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
+
+
 def as_batch(episodes, limit=LIMIT):
     """PyMARL's batch: padded to the limit, each end terminated, a junk action at the last row."""
-    E, T = len(episodes), limit + 1
-    n, o, s, a = (*episodes[0]["obs"].shape[1:], episodes[0]["state"].shape[1], A)
-    arrays = {
-        "state": np.zeros((E, T, s), np.float32),
-        "obs": np.zeros((E, T, n, o), np.float32),
-        "actions": np.zeros((E, T, n, 1), np.int64),
-        "avail_actions": np.zeros((E, T, n, a), np.int32),
-        "reward": np.zeros((E, T, 1), np.float32),
-        "terminated": np.zeros((E, T, 1), np.uint8),
-        "filled": np.zeros((E, T, 1), np.int64),
-    }
-    for e, episode in enumerate(episodes):
-        L = len(episode["reward"])
-        for name in ("obs", "state", "avail_actions"):
-            arrays[name][e, : L + 1] = episode[name]
-        arrays["actions"][e, :L, :, 0] = episode["actions"]
-        arrays["actions"][e, L] = 99
-        arrays["reward"][e, :L, 0] = episode["reward"]
-        arrays["terminated"][e, L - 1] = 1
-        arrays["filled"][e, : L + 1] = 1
+    arrays = {}
+    for name in episodes[0]:
+        arrays[name] = np.stack([padded(episode[name], limit + 1) for episode in episodes])
+    lengths = np.array([len(episode["reward"]) for episode in episodes])
+    arrays["actions"][np.arange(len(lengths)), lengths] = 99
+    arrays["terminated"] = (np.arange(limit + 1) == lengths[:, None] - 1).astype(np.uint8)
+    arrays["filled"] = (np.arange(limit + 1) <= lengths[:, None]).astype(np.int64)
+    for name in ("actions", "reward", "terminated", "filled"):
+        arrays[name] = arrays[name][..., None]
     return arrays
 
 
@@ -117,44 +108,30 @@ def test_alberdices_folder_gives_the_same_dataset(tmp_path):
     episodes = []
     for e, L in enumerate(ours.lengths.tolist()):
         episode = {name: getattr(ours, name)[e, :L].numpy() for name in ("actions", "reward")}
-        for name in ("obs", "state"):
+        for name in ("obs", "state", "avail_actions"):
             episode[name] = getattr(ours, name)[e, : L + 1].numpy()
-        episode["avail_actions"] = np.pad(ours.avail_actions[e, : L + 1], ((0, 0), (0, 0), (0, 1)))
         episodes.append(episode)
-    arrays = as_batch(episodes, 50)
-    arrays["avail_actions"] = arrays["avail_actions"][..., :5]
-    for name, array in arrays.items():
+    for name, array in as_batch(episodes, 50).items():
         np.save(tmp_path / f"{name}.npy", array)
     found = data.load("bridge", "", str(tmp_path))
     assert found.fingerprint() == ours.fingerprint()  # also the time-outs: cut off
 
 
-@pytest.mark.parametrize(
-    "name, change, said",
-    [
-        ("reward", lambda x: x[:2], "reward has the shape"),
-        ("terminated", lambda x: x * 2, "terminated must hold 0 and 1"),
-    ],
-)
-def test_a_damaged_cfcql_file_is_refused(tmp_path, name, change, said):
+def test_a_damaged_cfcql_file_is_refused(tmp_path):
     arrays = as_batch(steps())
-    arrays[name] = change(arrays[name])
-    with pytest.raises(ValueError, match=f"a.h5 .*{said}"):
+    arrays["reward"] = arrays["reward"][:2]
+    with pytest.raises(ValueError, match="a.h5 .*reward has the shape"):
         data.read(save(tmp_path / "a.h5", arrays))
 
 
 # ---------------------------------------------------------------- OG-MARL
-def in_a_row(episodes, tail=0):
-    """Episodes as a vault's leaves (M, ...): end to end, without what was seen last.
-
-    The last one starts again and is cut off after `tail` steps.
-    """
-    lengths = [len(episode["reward"]) for episode in episodes] + [tail]
-    ends = np.concatenate([np.arange(L) == L - 1 for L in lengths[:-1]] + [np.zeros(tail, bool)])
+def in_a_row(episodes):
+    """Episodes as a vault's leaves (M, ...): end to end, without what was seen last."""
+    lengths = [len(episode["reward"]) for episode in episodes]
+    ends = np.isin(np.arange(sum(lengths)), np.cumsum(lengths) - 1)
 
     def row(name):
-        parts = zip([*episodes, episodes[-1]], lengths)
-        return np.concatenate([episode[name][:L] for episode, L in parts])
+        return np.concatenate([episode[name][:L] for episode, L in zip(episodes, lengths)])
 
     leaves = {
         "observations": row("obs"),
@@ -172,29 +149,26 @@ def in_a_row(episodes, tail=0):
 def as_vault(folder, leaves, count=None):
     """Leaves (M, ...) as flashbax stores them: zarr in OCDBT, a declared length of 1e13."""
     tensorstore = pytest.importorskip("tensorstore")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
 
     def leaf(name, array, shape):
         base = {"driver": "file", "path": f"{folder}/"}
         spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": name}}
-        spec["metadata"] = {"compressor": {"id": "gzip", "level": 5}}
         kind = array.dtype.name
         store = tensorstore.open(spec, dtype=kind, shape=shape, create=True).result()
         store[tuple(slice(n) for n in array.shape)].write(array).result()
 
     for name, array in leaves.items():
         leaf(f"{name}.", array[None], (1, 10**13, *array.shape[1:]))
-    if count is None:
-        count = len(leaves["rewards"])
-    leaf("vault_index", np.array([count], np.int32), (1,))
-    (folder / "metadata.json").write_text(json.dumps({"version": 1.2}))
+    leaf("vault_index", np.array([count or len(leaves["rewards"])], np.int32), (1,))
+    (folder / "metadata.json").write_text("{}")
     return folder
 
 
 def test_a_vault_gives_the_episodes(tmp_path):
-    folder = as_vault(tmp_path / "odd %20" / "2s3z.vlt" / "Good", in_a_row(steps(), tail=3))
+    folder = as_vault(tmp_path / "odd %20" / "Good", in_a_row(steps()))
     found = data.read(folder)
-    assert found.obs.shape == (4, 8, N, O)  # the unfinished tail is dropped
+    assert found.obs.shape == (4, 8, N, O)
     agrees(found, steps(), after=False)
     assert not found.truncated.any()
     assert found.info == {"name": "Good", "behaviour": "OG-MARL vault"}
@@ -211,7 +185,7 @@ def test_a_vaults_ends_are_those_of_all_agents(tmp_path):
     agrees(found, steps(), after=False)
     assert found.truncated.tolist() == [True, False, False, True]
     short = as_vault(tmp_path / "b", in_a_row(steps()), count=sum(LENGTHS) - 1)
-    agrees(data.read(short), steps(LENGTHS)[:3], after=False)
+    agrees(data.read(short), steps()[:3], after=False)  # the unfinished tail is dropped
 
 
 def test_a_vault_of_continuous_actions(tmp_path):
