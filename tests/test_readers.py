@@ -136,9 +136,9 @@ def in_a_row(episodes):
     leaves = {
         "observations": row("obs"),
         "actions": row("actions"),
-        "rewards": np.repeat(row("reward")[:, None], N, 1),
-        "terminals": np.repeat(ends[:, None], N, 1),
-        "truncations": np.zeros((len(ends), N), bool),
+        "rewards": np.repeat(row("reward")[:, None], row("obs").shape[1], 1),
+        "terminals": np.repeat(ends[:, None], row("obs").shape[1], 1),
+        "truncations": np.zeros(row("obs").shape[:2], bool),
         "infos.state": row("state"),
     }
     if "avail_actions" in episodes[0]:
@@ -202,19 +202,14 @@ def test_a_vault_of_continuous_actions(tmp_path):
 
 
 def test_a_vault_of_cheetahs_ends_by_the_time_limit(tmp_path):
-    rng, M = np.random.default_rng(0), 1003
-    state = rng.normal(size=(M, 17)).astype(np.float32)
-    entries = np.pad(state, ((0, 0), (1, 1)))  # x, which agents see, is 0 here
-    ends = np.isin(np.arange(M), (2, M - 1))
-    leaves = {
-        "observations": entries[:, envs.make("halfcheetah").columns],
-        "actions": rng.uniform(-1, 1, (M, 2, 3)).astype(np.float32),
-        "rewards": np.repeat(rng.normal(size=(M, 1)), 2, 1),
-        "terminals": np.repeat(ends[:, None], 2, 1),
-        "truncations": np.zeros((M, 2), bool),
-        "infos.state": state,
-    }
-    path = str(as_vault(tmp_path / "Good", leaves))
+    rng, episodes = np.random.default_rng(0), []
+    for L in (3, 1000):
+        state = rng.normal(size=(L, 17)).astype(np.float32)
+        entries = np.pad(state, ((0, 0), (1, 1)))  # x, which agents see, is 0 here
+        episode = {"obs": entries[:, envs.make("halfcheetah").columns], "state": state}
+        episode["actions"] = rng.uniform(-1, 1, (L, 2, 3)).astype(np.float32)
+        episodes.append(episode | {"reward": state[:, 0]})
+    path = str(as_vault(tmp_path / "Good", in_a_row(episodes)))
     found = data.load("halfcheetah", "2x3", path)
     assert found.lengths.tolist() == [3, 1000] and found.truncated.tolist() == [False, True]
     ended = data.load("halfcheetah", "2x3", path, limit_terminates=True)
