@@ -126,7 +126,7 @@ class Dataset:
     def references(self):
         """Mean returns of a random and of an expert team, or None without `info["references"]`."""
         found = self.info.get("references")
-        return None if found is None else (float(found["random"]), float(found["expert"]))
+        return found and (found["random"], found["expert"])
 
     def normalize(self, returns):
         """Returns with the random reference as 0 and the expert's as 1, or None without these."""
@@ -134,12 +134,6 @@ class Dataset:
             return None
         random, expert = self.references
         return (returns - random) / (expert - random)
-
-    def joint_actions(self):
-        """How often each joint action of two agents was recorded, (A, A), as shares of 1."""
-        A = self.avail_actions.shape[-1]
-        one, other = self.actions[self.mask].T  # (M,) each
-        return torch.bincount(one * A + other, minlength=A * A).view(A, A) / len(one)
 
     def to(self, device):
         """The same dataset with every tensor on `device`."""
@@ -281,7 +275,6 @@ def read_episode(given):
     for name in given:
         insist(name in (*needed, *OBSERVED), f"{name} is none of what an episode holds")
     part = {name: as_tensor(array, name).cpu() for name, array in given.items()}
-    part["actions"] = as_actions(part["actions"])
     T, N = part["actions"].shape[:2]
     if part["terminated"].dim() == 0:  # it speaks of the last step
         part["terminated"] = (torch.arange(T) == T - 1) & part["terminated"]
@@ -295,22 +288,12 @@ def read_episode(given):
     return part
 
 
-def as_actions(actions):
-    """Actions (T, N) int64 or (T, N, A) float32 of what may hold numbers of actions otherwise."""
-    if actions.is_floating_point() and actions.dim() == 2 and (actions == actions.round()).all():
-        actions = actions.long()
-    whole = not actions.is_floating_point()
-    if whole and actions.shape[2:] == (1,):
-        actions = actions[..., 0]
-    return actions
-
-
 def all_available(whole, num_actions=None):
     """avail_actions (E, T+1, N, A), all True, for padded episodes; None for continuous actions."""
     actions = whole["actions"]
     if actions.is_floating_point():
         return None
-    A = num_actions or max(int(actions.max()) + 1, 1)
+    A = num_actions or int(actions.max()) + 1
     return torch.ones(*whole["obs"].shape[:3], A, dtype=torch.bool)
 
 
@@ -406,8 +389,5 @@ def read_own(file):
     info = {key: json.loads(value) for key, value in file.attrs.items()}
     if info.get("format") != FORMAT:
         raise ValueError(f"it has format {info.get('format')}, this code reads {FORMAT}")
-    arrays = {}
-    for name in TENSORS:
-        if name in file or name != "avail_actions":
-            arrays[name] = file[name][()]
+    arrays = {name: file[name][()] for name in TENSORS if name in file}
     return Dataset(**{"avail_actions": None} | arrays, info=info)

@@ -35,7 +35,7 @@ def read(path, time_limit=None, task=""):
     try:
         return read_any(path, time_limit, task).check()
     except (ValueError, OSError, RuntimeError, LookupError, TypeError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(" [source")[0]
+        reason = str(error).split("\n")[0].split(" [source")[0]
         raise ValueError(f"{path} cannot be read, or is damaged: {reason}") from None
 
 

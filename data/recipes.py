@@ -398,11 +398,8 @@ def play_battles(task, count, seed, play, block):
     for start in range(0, count, BLOCK):
         game = envs.make("smac", task, min(BLOCK, count - start), check=False)
         generator = torch.Generator().manual_seed(1_000_003 * seed + block)
-
-        def act(t, obs, info):
-            return play(t, obs, info, generator)
-
-        parts.append(record(game, act, 1000 * seed + block))
+        part = record(game, lambda *seen: play(*seen, generator), 1000 * seed + block)
+        parts.append(part)
         block += 1
     return parts
 

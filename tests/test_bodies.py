@@ -1,7 +1,5 @@
 """Datasets of bodies that a team shares: who plays them, that they replay, their references."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -163,10 +161,3 @@ def test_references_are_those_of_the_teams(env, level):
     for name, found in returns.items():
         wanted = recipes.REFERENCES[env][name]
         assert torch.cat(found).double().mean().item() == pytest.approx(wanted, rel=1e-6)
-
-
-def test_the_teams_know_what_they_were_trained_on():
-    for env in recipes.REFERENCES:
-        for path in (recipes.BEHAVIOUR / env).glob("*.npz"):
-            about = json.loads(str(np.load(path)["info"]))
-            assert about["env"] == env and about["task"] in envs.TASKS[env]
