@@ -143,8 +143,6 @@ def about(path):
     """What a file of ours says of its origin: {"env", "task"}; {} for other files."""
     try:
         with h5py.File(path, "r") as file:
-            if "format" not in file.attrs:
-                return {}
             return {key: json.loads(file.attrs.get(key, '""')) for key in ("env", "task")}
     except (OSError, ValueError, TypeError):
         return {}
