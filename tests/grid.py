@@ -39,11 +39,8 @@ WRITTEN = "algorithms/results.csv", "algorithms/README.md", ".readme/grid.png"
 RESULTS, PAGE, PICTURE = (ROOT / file for file in WRITTEN)
 
 # method: (script, flags, the environments that it has), as the columns of the tables
-DISCRETE, CONTINUOUS, GAMES = (
-    ("matrix", "bridge", "smac"),
-    ("polynomial", "reacher", "halfcheetah", "ant"),
-    ("matrix",),
-)
+DISCRETE, GAMES = ("matrix", "bridge", "smac"), ("matrix",)
+CONTINUOUS = "polynomial", "reacher", "halfcheetah", "ant"
 METHODS = {
     "cloning": ("bc", "", (*DISCRETE, *CONTINUOUS)),
     "InSPO": ("inspo", "", DISCRETE),
@@ -63,9 +60,8 @@ METHODS = {
     "+PJAP": ("maddpg_cql_pjap", "", ("polynomial", "halfcheetah")),
     "MOMA-PPO": ("moma_ppo", "", (*GAMES, "reacher", "ant")),
 }
-ELSEWHERE = {  # cells that a method's environments hold, but that are no task of its own
-    "MOMA-PPO": ("xor", "m-ne", "m-ne-20", "climbing", "penalty"),
-}
+# cells that a method's environments hold, but that are no task of its own
+ELSEWHERE = {"MOMA-PPO": ("xor", "m-ne", "m-ne-20", "climbing", "penalty")}
 M_NE_20 = "[[5,-20,-20],[-20,10,-20],[-20,-20,20]]"
 
 
@@ -83,21 +79,21 @@ class Task(NamedTuple):
         return f"{self.env} {self.name}" if self.env == "reacher" else self.name
 
 
+CONVENTIONS = "favourable", "neutral", "unfavourable"
+QUALITIES = "medium", "medium-replay", "mixed", "expert"
 TASKS = (
     Task("xor", "matrix", "xor", ("ab", "ab-ba", "aa-ab-ba", "all"), 10, 0.5),
     Task("m-ne", "matrix", "m-ne", ("balanced", "imbalanced"), 10, 35 / 9),
     Task("m-ne-20", "matrix", M_NE_20, ("[0.8,0.1,0.1]",), 10, -85 / 9),
-    Task(
-        "coordination", "matrix", "coordination", ("favourable", "neutral", "unfavourable"), 10, 0.5
-    ),
+    Task("coordination", "matrix", "coordination", CONVENTIONS, 10, 0.5),
     Task("climbing", "matrix", "climbing", ("uniform",), 10, -31 / 9),
     Task("penalty", "matrix", "penalty", ("uniform",), 10, -38 / 9),
     Task("twin-peaks", "polynomial", "twin-peaks", ("peak-0.2", "peak-0.5", "peak-1"), 10),
     Task("sign-agreement", "polynomial", "sign-agreement", ("uniform",), 10),
     Task("bridge", "bridge", "", ("optimal", "mixed"), 10),
-    Task("5m_vs_6m", "smac", "5m_vs_6m", ("medium", "medium-replay", "mixed", "expert"), 5),
-    Task("2s3z", "smac", "2s3z", ("medium", "medium-replay", "mixed", "expert"), 5),
-    Task("3m", "smac", "3m", ("medium", "medium-replay", "mixed", "expert"), 5),
+    Task("5m_vs_6m", "smac", "5m_vs_6m", QUALITIES, 5),
+    Task("2s3z", "smac", "2s3z", QUALITIES, 5),
+    Task("3m", "smac", "3m", QUALITIES, 5),
     Task("all-observant", "reacher", "all-observant", ("expert-mix",), 3),
     Task("independent", "reacher", "independent", ("expert-mix",), 3),
     Task("leader-only", "reacher", "leader-only", ("expert-mix",), 3),
@@ -142,10 +138,8 @@ def words(cell, folder, resume):
     choice = ["--env", cell.task.env, "--dataset", cell.dataset, "--num-seeds", cell.task.seeds]
     choice += ["--task", cell.task.task] if cell.task.task else []
     where = ["--out-dir", folder, "--threads", 1] + (["--resume"] if resume else [])
-    return [
-        sys.executable,
-        *map(str, [ROOT / "algorithms" / f"{script}.py", *flags.split(), *choice, *where]),
-    ]
+    path = ROOT / "algorithms" / f"{script}.py"
+    return [sys.executable, *map(str, [path, *flags.split(), *choice, *where])]
 
 
 def commit():
@@ -178,31 +172,22 @@ def train_all(chosen, out_dir, processes):
     with ThreadPoolExecutor(processes) as pool:
         begun = {pool.submit(train, cell, out_dir): cell for cell in chosen}
         for done in as_completed(begun):
-            failed += tell(begun[done], done.result(), out_dir)
+            name, trouble = " ".join(begun[done].key), done.result()
+            print(f"{time.strftime('%H:%M:%S')} {name}: {trouble or 'done'}", flush=True)
+            collect(out_dir)
+            failed += bool(trouble)
     return failed
-
-
-def tell(cell, trouble, out_dir):
-    print(f"{time.strftime('%H:%M:%S')} {' '.join(cell.key)}: {trouble or 'done'}", flush=True)
-    collect(out_dir)
-    return bool(trouble)
 
 
 def collect(out_dir):
     """Bring results.csv up to date with the finished cells in a folder; other cells' lines stay."""
-    kept = {}
-    if RESULTS.exists():
-        with RESULTS.open(newline="") as file:
-            for row in csv.DictReader(file):
-                kept.setdefault((row["method"], row["task"], row["dataset"]), []).append(row)
+    kept, order = read_results(float=str), [cell.key for cell in cells()]
     for cell in cells():
         folder = Path(out_dir) / cell.folder
         if (folder / "summary.json").exists():
             about = json.loads((folder / "summary.json").read_text())
-            kept[cell.key] = lines(
-                cell, about, folder.with_name(folder.name + ".commit").read_text()
-            )
-    order = [cell.key for cell in cells()]
+            state = folder.with_name(folder.name + ".commit").read_text()
+            kept[cell.key] = lines(cell, about, state)
     known = sorted(kept, key=lambda key: order.index(key) if key in order else len(order))
     if kept:
         files.save_csv(RESULTS, [row for key in known for row in kept[key]])
@@ -210,24 +195,12 @@ def collect(out_dir):
 
 def lines(cell, about, state):
     """The lines of results.csv for one cell, from its summary.json."""
-    one = {"updates": about["steps"], "seconds": round(about["wall_seconds"]), "commit": state}
-    one |= {name: about.get(name) for name in ("dataset_return", "dataset_win_rate", "best_return")}
-    one |= {
-        "method": cell.method,
-        "task": cell.task.name,
-        "dataset": cell.dataset,
-        "machine": about["device"],
-    }
+    one = dict(zip(COLUMNS, cell.key)) | {name: about.get(name) for name in COLUMNS[9:12]}
+    one |= {"updates": about["steps"], "seconds": round(about["wall_seconds"]), "commit": state}
     rows = []
     for place, seed in enumerate(about["seeds"]):
-        row = one | {"seed": seed}
-        for name in (
-            "return",
-            "sampled_return",
-            "normalized_return",
-            "win_rate",
-            "sampled_win_rate",
-        ):
+        row = one | {"seed": seed, "machine": about["device"]}
+        for name in COLUMNS[4:9]:
             row[name] = about[name]["per_seed"][place] if about.get(name) else None
         rows.append({name: "" if row[name] is None else row[name] for name in COLUMNS})
     return rows
@@ -252,14 +225,15 @@ def welch(x, y):
 
 
 # ---------------------------------------------------------------- the table and the picture
-def read_results():
+def read_results(float=float):
     """{(method, task, dataset): its rows} of results.csv, numbers as numbers."""
     found = {}
-    with RESULTS.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name in COLUMNS[4:13]:
-                row[name] = float(row[name]) if row[name] else None
-            found.setdefault((row["method"], row["task"], row["dataset"]), []).append(row)
+    if RESULTS.exists():
+        with RESULTS.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for name in COLUMNS[4:12]:
+                    row[name] = float(row[name]) if row[name] else None
+                found.setdefault((row["method"], row["task"], row["dataset"]), []).append(row)
     return found
 
 
@@ -272,9 +246,8 @@ def score(rows):
 
 def sampled(rows):
     """The battles won by sampling, one number a seed; None where a method does not sample."""
-    return (
-        None if rows[0]["sampled_win_rate"] is None else [row["sampled_win_rate"] for row in rows]
-    )
+    if rows[0]["sampled_win_rate"] is not None:
+        return [row["sampled_win_rate"] for row in rows]
 
 
 def random_play(task):
@@ -309,84 +282,63 @@ def text(number, digits=2):
 def table(found, tasks, methods, score=score):
     """Mean ± standard error of each cell; * where Welch's test finds no difference from the best, †
     where the data are not those of the row's other cells."""
-    known = [(task.name, d) for task in tasks for d in task.datasets]
-    found = {
-        key: rows for key, rows in found.items() if key[1:] in known and score(rows) is not None
-    }
-    methods = [name for name in methods if any((name, *where) in found for where in known)]
+    known = [(task, d) for task in tasks for d in task.datasets]
+    keys = [(name, task.name, d) for name in methods for task, d in known]
+    found = {key: found[key] for key in keys if key in found and score(found[key]) is not None}
+    methods = list(dict.fromkeys(name for name, *_ in found))
     digits = 3 if tasks[0].env == "polynomial" else 2
     out = [f"| task | data | {' | '.join(methods)} |", "|---" * (2 + len(methods)) + "|"]
-    for task in tasks:
-        for dataset in task.datasets:
-            row = {
-                name: found[name, task.name, dataset]
-                for name in methods
-                if (name, task.name, dataset) in found
-            }
-            if not row:
-                continue
-            scores = {name: score(rows) for name, rows in row.items()}
-            kind = (
-                "dataset_return"
-                if next(iter(row.values()))[0]["win_rate"] is None
-                else "dataset_win_rate"
-            )
-            data = {name: text(rows[0][kind], digits) for name, rows in row.items()}
-            most = max(data.values(), key=list(data.values()).count)
-            best = max(scores, key=lambda name: np.mean(scores[name]))
-            cell = []
-            for name in methods:
-                if name not in scores:
-                    cell.append("")
-                    continue
-                values = np.array(scores[name])
-                star = "*" if name == best or welch(values, scores[best]) >= 0.05 else ""
-                star += "†" * (data[name] != most)
-                spread = values.std(ddof=1) / len(values) ** 0.5
-                range_ = f"±{text(spread, digits)}" if spread else ""
-                cell.append(f"{text(values.mean(), digits)}{star}{range_}")
-            out.append(f"| {task.title} `{dataset}` | {most} | {' | '.join(cell)} |")
+    for task, dataset in known:
+        row = {name: found.get((name, task.name, dataset)) for name in methods}
+        scores = {name: np.array(score(rows)) for name, rows in row.items() if rows}
+        if not scores:
+            continue
+        kind = "dataset_win_rate" if task.env == "smac" else "dataset_return"
+        data = {name: text(row[name][0][kind], digits) for name in scores}
+        most = max(data.values(), key=list(data.values()).count)
+        best = max(scores, key=lambda name: scores[name].mean())
+        line = ["", f"{task.title} `{dataset}`", most, *[""] * len(methods), ""]
+        for name, values in scores.items():
+            star = "*" if name == best or welch(values, scores[best]) >= 0.05 else ""
+            star += "†" * (data[name] != most)
+            spread = values.std(ddof=1) / len(values) ** 0.5
+            star += f"±{text(spread, digits)}" if spread else ""
+            line[3 + methods.index(name)] = text(values.mean(), digits) + star
+        out.append(" | ".join(line).strip())
     return "\n".join(out)
 
 
 def picture(found):
     """The heat map task x method, as the tables have it."""
-    tasks = [
-        (t, d) for t in TASKS for d in t.datasets if any((m, t.name, d) in found for m in METHODS)
-    ]
-    methods = [m for m in METHODS if any((m, t.name, d) in found for t, d in tasks)]
-    worst = {
-        t.name: random_play(t) for t, _ in tasks if t.env in ("matrix", "bridge", "polynomial")
-    }
+    ran = {key[1:] for key in found}
+    tasks = [(task, d) for task in TASKS for d in task.datasets if (task.name, d) in ran]
+    methods = [m for m in METHODS if any(m == key[0] for key in found)]
+    own = "matrix", "bridge", "polynomial"
+    worst = {task.name: random_play(task) for task, _ in tasks if task.env in own}
     values = np.full((len(tasks), len(methods)), np.nan)
     for i, (task, dataset) in enumerate(tasks):
         for j, method in enumerate(methods):
             if (method, task.name, dataset) in found:
                 values[i, j] = share(found[method, task.name, dataset], worst.get(task.name, 0.0))
-    figure = Figure(
-        figsize=(0.47 * len(methods) + 2, 0.19 * len(tasks) + 1.2), layout="constrained"
-    )
+    size = 0.47 * len(methods) + 2, 0.19 * len(tasks) + 1.2
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     colours = colormaps["RdYlGn"].with_extremes(bad="0.85")
     axes.imshow(np.clip(values, 0, 1), cmap=colours, vmin=0, vmax=1, aspect="auto")
+    middle = {"ha": "center", "va": "center", "fontsize": 7.5}
     for i, j in zip(*np.nonzero(~np.isnan(values))):
         ink = "black" if 0.15 < values[i, j] < 0.85 else "white"
-        axes.text(
-            j, i, text(max(values[i, j], -9.9)), ha="center", va="center", fontsize=7.5, color=ink
-        )
+        axes.text(j, i, text(max(values[i, j], -9.9)), color=ink, **middle)
     for i, ((task, _), (following, _)) in enumerate(zip(tasks, tasks[1:])):
         if task.env != following.env:  # a gap between the kinds of games
             axes.axhline(i + 0.5, color="white", linewidth=4)
     axes.set_yticks(range(len(tasks)), [f"{t.title} {d}" for t, d in tasks], fontsize=8)
-    axes.set_xticks(
-        range(len(methods)), methods, rotation=45, ha="left", rotation_mode="anchor", fontsize=8.5
-    )
+    tilted = {"rotation": 45, "ha": "left", "rotation_mode": "anchor", "fontsize": 8.5}
+    axes.set_xticks(range(len(methods)), methods, **tilted)
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel(
-        "greedy teams: 0 plays like chance, 1 is the best possible, or our experts' level",
-        fontsize=8.5,
-    )
+    said = "greedy teams: 0 plays like chance, 1 is the best possible, or our experts' level"
+    axes.set_xlabel(said, fontsize=8.5)
     return figure
 
 
@@ -398,19 +350,13 @@ def spreads(found):
     for method, label in (("MADDPG+CQL", "MADDPG + CQL"), ("+PJAP", "with PJAP")):
         rows = {float(d.split("-")[1]): found[method, task.name, d] for d in task.datasets}
         values = np.array([score(rows[sigma]) for sigma in rows])  # (spreads, S)
-        axes.errorbar(
-            list(rows),
-            values.mean(1),
-            values.std(1, ddof=1) / values.shape[1] ** 0.5,
-            marker="o",
-            label=label,
-        )
+        error = values.std(1, ddof=1) / values.shape[1] ** 0.5
+        axes.errorbar(list(rows), values.mean(1), error, marker="o", label=label)
     axes.plot(list(rows), [each[0]["dataset_return"] for each in rows.values()], "k:", label="data")
     best = next(iter(rows.values()))[0]["best_return"]
     axes.axhline(best, color="k", linewidth=1, label="best possible")
-    axes.set(
-        xlabel="σ of the recorded actions around a peak", ylabel="return", ylim=(-0.5, best + 0.1)
-    )
+    about = "σ of the recorded actions around a peak"
+    axes.set(xlabel=about, ylabel="return", ylim=(-0.5, best + 0.1))
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -437,15 +383,11 @@ def render():
 # ---------------------------------------------------------------- the command
 @dataclass
 class Args:
-    methods: list[str] = field(
-        default_factory=list
-    )  # only these, names or patterns like "*PJAP"; none: all
-    tasks: list[str] = field(
-        default_factory=list
-    )  # the same for tasks: "xor", or with a dataset "xor/aa-ab-ba"
+    methods: list[str] = field(default_factory=list)  # only these, names or patterns; none: all
+    tasks: list[str] = field(default_factory=list)  # the same: "xor", "xor/aa-ab-ba", or "matrix"
     index: int = -1  # only the cell of this number
     list: bool = False  # print the cells and end
-    render: bool = False  # make the tables and the picture from results.csv and end
+    render: bool = False  # make the tables and the pictures from results.csv and end
     processes: int = 2  # how many cells at a time
     out_dir: str = str(ROOT / "runs" / "grid")  # where the runs are kept
 
@@ -454,35 +396,26 @@ def chosen(args):
     """The cells that the flags choose, with their numbers.
 
     Raises:
-        ValueError: a pattern that no cell has, or a number beyond the last.
+        ValueError: a pattern that no cell has, or a number that none of the chosen ones has.
     """
     found = list(enumerate(cells()))
-    for what, names, patterns in (
-        ("method", lambda cell: [cell.method], args.methods),
-        (
-            "task",
-            lambda cell: [cell.task.name, f"{cell.task.name}/{cell.dataset}", cell.task.env],
-            args.tasks,
-        ),
-    ):
+    for what, patterns in enumerate((args.methods, args.tasks)):
         for pattern in patterns:
-            if not any(matches(name, pattern) for cell in cells() for name in names(cell)):
-                raise ValueError(f"no {what} is called {pattern!r}: see --list")
-        if patterns:
-            found = [
-                (n, c)
-                for n, c in found
-                if any(matches(name, p) for p in patterns for name in names(c))
-            ]
-    if args.index >= 0:
-        found = [(n, c) for n, c in found if n == args.index]
-        if not found:
-            raise ValueError(f"--index {args.index} is none of the chosen cells: see --list")
+            if not any(matches(cell, what, [pattern]) for cell in cells()):
+                raise ValueError(f"no {('method', 'task')[what]} is called {pattern!r}: see --list")
+        found = [(n, c) for n, c in found if not patterns or matches(c, what, patterns)]
+    found = [(n, c) for n, c in found if args.index in (-1, n)]
+    if not found:
+        raise ValueError(f"--index {args.index} is none of the chosen cells: see --list")
     return found
 
 
-def matches(name, pattern):
-    return fnmatch.fnmatchcase(name.lower(), pattern.lower())
+def matches(cell, what, patterns):
+    """Whether one of the patterns is the cell's method, or (what: 1) one of its task's names."""
+    names = [cell.method]
+    if what:
+        names = [cell.task.name, f"{cell.task.name}/{cell.dataset}", cell.task.env]
+    return any(fnmatch.fnmatchcase(n.lower(), p.lower()) for n in names for p in patterns)
 
 
 def main(args):
@@ -492,12 +425,11 @@ def main(args):
     if args.list:
         for number, cell in found:
             done = (Path(args.out_dir) / cell.folder / "summary.json").exists()
-            print(f"{number:4d}  {'done' if done else '    '}  {' '.join(map(str, cell.key))}")
+            print(f"{number:4d}  {'done' if done else '    '}  {' '.join(cell.key)}")
         return
-    picked = [cell for _, cell in found]
-    failed = train_all(picked, args.out_dir, args.processes)
+    failed = train_all([cell for _, cell in found], args.out_dir, args.processes)
     if failed:
-        raise SystemExit(f"{failed} of {len(picked)} cells failed")
+        raise SystemExit(f"{failed} of {len(found)} cells failed")
 
 
 if __name__ == "__main__":
