@@ -13,6 +13,21 @@ def one(network, q, x):
     return x
 
 
+def leaves(network, s):
+    """The weights and biases of seed s, (I, O) and (O,), to be trained on their own."""
+    layers = [layer for layer in network if hasattr(layer, "weight")]
+    pairs = [(layer.weight[s], layer.bias[s, 0]) for layer in layers]
+    return [[x.detach().clone().requires_grad_() for x in pair] for pair in pairs]
+
+
+def forward(layers, x):
+    """What `leaves` make of inputs x (..., I)."""
+    for k, (weight, bias) in enumerate(layers):
+        x = x @ weight + bias
+        x = x.relu() if k < len(layers) - 1 else x
+    return x
+
+
 def step(adam, module, losses, limit):
     """One step of a stock optimiser down the losses of all seeds, (S,) of a graph.
 

@@ -10,6 +10,7 @@ from conftest import SHARED
 from pretended_gpu import AWAY, PretendedGPU
 
 import envs
+from envs import smac
 from envs.bridge import BEST_RETURN
 from envs.matrix import MATRIX_TASKS
 from envs.polynomial import GAMES
@@ -20,19 +21,12 @@ REAL = SHARED / "alberdice_bridge_optimal"
 ONE_STEP = [("matrix", task) for task in MATRIX_TASKS] + [("polynomial", task) for task in GAMES]
 
 
-def place(cells, time_limit=50):
+def place(cells):
     """A Bridge game with the agents on the given (row, column) pairs."""
-    game = envs.make("bridge", time_limit=time_limit)
+    game = envs.make("bridge")
     game.reset()
     game.cells = torch.tensor([[row * 6 + column for row, column in cells]])
     return game
-
-
-def move(cells, actions):
-    """Where the agents end: one step from the given cells."""
-    *_, info = place(cells).step(torch.tensor([actions]))
-    row_0, column_0, _, _, row_1, column_1, _, _ = info["state"][0].tolist()
-    return [(row_0, column_0), (row_1, column_1)]
 
 
 def sample(game, generator):
@@ -48,7 +42,7 @@ def test_is_a_gymnasium_vector_environment(env, task):
     assert game.metadata["autoreset_mode"] == gymnasium.vector.AutoresetMode.DISABLED
     obs, info = game.reset(seed=0)
     assert game.observation_space.contains(obs.numpy())
-    actions = torch.as_tensor(game.action_space.sample())
+    actions = sample(game, torch.Generator())
     obs, reward, terminated, truncated, info = game.step(actions)
     assert obs.shape == (4, game.num_agents, game.obs_dim)
     assert info["state"].shape == (4, game.state_dim) and reward.shape == (4,)
@@ -83,9 +77,8 @@ def test_matrix_game_of_three_agents_with_different_numbers_of_actions():
     (("matrix", "[[1, NaN], [0, 1]]"), "finite"),
 ])  # fmt: skip
 def test_what_there_is_not_is_named(make, said):
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=said):
         envs.make(*make)
-    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("env", ["bridge", "matrix", "polynomial", "smac", "reacher"])
@@ -104,22 +97,17 @@ def test_a_game_that_runs_takes_only_what_it_can_play(env):
         game.reset(options={"reset_mask": torch.ones(2)})
 
 
-def test_a_finished_game_takes_any_action():
-    """Datasets and states pad with -1: in a finished game it means nothing."""
-    game = envs.make("bridge", num_envs=2, time_limit=1)
-    game.reset()
-    *_, info = game.step(torch.zeros(2, 2, dtype=torch.int64))
-    _, reward, _, _, after = game.step(torch.full((2, 2), -1))
-    assert reward.tolist() == [0, 0] and torch.equal(after["state"], info["state"])
-
-
 # ---------------------------------------------------------------- graphs
-@pytest.mark.parametrize("env", ["bridge", "matrix", "polynomial"])
-def test_compiled_steps_are_the_same(env):
-    plain, graph = (envs.make(env, num_envs=5) for _ in range(2))
+@pytest.mark.parametrize("env", ["bridge", "matrix", "polynomial", "smac"])
+def test_a_step_is_one_graph_and_compiled_the_same(env, monkeypatch):
+    monkeypatch.setattr(smac, "SUBSTEPS", 2)
+    options = {"check": False} if env == "smac" else {}  # any actions
+    plain, graph = (envs.make(env, num_envs=5, **options) for _ in range(2))
     torch._dynamo.reset()
-    graph.compile(functools.partial(torch.compile, fullgraph=True, backend="aot_eager"))
+    graph.compile(functools.partial(torch.compile, fullgraph=True, backend="eager"))
     generator = torch.Generator().manual_seed(0)
+    for game in (plain, graph):
+        game.reset(seed=0)
     for t in range(4):
         actions, mask = sample(plain, generator), torch.rand(5, generator=generator) < 0.5
         for game in (plain, graph):
@@ -182,27 +170,25 @@ def test_play_keeps_what_happened_until_each_games_end():
             [(2, 5), (2, 4)],
             (LEFT, RIGHT),
             [(2, 5), (2, 5)],
-            "an agent on its goal stays, and does not block",
+            "on its goal it stays, in nobody's way",
         ),
     ],
 )
 def test_bridge_rules(cells, actions, ends, why):
-    assert move(cells, actions) == ends, why
+    *_, info = place(cells).step(torch.tensor([actions]))
+    row_0, column_0, _, _, row_1, column_1, _, _ = info["state"][0].tolist()
+    assert [(row_0, column_0), (row_1, column_1)] == ends, why
 
 
 def test_bridge_rewards_and_ends():
     game = place([(2, 4), (0, 0)])
     _, reward, terminated, truncated, _ = game.step(torch.tensor([[UP, RIGHT]]))
-    assert reward.item() == pytest.approx(
-        -0.1 * 2**0.5 / 2
-    )  # agent 1 is home: it costs nothing and stays
+    assert reward.item() == pytest.approx(-0.1 * 2**0.5 / 2)  # agent 1 is home: it costs nothing
     game.step(torch.tensor([[DOWN, STAY]]))
     _, reward, terminated, truncated, info = game.step(torch.tensor([[RIGHT, STAY]]))
     assert reward.item() == 0 and terminated.item() and not truncated.item()
-    again = game.step(torch.tensor([[LEFT, RIGHT]]))
-    assert again[1].item() == 0 and torch.equal(
-        again[4]["state"], info["state"]
-    )  # a finished game stays put
+    _, reward, *_, after = game.step(torch.full((1, 2), -1))  # a finished game takes any action
+    assert reward.item() == 0 and torch.equal(after["state"], info["state"])
 
 
 def test_bridge_standing_still_until_the_time_limit():

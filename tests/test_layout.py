@@ -49,11 +49,10 @@ def test_rows_of_continuous_actions(float64):
     actions = torch.linspace(-1, 1, 48).view(4, 3, 2, 2)
     dataset = by_hand(actions)
     found = layout.rows(dataset, blank=True)
-    assert found["avail_actions"] is None
+    assert found["avail_actions"] is None and len(found["actions"]) == 12
     assert torch.equal(found["actions"][STARTS].float(), actions[dataset.mask].float())
-    assert not found["actions"][found["acted"] == 0].any() and len(found["actions"]) == 12
-    for name in ("obs", "state", "actions", "reward", "done", "acted"):
-        assert found[name].dtype == torch.float64
+    assert not found["actions"][found["acted"] == 0].any()
+    assert all(found[name].dtype == torch.float64 for name in ("obs", "actions", "reward", "done"))
 
 
 def test_pairs_episodes_and_ages():
@@ -67,30 +66,21 @@ def test_pairs_episodes_and_ages():
 
 
 def test_pack_lays_every_episode_down_once():
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(20, 61, (300,), generator=generator)
+    lengths = torch.randint(20, 61, (300,), generator=torch.Generator().manual_seed(0))
     total = lengths.sum().item()
     sequences = layout.pack(lengths, total)
     assert sequences.shape[1] == lengths.max() and (sequences == total).double().mean() <= 0.15
     assert sequences[sequences < total].sort().values.tolist() == list(range(total))
-    begins = set((lengths.cumsum(0) - lengths).tolist())
+    begins = {*(lengths.cumsum(0) - lengths).tolist(), total}  # only whole episodes end
     for row, following in sequences.unfold(1, 2, 1).flatten(0, 1).tolist():
-        if following != row + 1:  # only whole episodes end, and padding follows them all
-            assert row == total or row + 1 in begins | {total}
-            assert following == total or following in begins and row != total
-
-
-def test_pack_by_hand():
-    found = layout.pack(by_hand().lengths + 1, 11)  # an episode's rows, and the blank one
-    assert found.tolist() == [[2, 3, 4, 5], [8, 9, 10, 11], [6, 7, 0, 1]]
+        assert following == row + 1 or following in begins and {row, row + 1} & begins
+        assert row != total or following == total  # padding follows them all
 
 
 def test_togo():
     dataset = by_hand()
-    found = layout.togo(dataset, 0.5)
-    assert found.tolist() == [1, 2 + 1.5 + 1, 3 + 2, 4, 5, 6 + 3.5, 7]
     dataset.reward[~dataset.mask] = 99  # what lies behind an episode does not count
-    assert torch.equal(layout.togo(dataset, 0.5), found)
+    assert layout.togo(dataset, 0.5).tolist() == [1, 2 + 1.5 + 1, 3 + 2, 4, 5, 6 + 3.5, 7]
 
 
 @pytest.mark.parametrize("recurrent", [False, True])
@@ -104,8 +94,8 @@ def test_what_teams_learn_from(recurrent):
     names = ("avail_actions", "actions", "reward", "done", "acted", "first")
     for name, found in zip(names, others, strict=True):
         assert torch.equal(found, table[name])
-    wanted = layout.pack(dataset.lengths + 1, 11) if recurrent else layout.pairs(table["start"])
-    assert torch.equal(sequences, wanted)
+    packed = [[2, 3, 4, 5], [8, 9, 10, 11], [6, 7, 0, 1]]  # an episode's rows, and the blank one
+    assert sequences.tolist() == (packed if recurrent else layout.pairs(table["start"]).tolist())
     last = torch.zeros(12, 2, 3)
     for row in STARTS:  # what was done there stands in the next row
         if not table["first"][row + 1]:
@@ -118,16 +108,16 @@ def test_what_teams_learn_from(recurrent):
 def test_inputs_are_cells_or_units_or_what_was_seen(float64):
     x = torch.tensor([[[0.0, 5], [4, 1]], [[2, 5], [0, 3]], [[4, 5], [2, 5]]])  # (R, N, O)
 
-    def how(one_hot, normalize):
-        return layout.inputs(x, SimpleNamespace(one_hot=one_hot, normalize=normalize))
+    def how(**flags):
+        return layout.inputs(x, SimpleNamespace(**flags))
 
     seen = torch.tensor([[3.0, 5], [2, 6]])
     unit = (8 / 3) ** 0.5  # the deviation of 0, 2, 4, over R
-    assert torch.equal(how(False, False)(seen.float()), seen)
-    assert torch.allclose(how(False, True)(seen), torch.tensor([[1 / unit, 0], [0, 3 / unit]]))
-    assert how(True, True)(seen).tolist() == [[0, 0, 0, 0, 0, 1], [0, 1, 0, 0, 0, 0]]
-    wide = layout.inputs(x, SimpleNamespace(normalize=True), correction=1)
-    assert torch.allclose(wide(seen)[0, 0], torch.tensor(0.5))
+    assert torch.equal(how(one_hot=False, normalize=False)(seen.float()), seen)
+    scaled = how(one_hot=False, normalize=True)(seen)
+    assert torch.allclose(scaled, torch.tensor([[1 / unit, 0], [0, 3 / unit]]))
+    cells = how(one_hot=True, normalize=True)(seen)
+    assert cells.tolist() == [[0, 0, 0, 0, 0, 1], [0, 1, 0, 0, 0, 0]]
 
 
 def test_one_hot():
@@ -135,11 +125,9 @@ def test_one_hot():
     cells = layout.one_hot(x)  # 5 never changes
     assert cells(x).tolist() == [[1, 0, 0, 0, 1], [0, 1, 1, 0, 0], [1, 0, 0, 1, 0]]
     assert cells(torch.tensor([7, 5, 0.5])).tolist() == [0] * 5  # values that no row holds
-    assert cells(x.view(3, 1, 3).double()).shape == (3, 1, 5)
-    with pytest.raises(ValueError, match="--one-hot needs whole numbers"):
-        layout.one_hot(x / 2)
-    with pytest.raises(ValueError, match="would make 1001 inputs"):
-        layout.one_hot(torch.arange(1001)[:, None])
+    for bad in (x / 2, torch.arange(1001)[:, None]):  # it would make 1001 inputs
+        with pytest.raises(ValueError, match="--one-hot|1001"):
+            layout.one_hot(bad)
 
 
 def test_scales():

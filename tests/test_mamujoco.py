@@ -24,9 +24,7 @@ MOTORS = {
 # fshin ffoot) followed by qvel (9 to 17, in the same order); for the others, entries of the state.
 SEES = {
     "2x3": [
-        # bfoot   bshin   bthigh  fthigh, speeds x pitch z, places x pitch z
-        [5, 14, 4, 13, 3, 12, 6, 9, 11, 10, 0, 2, 1],
-        # ffoot   fshin   fthigh  bthigh
+        [5, 14, 4, 13, 3, 12, 6, 9, 11, 10, 0, 2, 1],  # its leg; the other thigh; x pitch z, twice
         [8, 17, 7, 16, 6, 15, 3, 9, 11, 10, 0, 2, 1],
     ],
     "all-observant": [list(range(11))] * 2,
@@ -40,12 +38,6 @@ SEES = {
         [11, 25, 12, 26],
     ],
 }
-
-
-def random_actions(game, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield 2 * torch.rand(game.action_space.shape, generator=generator) - 1
 
 
 def rest(game):
@@ -69,20 +61,19 @@ def expected(body, task, plain):
 
 @pytest.mark.parametrize("body, task", TASKS)
 def test_side_by_side_with_gymnasium(body, task):
-    B, steps = 2, 1000
-    game = envs.make(body, task, num_envs=B)
+    game = envs.make(body, task, num_envs=2)
     obs, info = game.reset(seed=7)
     name, options = PLAIN[body]
-    plains = [gymnasium.make(name, **options) for _ in range(B)]
+    plains = [gymnasium.make(name, **options) for _ in range(2)]
     for b, plain in enumerate(plains):
         plain.unwrapped.np_random = np.random.default_rng((7, b))
         plain.reset()
-    actions, ends = random_actions(game), 0
-    for _ in range(steps):
+    generator, ends = torch.Generator().manual_seed(0), 0
+    for _ in range(1000):
         for b, plain in enumerate(plains):
             state, views = expected(body, task, plain.unwrapped)
             assert np.array_equal(info["state"][b], state) and np.array_equal(obs[b], views)
-        action = next(actions)
+        action = 2 * torch.rand(game.action_space.shape, generator=generator) - 1
         obs, reward, terminated, truncated, info = game.step(action)
         for b, plain in enumerate(plains):
             one = np.zeros(plain.unwrapped.model.nu)
@@ -101,27 +92,7 @@ def test_side_by_side_with_gymnasium(body, task):
         over = terminated | truncated
         if over.any():  # the next states must be those of Gymnasium's second, third... games
             obs, info = game.reset(options={"reset_mask": over})
-    assert ends >= {"halfcheetah": 2, "reacher": 40, "ant": 2}[body]
-
-
-@pytest.mark.parametrize("body", PLAIN)
-def test_a_partial_reset_leaves_the_others_alone(body):
-    left, right = (envs.make(body, num_envs=3, time_limit=12) for _ in range(2))
-    others, stream = [0, 2], random_actions(left)
-    for game in (left, right):
-        game.reset(seed=0)
-    for t in range(12):
-        action = next(stream)
-        a, b = left.step(action), right.step(action)
-        assert torch.equal(a[4]["state"][others], b[4]["state"][others])
-        if t in (4, 9):
-            middle = torch.tensor([False, True, False])
-            left.reset(seed=9 if t == 4 else None, options={"reset_mask": middle})
-    # The game that began again is not at its limit, and the others' random numbers are unused.
-    assert (b[2] | b[3])[others].all() and not a[3][1]
-    mask = torch.tensor([True, False, True])
-    rows = [game.reset(options={"reset_mask": mask})[1]["state"] for game in (left, right)]
-    assert torch.equal(rows[0][others], rows[1][others])
+    assert ends >= {"halfcheetah": 2, "reacher": 40, "ant": 3}[body]  # 3: an ant fell
 
 
 @pytest.mark.parametrize("height, falls", [(0.15, True), (0.7, False), (1.1, True)])
@@ -148,19 +119,18 @@ def test_a_limited_elbow_bends_one_way_only():
         assert (low < elbow).all() and (elbow < high).all()
 
 
-@pytest.mark.parametrize("body, task", TASKS)
-def test_a_state_can_be_put_back(body, task):
+@pytest.mark.parametrize("body", PLAIN)
+def test_a_state_can_be_put_back(body):
     """What follows is nearly as it was: MuJoCo's solver has forgotten where it stopped."""
-    game, again = (envs.make(body, task, num_envs=3) for _ in range(2))
+    game, again = (envs.make(body, num_envs=3) for _ in range(2))
     game.reset(seed=0)
-    actions = random_actions(game)
-    for _ in range(5):  # no ant has fallen yet
-        *_, info = game.step(next(actions))
+    actions = 2 * torch.rand(6, *game.action_space.shape) - 1
+    for t in range(5):  # no ant has fallen yet
+        *_, info = game.step(actions[t])
     _, found = again.set_state(info["state"])
     own = 8 if body == "reacher" else None  # then comes the gap, which lags behind the joints
     assert torch.allclose(found["state"][:, :own], info["state"][:, :own], atol=1e-6)
-    act = next(actions)
-    for now, then in zip(game.step(act)[1:3], again.step(act)[1:3]):
+    for now, then in zip(game.step(actions[5])[1:3], again.step(actions[5])[1:3]):
         assert torch.allclose(now.float(), then.float(), atol=0.1)
 
 

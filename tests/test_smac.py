@@ -24,12 +24,7 @@ SIZES = {
     "6h_vs_8z": (6, 8, 14, 78, 140, 150, 74.0),
 }
 # maximal health, maximal shield, and SMAC's divisor of the cooldown in loops of 1/16 s
-FULL = {
-    "marine": (45, 0, 15),
-    "stalker": (80, 80, 35),
-    "zealot": (100, 50, 22),
-    "hydralisk": (80, 0, 10),
-}
+FULL = dict(marine=(45, 0, 15), stalker=(80, 80, 35), zealot=(100, 50, 22), hydralisk=(80, 0, 10))
 
 
 def scene(agents, enemies, goal=(16, 16), limit=1000, **options):
@@ -42,32 +37,18 @@ def scene(agents, enemies, goal=(16, 16), limit=1000, **options):
     battle = Map(*counts, limit, ((0, 32, 0, 32),), goal, goal)
     game = Smac(battle, noise=False, **options)
     game.reset()
-    game.x[:, 0], game.y[:, 0] = (
-        torch.tensor([place[1:] for place in [*agents, *enemies]]).float().T
-    )
+    places = torch.tensor([place[1:] for place in [*agents, *enemies]]).float()
+    game.x[:, 0], game.y[:, 0] = places.T
     return game
-
-
-def look(game):
-    """What `reset` returns when it restarts nothing."""
-    return game.reset(options={"reset_mask": torch.zeros(game.num_envs, dtype=torch.bool)})
 
 
 def act(game, *actions):
     return game.step(torch.tensor([actions]))
 
 
-def mixed(game, info):
-    """Half of the actions at random, half from `focus`: long fights, both sides lose units."""
-    coin = torch.rand(game.num_envs, game.num_agents, generator=game.generator) < 0.5
-    return torch.where(coin, POLICIES["random"](game, info), POLICIES["focus"](game, info))
-
-
 def fight(game, policy):
-    """Whole battles by a scripted team: won and return, (B,) each."""
-    act = POLICIES[policy]
-    played = play(game, lambda obs, info, memory: (act(game, info), memory), seed=0)
-    return played.won, played.returns
+    """Whole battles by a scripted team: won, (B,)."""
+    return play(game, lambda obs, info, memory: (POLICIES[policy](game, info), None), seed=0).won
 
 
 # ---------------------------------------------------------------- what the agents get
@@ -88,26 +69,17 @@ def by_hand(agents, enemies, last_actions, walkable, types):
     Each unit is (name, x, y, health, shield, cooldown); a last action of -1 means none.
     """
     n_actions = 6 + len(enemies)
-    agents_shield, enemies_shield = (
-        any(FULL[unit[0]][1] for unit in side) for side in (agents, enemies)
-    )
+    agents_shield, enemies_shield = (any(FULL[u[0]][1] for u in side) for side in (agents, enemies))
 
-    def can_stand(
-        x, y
-    ):  # rounded as in single precision with a wall around the map: some units touch a wall
+    def can_stand(x, y):
+        # rounded as in single precision with a wall around the map: some units touch a wall
         x, y = (math.floor(np.float32(p) + np.float32(1)) - 1 for p in (x, y))
         return any(x0 <= x < x1 and y0 <= y < y1 for x0, x1, y0, y1 in walkable)
 
-    def kind(unit, order):
-        return [float(unit[0] == name) for name in order] if types else []
-
     def body(unit, shields, order):
         health, shield, _ = FULL[unit[0]]
-        return (
-            [unit[3] / health]
-            + ([unit[4] / shield if shield else 0.0] if shields else [])
-            + kind(unit, order)
-        )
+        row = [unit[3] / health] + [unit[4] / max(shield, 1)] * shields
+        return row + [float(unit[0] == name) for name in order] * types
 
     def gap(a, b):
         return math.hypot(a[1] - b[1], a[2] - b[2])
@@ -132,15 +104,15 @@ def by_hand(agents, enemies, last_actions, walkable, types):
         row += body(me, agents_shield, agent_order)
         obs.append(row if alive else [0.0] * len(row))
     state = []
-    for unit in agents:
-        rest = body(unit, agents_shield, agent_order)
-        cooldown = max(unit[5], 0) * 16 / FULL[unit[0]][2]
-        row = [rest[0], cooldown, (unit[1] - 16) / 32, (unit[2] - 16) / 32, *rest[1:]]
-        state += row if unit[3] > 0 else [0.0] * len(row)
-    for unit in enemies:
-        rest = body(unit, enemies_shield, enemy_order)
-        row = [rest[0], (unit[1] - 16) / 32, (unit[2] - 16) / 32, *rest[1:]]
-        state += row if unit[3] > 0 else [0.0] * len(row)
+    for side, shields, order in (
+        (agents, agents_shield, agent_order),
+        (enemies, enemies_shield, enemy_order),
+    ):
+        for unit in side:
+            health, *rest = body(unit, shields, order)
+            cooldown = [max(unit[5], 0) * 16 / FULL[unit[0]][2]] * (side is agents)
+            row = [health, *cooldown, (unit[1] - 16) / 32, (unit[2] - 16) / 32, *rest]
+            state += row if unit[3] > 0 else [0.0] * len(row)
     for action in last_actions:
         state += [float(action == a) for a in range(n_actions)]
     return obs, state, avail
@@ -159,7 +131,7 @@ def test_observations_state_masks_and_rewards_by_hand(task):
     game = Smac(task, 24)
     game.reset(seed=3)
     game.health[game.num_agents :, ::2] *= 0.3  # weak enemies, so that some fall
-    obs, info = look(game)
+    obs, info = game.reset(options={"reset_mask": torch.zeros(24, dtype=torch.bool)})
     actions = torch.full((24, game.num_agents), -1)
     over = [False] * 24
     for t in range(60):
@@ -175,7 +147,9 @@ def test_observations_state_masks_and_rewards_by_hand(task):
             seen["wall"] += any(not all(row[2:6]) and row[1] for row in a)
             seen["far enemy"] += any(row[1] and not all(row[6:]) for row in a)
         before = [units_of(game, b)[1] for b in range(24)]
-        new = mixed(game, info)
+        # half of the actions at random, half from `focus`: long fights, both sides lose units
+        coin = torch.rand(24, game.num_agents, generator=game.generator) < 0.5
+        new = torch.where(coin, *(POLICIES[name](game, info) for name in ("random", "focus")))
         for b in range(4):  # four teams make for the walls: north, south, east, west
             new[b] = torch.where(info["avail_actions"][b, :, 2 + b], 2 + b, new[b])
         actions = torch.where(torch.tensor(over)[:, None], actions, new)
@@ -197,13 +171,11 @@ def test_observations_state_masks_and_rewards_by_hand(task):
 
 
 def test_a_step_in_which_only_shields_return_pays():
+    """Five zealots regain 1 each: SMAC takes the absolute value."""
     game = Smac("3s_vs_5z", noise=False)
     game.reset()
     game.shield[3:] = 10
-    reward = act(game, STOP, STOP, STOP)[1].item()
-    assert reward == pytest.approx(
-        5 * 1 / 50
-    )  # five zealots regain 1 each: SMAC takes the absolute value
+    assert act(game, STOP, STOP, STOP)[1].item() == pytest.approx(5 * 1 / 50)
 
 
 # ---------------------------------------------------------------- the fight
@@ -241,16 +213,16 @@ def test_one_attack(attacker, victim, on_shield, on_health, on_both, side):
         assert game.cooldown[a] > 0
 
 
-@pytest.mark.parametrize(
-    "attacker, victim, reach, period",
-    [
-        ("marine", "marine", 5.75, 0.861),
-        ("stalker", "zealot", 7.125, 1.87),
-        ("hydralisk", "zealot", 6.125, 0.83),
-        ("zealot", "stalker", 1.225, 1.2),
-        ("zealot", "zealot", 1.1, 1.2),
-    ],
-)
+REACHES = [
+    ("marine", "marine", 5.75, 0.861),
+    ("stalker", "zealot", 7.125, 1.87),
+    ("hydralisk", "zealot", 6.125, 0.83),
+    ("zealot", "stalker", 1.225, 1.2),
+    ("zealot", "zealot", 1.1, 1.2),
+]
+
+
+@pytest.mark.parametrize("attacker, victim, reach, period", REACHES)
 def test_reach_between_the_centres_and_period(monkeypatch, attacker, victim, reach, period):
     monkeypatch.setattr(smac, "SUBSTEPS", 1)  # a step of 1/16 s
     for distance, hit in ((reach - 0.01, True), (reach + 0.01, False)):
@@ -294,9 +266,7 @@ def test_pace(name, pace):
 
 def test_who_has_fired_stands_still_for_a_moment():
     game = scene([("stalker", 16, 16)], [("zealot", 21, 16)])
-    game.cooldown[:, 0] = torch.tensor(
-        [6 / 16, 1e6]
-    )  # it fires in the seventh of the eight substeps
+    game.cooldown[:, 0] = torch.tensor([6 / 16, 1e6])  # it fires in the seventh of eight substeps
     act(game, ATTACK)
     x = game.x[0].item()
     assert game.shield[1].item() == 50 - 13 and x == 16
@@ -363,9 +333,8 @@ def test_enemies_need_3_tenths_of_a_second_for_a_new_target(monkeypatch):
 
 def test_an_enemy_answers_a_shot_from_out_of_its_sight():
     for shoot in (False, True):
-        game = scene(
-            [("stalker", 9, 16)], [("zealot", 16, 16)], check=False
-        )  # 7 apart: reach 7.125, sight 6.125
+        # 7 apart: reach 7.125, sight 6.125
+        game = scene([("stalker", 9, 16)], [("zealot", 16, 16)], check=False)
         act(game, ATTACK if shoot else STOP)
         assert (game.shield[1].item() < 50) == shoot
         assert (game.target[1].item() == 0) == shoot
@@ -373,10 +342,8 @@ def test_an_enemy_answers_a_shot_from_out_of_its_sight():
 
 
 # ---------------------------------------------------------------- whole battles
-
-
 def test_skill_pays():
-    kite, focus = (fight(Smac("3s_vs_5z", 48), policy)[0] for policy in ("kite", "focus"))
+    kite, focus = (fight(Smac("3s_vs_5z", 48), policy) for policy in ("kite", "focus"))
     assert kite.float().mean() > focus.float().mean() + 0.8
 
 
@@ -410,17 +377,3 @@ def test_a_forbidden_action_is_harmless():
         inside |= (10 <= y) & (y < 18) & (8 <= x) & (x < 22)
         assert inside[game.health > 0].all() and (reward >= 0).all()
         assert obs.abs().max() <= 1 and info["avail_actions"].any(-1).all()
-
-
-def test_a_step_is_one_graph(monkeypatch):
-    monkeypatch.setattr(smac, "SUBSTEPS", 2)
-    plain, graph = (Smac("2s3z", 4) for _ in range(2))
-    torch._dynamo.reset()
-    graph.compile(lambda f: torch.compile(f, fullgraph=True, dynamic=False, backend="eager"))
-    (_, info), _ = plain.reset(seed=0), graph.reset(seed=0)
-    for _ in range(3):
-        actions = POLICIES["random"](plain, info)
-        graph.generator.set_state(plain.generator.get_state())
-        *one, info = plain.step(actions)
-        *other, more = graph.step(actions)
-        assert all(map(torch.equal, [*one, *info.values()], [*other, *more.values()]))
