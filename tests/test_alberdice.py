@@ -239,13 +239,6 @@ def test_each_seed_keeps_the_clones_that_held_back_steps_liked_best(monkeypatch)
 
 
 # ---------------------------------------------------------------- what the games show
-def test_weights_of_matrix_games_are_in_units_of_the_payoffs():
-    args = alberdice.parse(["--env", "matrix", "--task", "m-ne"])
-    weights = args.alpha, args.alpha_end, args.cql, args.cql_end
-    assert weights == pytest.approx((20, 0.2, 2, 2)) and args.num_seeds == 10
-    assert alberdice.parse(["--env", "matrix"]).dataset == "aa-ab-ba"
-
-
 def score(folder, flags):
     words = f"{flags} --eval-every 100000 --eval-episodes 2 --out-dir {folder / 'run'}"
     return alberdice.main(alberdice.parse(words.split()))

@@ -16,7 +16,7 @@ from data.collect import Args, main, parse
 from data.dataset import TENSORS
 from data.describe import describe
 from data.readers import check_order
-from data.record import concatenate, record
+from data.record import record
 
 
 @pytest.fixture
@@ -50,28 +50,18 @@ def test_equal_data_have_equal_fingerprints(small):
     assert len(words) == len(TENSORS) + 1
 
 
-def test_concatenated_parts_are_padded_to_the_longest(small):
-    few = data.collect_dataset("bridge", "", "optimal", episodes=3)  # 8 steps, not 50
-    both = concatenate([few, small]).check()
-    assert both.mask.shape == (13, 50) and torch.equal(both.obs[3:], small.obs)
-    assert torch.equal(both.state[:3, :9], few.state) and not both.state[:3, 9:].any()
-
-
 # ---------------------------------------------------------------- what is refused
-BROKEN = {
-    "obs holds NaN": lambda d: {"obs": d.obs * torch.nan},
-    "actions must lie in 0 .. 4": lambda d: {"actions": d.actions * 0 + 5},
-    "forbids": lambda d: {"avail_actions": torch.zeros_like(d.avail_actions)},
-    "reward has the shape": lambda d: {"reward": d.reward[:, 1:]},
-    "hole": lambda d: {"mask": d.mask & (torch.arange(50) != 2)},
-    "goes on after": lambda d: {"terminated": torch.ones_like(d.terminated)},
-}
-
-
-@pytest.mark.parametrize("complaint", BROKEN)
-def test_a_malformed_dataset_is_refused(small, tmp_path, complaint):
-    broken = dataclasses.replace(small, **BROKEN[complaint](small))
-    with pytest.raises(ValueError, match=complaint):
+@pytest.mark.parametrize("said, name, change", [
+    ("obs holds NaN", "obs", lambda x: x * torch.nan),
+    ("actions must lie in 0 .. 4", "actions", lambda x: x * 0 + 5),
+    ("forbids", "avail_actions", torch.zeros_like),
+    ("reward has the shape", "reward", lambda x: x[:, 1:]),
+    ("hole", "mask", lambda x: x & (torch.arange(50) != 2)),
+    ("goes on after", "terminated", torch.ones_like),
+])  # fmt: skip
+def test_a_malformed_dataset_is_refused(small, tmp_path, said, name, change):
+    broken = dataclasses.replace(small, **{name: change(getattr(small, name))})
+    with pytest.raises(ValueError, match=said):
         data.write(broken, tmp_path / "never.h5")
     assert not list(tmp_path.iterdir())
 
@@ -104,16 +94,6 @@ def test_observations_in_another_order_are_refused(env, axis):
 
 
 # ---------------------------------------------------------------- names
-def test_every_default_is_a_name():
-    for env in envs.TASKS:
-        for task in ("", *envs.TASKS[env]):
-            found, name = recipes.default(env, task)
-            assert found == (task or envs.TASKS[env][0])
-            assert recipes.is_name(name, env, found) and not recipes.is_path(name, env, found)
-    assert recipes.default("matrix") == ("xor", "all")
-    assert recipes.default("package:game", "any") == ("any", "")
-
-
 def test_names_and_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not recipes.is_path("folder", "bridge")
@@ -198,18 +178,10 @@ def test_bridge_mixed_is_half_random_half_optimal():
     assert drawn.double().mean().item() == pytest.approx(2, abs=0.03)  # of 0 .. 4
 
 
-def test_teams_play_equal_parts(tmp_path):
-    for name in ("replay-0", "replay-2", "replay-10", "medium"):
-        (tmp_path / f"{name}.npz").touch()
-    shares = recipes.share_out(tmp_path, ("replay-*", "medium"), 10)
-    wanted = {"replay-0": 1, "replay-2": 2, "replay-10": 2, "medium": 5}
-    assert list(shares.items()) == list(wanted.items())
+RECORDED = [("bridge", "", "mixed"), ("matrix", "climbing", "uniform"), ("smac", "3m", "medium")]
 
 
-@pytest.mark.parametrize(
-    "env, task, name",
-    [("bridge", "", "mixed"), ("matrix", "climbing", "uniform"), ("smac", "3m", "medium")],
-)
+@pytest.mark.parametrize("env, task, name", RECORDED)
 def test_data_depend_on_the_seed_only(env, task, name, request):
     """Not on torch's default type: a name stands for one dataset."""
     first = data.collect_dataset(env, task, name, 5, 6)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED
-from pretended_gpu import AWAY, PretendedGPU
 
 import envs
 from envs import smac
@@ -44,10 +43,9 @@ def test_is_a_gymnasium_vector_environment(env, task):
     assert game.observation_space.contains(obs.numpy())
     actions = sample(game, torch.Generator())
     obs, reward, terminated, truncated, info = game.step(actions)
-    assert obs.shape == (4, game.num_agents, game.obs_dim)
-    assert info["state"].shape == (4, game.state_dim) and reward.shape == (4,)
+    assert obs.shape == (4, game.num_agents, game.obs_dim) and reward.shape == (4,)
+    assert info["state"].shape == (4, game.state_dim) and terminated.dtype == torch.bool
     assert obs.dtype == reward.dtype == info["state"].dtype == torch.float32
-    assert terminated.dtype == truncated.dtype == torch.bool
     assert game.picture(actions).shape[2] == 3
 
 
@@ -115,43 +113,6 @@ def test_a_step_is_one_graph_and_compiled_the_same(env, monkeypatch):
         *one, info = plain.step(actions)
         *other, more = graph.step(actions)
         assert all(map(torch.equal, [*one, *info.values()], [*other, *more.values()]))
-
-
-@pytest.mark.parametrize("env", ["bridge", "matrix", "polynomial", "smac"])
-def test_a_step_never_waits_for_a_gpu(env):
-    here = envs.make(env, num_envs=3)
-    with PretendedGPU() as gpu:
-        game = envs.make(env, num_envs=3, device=AWAY)
-        actions = sample(here, torch.Generator()).to(AWAY)
-        game.reset()
-        gpu.clear()
-        _, reward, terminated, *_ = game.step(actions)
-        game.reset(options={"reset_mask": terminated})
-        assert not gpu.waits and reward.device.type == AWAY
-
-
-def test_play_keeps_what_happened_until_each_games_end():
-    """Each battle's film, played again alone; no noise, so that its actions decide."""
-    game, single = (envs.make("smac", "3m", num_envs=n, noise=False) for n in (12, 1))
-
-    def act(obs, info, memory):
-        policy = envs.smac.focus if memory % 4 else envs.smac.random
-        return policy(game, info), memory + 1
-
-    played = play(game, act, memory=0, seed=0, film=True)
-    film, lengths = played.film, played.film["mask"].sum(1)
-    assert film["mask"].shape[1] == lengths.max() > lengths.min() and len(played.won.unique()) == 2
-    for b, length in enumerate(lengths.tolist()):
-        obs, info = single.reset()
-        for t in range(length):
-            for name, seen in ({"obs": obs} | info).items():
-                assert name == "won" or torch.equal(film[name][b, t], seen[0])
-            obs, reward, terminated, truncated, info = single.step(film["actions"][b, t][None])
-            assert film["reward"][b, t] == reward and film["terminated"][b, t] == terminated
-        assert (terminated | truncated).all() and torch.equal(film["obs"][b, length], obs[0])
-        total = film["reward"][b].sum().item()
-        assert played.won[b] == info["won"] and played.returns[b].item() == pytest.approx(total)
-        assert not film["obs"][b, length + 1 :].any() and not film["mask"][b, length:].any()
 
 
 # ---------------------------------------------------------------- Bridge

@@ -1,12 +1,8 @@
 """The grid of all methods and tasks: its cells, its statistics, and its pages from a made-up
 results.csv."""
 
-import math
-
 import grid
-import numpy as np
 import pytest
-import torch
 from conftest import ROOT, load_script
 
 from data.run import files
@@ -21,18 +17,6 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "RESULTS", tmp_path / "results.csv")
     empty = dict.fromkeys(grid.COLUMNS, "") | {"task": "xor"}
     return lambda *rows: files.save_csv(grid.RESULTS, [empty | row for row in rows])
-
-
-def test_welch_on_known_numbers():
-    """The p-value is the share of drawn numbers of Student's distribution that are as far out."""
-    torch.manual_seed(0)
-    x, y = 20 + 4 * np.random.default_rng(0).normal(size=6), 20 + np.arange(13) / 4
-    a, b = np.var(x, ddof=1) / len(x), np.var(y, ddof=1) / len(y)
-    t, df = (np.mean(x) - np.mean(y)) / math.sqrt(a + b), (a + b) ** 2 / (a**2 / 5 + b**2 / 12)
-    drawn = torch.distributions.StudentT(torch.tensor(df)).sample((2_000_000,))
-    share = (drawn.abs() > abs(t)).double().mean().item()
-    assert grid.welch(x, y) == pytest.approx(share, abs=2e-3) and 0.02 < share < 0.98
-    assert grid.welch([1, 1, 1], [1, 1]) == 1 and grid.welch([1, 1, 1], [2, 2]) == 0
 
 
 def test_each_cell_is_a_command_that_its_script_takes():
@@ -53,7 +37,6 @@ def test_random_play_is_worth_what_the_tasks_say():
     for task in grid.TASKS:
         if task.env == "matrix":
             assert task.worst == pytest.approx(read_payoff(task.task).mean().item(), abs=1e-6)
-    assert -20 < grid.random_play(next(t for t in grid.TASKS if t.env == "bridge")) < -5
 
 
 def test_cells_are_trained_once_one_failure_is_told_and_other_lines_stay(

@@ -128,14 +128,3 @@ def test_one_hot():
     for bad in (x / 2, torch.arange(1001)[:, None]):  # it would make 1001 inputs
         with pytest.raises(ValueError, match="--one-hot|1001"):
             layout.one_hot(bad)
-
-
-def test_scales():
-    dataset = by_hand()
-    spread = torch.tensor([1.0, 9, 5, 13]).std(correction=0)
-    assert layout.scales(dataset) == (spread.item(), False)  # 21 values
-    dataset.obs = dataset.obs.abs()
-    assert layout.scales(dataset)[1]
-    dataset.state = dataset.state + 0.5
-    dataset.reward[:] = 0
-    assert layout.scales(dataset) == (1.0, False)

@@ -273,7 +273,7 @@ def test_a_snapshots_network_is_the_actors(tmp_path, discrete):
     args, team = made(discrete, env="smac", task="3m")
     rows = [{"step": step, "seed": seed} for step in (0, 64) for seed in (5, 6)]
     rows[-1]["return"] = 2.5
-    run = SimpleNamespace(device="cpu", seeds=[5, 6], script="mappo", folder=tmp_path)
+    run = SimpleNamespace(device=torch.device("cpu"), seeds=[5, 6], script="mappo", folder=tmp_path)
     run.args, run.rows = args, rows
     save_snapshots(run, team.actor)
     names = {path.name for path in (tmp_path / "snapshots").iterdir()}

@@ -6,10 +6,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from test_mamujoco import MOTORS, SEES
 
 import data
 import envs
-from envs.mamujoco import BODIES, VIEWS
 
 N, O, S, A = 3, 4, 5, 6  # agents, observation, state, actions
 LIMIT = 7
@@ -182,10 +182,10 @@ def test_a_vaults_ends_are_those_of_all_agents(tmp_path):
 def test_a_vault_of_cheetahs_ends_by_the_time_limit(tmp_path):
     rng, episodes, columns = np.random.default_rng(0), [], envs.make("halfcheetah").columns
     for L in (3, 1000):
-        state = rng.normal(size=(L, 17)).astype(np.float32)
+        state = rng.normal(size=(L + 1, 17)).astype(np.float32)
         episode = {"obs": np.pad(state, ((0, 0), (1, 1)))[:, columns]}  # x, which they see, is 0
-        episode |= {"actions": np.sin(episode["obs"][..., :3]), "state": state}
-        episodes.append(episode | {"reward": state[:, 0]})
+        episode |= {"actions": np.sin(episode["obs"][:-1, :, :3]), "state": state}
+        episodes.append(episode | {"reward": state[:-1, 0]})
     leaves = in_a_row(episodes)
     episodes[0]["actions"][0, 0, 0], leaves["actions"][0, 0, 0] = -1, -1.25
     path = str(as_vault(tmp_path / "Good", leaves))
@@ -224,22 +224,13 @@ def as_d4rl(path, episodes):
 
 
 def dealt(episodes, task):
-    """Episodes of our agents, whose joints are found by name."""
-    game = envs.make("ant", task)
-    motors = [game.model.joint(i).name for i in game.model.actuator_trnid[:, 0]]
-    names = BODIES["ant"].entries.split()
-    team = []
+    """Episodes of our agents."""
+    team, width = [], max(map(len, SEES[task]))
     for episode in episodes:
         state = episode["observations"][:, :27].astype(np.float32)
-        obs = np.zeros((len(state), 4, game.obs_dim), np.float32)
-        actions = np.zeros((len(state) - 1, 4, 2), np.float32)
-        for n, (joints, view) in enumerate(VIEWS["ant"][task]):
-            for k, joint in enumerate(joints.split()):
-                actions[:, n, k] = episode["actions"][:, motors.index(joint)]
-            for k, name in enumerate(view.split()):
-                obs[:, n, k] = state[:, names.index(name)]
-        part = {"obs": obs, "state": state, "actions": actions, "reward": episode["rewards"]}
-        team.append(part)
+        views = [np.pad(state[:, v], ((0, 0), (0, width - len(v)))) for v in SEES[task]]
+        part = {"obs": np.stack(views, 1), "state": state, "reward": episode["rewards"]}
+        team.append(part | {"actions": episode["actions"][:, MOTORS["ant"]]})
     return team
 
 
