@@ -72,7 +72,6 @@ def assert_same(networks, wanted, s):
             assert torch.allclose(x, y, rtol=0, atol=1e-9)
 
 
-# ---------------------------------------------------------------- equations
 def test_the_best_policy_is_the_behaviour_tilted_by_e(float64):
     """Eq. 7 is least at mu exp(e / alpha) / Z."""
     e, log_mu = torch.randn(S, B, A), torch.randn(S, B, A).log_softmax(-1)
@@ -90,7 +89,6 @@ def test_places_are_drawn_again_as_often_as_their_ratio_says():
     assert (counts - 400 * ratio / ratio.sum(1, keepdim=True)).abs().max() <= 1
 
 
-# ---------------------------------------------------------------- a whole sweep by hand
 def rho_and_price(nets, row, i, data, cap):
     """rho_i and KL_i of one step."""
     ratio, price = 1.0, 0.0
@@ -201,17 +199,13 @@ def test_cloning_by_hand(float64):
                 assert torch.allclose(found, torch.stack(rest), atol=1e-8)
 
 
-@pytest.mark.parametrize("share, held", [(0.25, [0]), (0.9, [0, 2]), (0, [])])
-def test_whole_episodes_are_held_back(share, held):
+def test_whole_episodes_are_held_back():
     data, _, _ = made()
-    learned, rows = alberdice.hold_back(data, share)
-    assert (rows // 11).unique().tolist() == held and len(rows) == 10 * len(held)
+    learned, rows = alberdice.hold_back(data, 0.25)
+    assert (rows // 11).unique().tolist() == [0] and len(rows) == 10
     assert torch.equal(torch.cat([learned.steps, rows]).sort().values, data.steps)
-    learned, rows = alberdice.hold_back(data._replace(steps=data.steps[:10]), share)
+    learned, rows = alberdice.hold_back(data._replace(steps=data.steps[:10]), 0.25)
     assert len(learned.steps) == 10 and len(rows) == 0  # the only episode
-    steps = torch.arange(100_000)[torch.arange(100_000) % 11 < 10]
-    many = len(alberdice.hold_back(data._replace(steps=steps), share)[1])
-    assert many == pytest.approx(5_000 if share else 0, rel=0.02)
 
 
 def test_each_seed_keeps_the_clones_that_held_back_steps_liked_best(monkeypatch):
@@ -238,7 +232,6 @@ def test_each_seed_keeps_the_clones_that_held_back_steps_liked_best(monkeypatch)
         assert (network[0].weight[0] == 1500).all() and (network[0].bias[1] == 250).all()
 
 
-# ---------------------------------------------------------------- what the games show
 def score(folder, flags):
     words = f"{flags} --eval-every 100000 --eval-episodes 2 --out-dir {folder / 'run'}"
     return alberdice.main(alberdice.parse(words.split()))

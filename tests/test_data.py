@@ -50,7 +50,6 @@ def test_equal_data_have_equal_fingerprints(small):
     assert len(words) == len(TENSORS) + 1
 
 
-# ---------------------------------------------------------------- what is refused
 @pytest.mark.parametrize("said, name, change", [
     ("obs holds NaN", "obs", lambda x: x * torch.nan),
     ("actions must lie in 0 .. 4", "actions", lambda x: x * 0 + 5),
@@ -93,18 +92,6 @@ def test_observations_in_another_order_are_refused(env, axis):
         check_order(other, game, "mine")
 
 
-# ---------------------------------------------------------------- names
-def test_names_and_paths(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert not recipes.is_path("folder", "bridge")
-    for name in ("folder", "mixed"):
-        (tmp_path / name).mkdir()
-    assert all(recipes.is_path(path, "bridge") for path in ("a/b", "mine.h5", "./x", "folder"))
-    assert not recipes.is_path("mixed", "bridge")
-    found = [recipes.is_name(n, "polynomial", "") for n in ("peak-1e-1", "peak-", "origin--1")]
-    assert found == [True, False, False] and recipes.is_name("[1]", "matrix", "")
-
-
 def test_a_name_is_recorded_once_a_damaged_cache_again_and_files_never_meet(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setattr(recipes, "CACHE", cache)
@@ -122,7 +109,6 @@ def test_a_name_is_recorded_once_a_damaged_cache_again_and_files_never_meet(tmp_
     assert len(list(cache.iterdir())) == 6
 
 
-# ---------------------------------------------------------------- recipes
 PLAYED = [("xor", "aa-ab-ba"), ("m-ne", "imbalanced"), ("coordination", "favourable")]
 
 
@@ -190,7 +176,6 @@ def test_data_depend_on_the_seed_only(env, task, name, request):
     assert same(first, data.collect_dataset(env, task, name, 5, 6))
 
 
-# ---------------------------------------------------------------- commands
 def test_collect_and_describe(tmp_path):
     path = tmp_path / "c.h5"
     main(parse(["--env", "bridge", "--episodes", "10", "--seed", "3", "--out", str(path)]))
@@ -198,12 +183,9 @@ def test_collect_and_describe(tmp_path):
     assert same(found, data.collect_dataset("bridge", "", "mixed", 3, 10))
     found.info |= {"won": [1, 0] * 5, "references": {"random": 0, "expert": -1}}
     shown = " ".join("\n".join(describe(found)).split())
-    wanted = ["(10, 51, 2, 8)", "win rate 0.5000", "terminals 5", "truncations 5"]
-    wanted += [
-        f"transitions {found.mask.sum()}",
-        f"mean {-100 * found.returns.double().mean():.4f}",
-    ]
-    assert all(words in shown for words in wanted)  # the mean: normalised
+    normalised = f"mean {-100 * found.returns.double().mean():.4f}"
+    for words in ("win rate 0.5000", "terminals 5", f"transitions {found.mask.sum()}", normalised):
+        assert words in shown
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -31,7 +31,6 @@ def made(discrete=True, **flags):
     return args, team
 
 
-# ---------------------------------------------------------------- playing
 def test_a_rollout_is_what_was_played():
     """Played again step by step in another environment, with what the actors saw and chose."""
     flags = dict(env="smac", task="3m", num_envs=4, rollout=70, num_seeds=2, recall=2)
@@ -119,7 +118,6 @@ def test_scale_knows_the_mean_and_the_spread_of_all_it_has_seen(float64):
     assert torch.allclose(torch.stack(team.scale()).flatten(), torch.tensor([3, 3, 0.01, 0.01]))
 
 
-# ---------------------------------------------------------------- a whole update by hand
 def random_rollout(team):
     """With dead agents, who may only play action 0, and ratios far from 1."""
     alive = torch.rand(S, L, B, N) > 0.3
@@ -266,7 +264,6 @@ def test_two_updates_are_those_by_hand(float64, discrete):
         assert 0 < sum(slow[s].cut) < len(slow[s].cut)
 
 
-# ---------------------------------------------------------------- snapshots
 @pytest.mark.parametrize("discrete", [True, False])
 def test_a_snapshots_network_is_the_actors(tmp_path, discrete):
     """In numpy, through the file; its weights are rounded."""
@@ -300,11 +297,9 @@ def test_which_policies_become_behaviours():
     assert choose_behaviours(rows) == {"expert.npz": 50, "medium.npz": 30} | replay
     rows = [{"step": k, "sampled_return": 100.0 + k} for k in range(101)]  # it never wins
     chosen = choose_behaviours(rows)
-    assert chosen["medium.npz"] == 50 and chosen["expert.npz"] == 100 and len(chosen) == 12
-    assert [chosen[f"replay-{k}.npz"] for k in (0, 3, 9)] == [0, 17, 50]
+    assert len(chosen) == 12 and [chosen[f"replay-{k}.npz"] for k in (0, 3, 9)] == [0, 17, 50]
 
 
-# ---------------------------------------------------------------- whole runs
 SMALL = "--env matrix --num-envs 32 --rollout 4 --hidden 32 --lr 1e-3 --eval-episodes 2"
 
 
@@ -313,14 +308,10 @@ def score(tmp_path, flags):
     return mappo.main(mappo.parse(words.split()))
 
 
-@pytest.mark.parametrize(
-    "task, best", [("m-ne", 20), pytest.param("climbing", 7, marks=pytest.mark.long)]
-)
-def test_matrix_games_are_solved(tmp_path, task, best):
-    """The best joint action; in climbing, where it lies beside the worst ones, the second best."""
+def test_a_matrix_game_is_solved(tmp_path):
     flags = "--num-seeds 5 --steps 5000 --eval-every 2500 --save-snapshots"
-    summary = score(tmp_path, f"--task {task} {flags}")
-    assert summary["return"]["per_seed"] == [best] * 5
+    summary = score(tmp_path, f"--task m-ne {flags}")
+    assert summary["return"]["per_seed"] == [20] * 5
     assert len(list((tmp_path / "run" / "snapshots").iterdir())) == 15
     last, expert = "snapshots/5120-seed0.npz", "behaviour/expert.npz"
     assert (tmp_path / "run" / last).read_bytes() == (tmp_path / "run" / expert).read_bytes()

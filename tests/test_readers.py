@@ -80,7 +80,6 @@ def agrees(found, episodes, after=True):
         assert not found.terminated[e, : L - 1].any() and not found.terminated[e, L:].any()
 
 
-# ---------------------------------------------------------------- CFCQL and AlberDICE
 def test_a_cfcql_file_gives_the_episodes_and_its_time_outs_are_cut_off(tmp_path):
     path = save(tmp_path / "2s3z_expert.h5", as_batch(steps([3, 6, 1, 5])))
     found = data.read(path)
@@ -88,6 +87,10 @@ def test_a_cfcql_file_gives_the_episodes_and_its_time_outs_are_cut_off(tmp_path)
     agrees(found, steps([3, 6, 1, 5]))  # also that the junk action is gone
     assert not found.truncated.any()
     assert found.info == {"name": "2s3z_expert", "behaviour": "published by CFCQL"}
+    (tmp_path / "alberdice").mkdir()  # the same arrays, a file each
+    for name, array in as_batch(steps([3, 6, 1, 5])).items():
+        np.save(tmp_path / "alberdice" / f"{name}.npy", array)
+    assert data.read(tmp_path / "alberdice").fingerprint() == found.fingerprint()
     arrays = as_batch(steps())
     arrays["terminated"][0] = 0  # the file's word counts where it says that nothing ended
     arrays["obs"][2, 3:] = np.nan  # behind an episode of one step
@@ -100,22 +103,6 @@ def test_a_cfcql_file_gives_the_episodes_and_its_time_outs_are_cut_off(tmp_path)
         assert found.truncated.tolist() == [True, more[0], False, more[1]]
 
 
-def test_alberdices_folder_gives_the_same_dataset(tmp_path):
-    ours = data.collect_dataset("bridge", "", "mixed", seed=3, episodes=10)
-    assert ours.truncated.any() and not ours.truncated.all()
-    episodes = []
-    for e, L in enumerate(ours.lengths.tolist()):
-        episode = {name: getattr(ours, name)[e, :L].numpy() for name in ("actions", "reward")}
-        for name in ("obs", "state", "avail_actions"):
-            episode[name] = getattr(ours, name)[e, : L + 1].numpy()
-        episodes.append(episode)
-    for name, array in as_batch(episodes, 50).items():
-        np.save(tmp_path / f"{name}.npy", array)
-    found = data.load("bridge", "", str(tmp_path))
-    assert found.fingerprint() == ours.fingerprint()  # also the time-outs: cut off
-
-
-# ---------------------------------------------------------------- OG-MARL
 def in_a_row(episodes):
     """Episodes as a vault's leaves (M, ...): end to end, without what was seen last."""
     lengths = [len(episode["reward"]) for episode in episodes]
@@ -196,7 +183,6 @@ def test_a_vault_of_cheetahs_ends_by_the_time_limit(tmp_path):
     assert not ended.truncated.any()
 
 
-# ---------------------------------------------------------------- one agent's ant
 def ants(width=27, lengths=LENGTHS, seed=0):
     """Random episodes of one agent, actions in the order of Ant's motors."""
     rng = np.random.default_rng(seed)
