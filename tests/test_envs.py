@@ -66,18 +66,6 @@ def test_matrix_game_of_three_agents_with_different_numbers_of_actions():
     assert game.step(torch.tensor([[0, 1, 2]]))[1].item() == 6
 
 
-@pytest.mark.parametrize("make, said", [
-    (("chess",), "unknown environment 'chess': choose one of matrix, bridge"),
-    (("bridge", "wide"), "bridge has no task 'wide'"),
-    (("matrix", "[[1, 2], [3]]"), "matrix has no task"),
-    (("matrix", "[" * 3000), "matrix has no task"),
-    (("matrix", "[[1, NaN], [0, 1]]"), "finite"),
-])  # fmt: skip
-def test_what_there_is_not_is_named(make, said):
-    with pytest.raises(ValueError, match=said):
-        envs.make(*make)
-
-
 @pytest.mark.parametrize("env", ["bridge", "matrix", "polynomial", "smac", "reacher"])
 def test_a_game_that_runs_takes_only_what_it_can_play(env):
     game = envs.make(env, num_envs=2)

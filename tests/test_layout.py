@@ -12,18 +12,15 @@ STARTS = [0, 2, 3, 4, 6, 8, 9]  # the rows of `by_hand` where a step begins
 STEPS = [[1, 2], [0, 1], [2, 0], [1, 1], [2, 2], [0, 2], [1, 0]]  # what the agents do there
 
 
-def by_hand(actions=None):
+def by_hand():
     """Episodes of 1, 3, 1 and 2 steps, two agents: observations count the rows, agent 1's back."""
     mask = torch.tensor([[1, 0, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
     count = torch.tensor([[0, 1, 0, 0], [2, 3, 4, 5], [6, 7, 0, 0], [8, 9, 10, 0]]).float()
     reward = torch.tensor([[1, 0, 0], [2, 3, 4], [5, 0, 0], [6, 7, 0]]).float()
     terminated = torch.zeros(4, 3, dtype=torch.bool)
     terminated[0, 0] = terminated[1, 2] = True
-    avail = None
-    if actions is None:
-        avail = torch.ones(4, 4, 2, 3)
-        actions = torch.zeros(4, 3, 2, dtype=torch.int64)
-        actions[mask] = torch.tensor(STEPS)
+    avail, actions = torch.ones(4, 4, 2, 3), torch.zeros(4, 3, 2, dtype=torch.int64)
+    actions[mask] = torch.tensor(STEPS)
     obs = torch.stack([count, -count], -1)[..., None]
     state = 10 * count[..., None]
     return data.Dataset(obs, state, avail, actions, reward, terminated, mask).check()
@@ -43,16 +40,6 @@ def test_rows_by_hand(blank):
     assert not found["actions"][found["acted"] == 0].any() and found["avail_actions"].all()
     if blank:  # what a network sees in it is finite and legal
         assert (found["obs"][-1] == 1).all() and (found["state"][-1] == 1).all()
-
-
-def test_rows_of_continuous_actions(float64):
-    actions = torch.linspace(-1, 1, 48).view(4, 3, 2, 2)
-    dataset = by_hand(actions)
-    found = layout.rows(dataset, blank=True)
-    assert found["avail_actions"] is None and len(found["actions"]) == 12
-    assert torch.equal(found["actions"][STARTS].float(), actions[dataset.mask].float())
-    assert not found["actions"][found["acted"] == 0].any()
-    assert all(found[name].dtype == torch.float64 for name in ("obs", "actions", "reward", "done"))
 
 
 def test_pairs_episodes_and_ages():

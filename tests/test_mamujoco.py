@@ -20,8 +20,7 @@ MOTORS = {
     "reacher": [[0], [1]],
     "ant": [[2, 3], [4, 5], [6, 7], [0, 1]],
 }
-# What agents see: for HalfCheetah, entries of qpos (0 to 8: x z pitch, bthigh bshin bfoot, fthigh
-# fshin ffoot) followed by qvel (9 to 17, in the same order); for the others, entries of the state.
+# What agents see: for HalfCheetah, entries of qpos and then qvel; for the others, of the state.
 SEES = {
     "2x3": [
         [5, 14, 4, 13, 3, 12, 6, 9, 11, 10, 0, 2, 1],  # its leg; the other thigh; x pitch z, twice
@@ -33,9 +32,7 @@ SEES = {
     "full": [list(range(27))] * 4,
     "partial": [
         [0, 1, 2, 3, 4, 16, 17, 18, 13, 14, 15, 5, 19, 6, 20],
-        [7, 21, 8, 22],
-        [9, 23, 10, 24],
-        [11, 25, 12, 26],
+        *([7, 21, 8, 22], [9, 23, 10, 24], [11, 25, 12, 26]),
     ],
 }
 
@@ -131,14 +128,13 @@ def test_a_state_can_be_put_back(body):
         assert torch.allclose(now.float(), then.float(), atol=0.1)
 
 
-@pytest.mark.parametrize("body, speed", [("ant", np.nan), ("reacher", 1e11)])
-def test_an_unstable_simulation_is_reported(body, speed, tmp_path, monkeypatch):
+def test_an_unstable_simulation_is_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT
-    game = envs.make(body, num_envs=3)
+    game = envs.make("reacher", num_envs=3)
     game.reset(seed=0)
     game.step(rest(game))
-    game.qvel[1][1] = speed
-    said = f"{body}: MuJoCo became unstable in game 1, 1 steps after its start"
+    game.qvel[1][1] = 1e11
+    said = "reacher: MuJoCo became unstable in game 1, 1 steps after its start"
     with pytest.raises(FloatingPointError, match=said):
         game.step(rest(game))
     game.reset(options={"reset_mask": torch.tensor([False, True, False])})

@@ -300,24 +300,18 @@ def test_which_policies_become_behaviours():
     assert len(chosen) == 12 and [chosen[f"replay-{k}.npz"] for k in (0, 3, 9)] == [0, 17, 50]
 
 
-SMALL = "--env matrix --num-envs 32 --rollout 4 --hidden 32 --lr 1e-3 --eval-episodes 2"
-
-
-def score(tmp_path, flags):
-    words = f"{SMALL} {flags} --out-dir {tmp_path / 'run'}"
-    return mappo.main(mappo.parse(words.split()))
-
-
 def test_a_matrix_game_is_solved(tmp_path):
-    flags = "--num-seeds 5 --steps 5000 --eval-every 2500 --save-snapshots"
-    summary = score(tmp_path, f"--task m-ne {flags}")
+    words = "--env matrix --num-envs 32 --rollout 4 --hidden 32 --lr 1e-3 --eval-episodes 2 "
+    words += "--num-seeds 5 --steps 5000 --eval-every 2500 --save-snapshots --task m-ne"
+    folder = tmp_path / "run"
+    summary = mappo.main(mappo.parse([*words.split(), "--out-dir", str(folder)]))
     assert summary["return"]["per_seed"] == [20] * 5
-    assert len(list((tmp_path / "run" / "snapshots").iterdir())) == 15
-    last, expert = "snapshots/5120-seed0.npz", "behaviour/expert.npz"
-    assert (tmp_path / "run" / last).read_bytes() == (tmp_path / "run" / expert).read_bytes()
+    assert len(list((folder / "snapshots").iterdir())) == 15
+    last, expert = folder / "snapshots" / "5120-seed0.npz", folder / "behaviour" / "expert.npz"
+    assert last.read_bytes() == expert.read_bytes()
 
 
 def test_games_that_restarts_would_never_let_end_are_refused(tmp_path):
-    flags = "--env bridge --num-envs 4 --rollout 40 --eval-every 200"
+    flags = "--env bridge --num-envs 4 --rollout 40 --eval-every 200 --out-dir"
     with pytest.raises(ValueError, match="--eval-every .* 320"):
-        score(tmp_path, flags)
+        mappo.main(mappo.parse([*flags.split(), str(tmp_path / "run")]))

@@ -54,10 +54,7 @@ def test_sizes_are_smacs(task):
 
 
 def by_hand(agents, enemies, last_actions, walkable, types):
-    """SMAC's observations, state and masks of one battle, from its definitions, number by number.
-
-    Each unit is (name, x, y, health, shield, cooldown); a last action of -1 means none.
-    """
+    """SMAC's observations, state and masks of a battle, from its definitions, number by number."""
     n_actions = 6 + len(enemies)
     agents_shield, enemies_shield = (any(FULL[u[0]][1] for u in side) for side in (agents, enemies))
 
@@ -107,7 +104,7 @@ def by_hand(agents, enemies, last_actions, walkable, types):
 
 
 def units_of(game, b):
-    """The units of battle b for `by_hand`: agents, enemies."""
+    """Agents and enemies of battle b, (name, x, y, health, shield, cooldown) each."""
     columns = (game.x, game.y, game.health, game.shield, game.cooldown)
     units = [(name, *(c[i, b].item() for c in columns)) for i, name in enumerate(game.unit_names)]
     return units[: game.num_agents], units[game.num_agents :]
@@ -158,14 +155,6 @@ def test_observations_state_masks_and_rewards_by_hand(task):
     assert seen["dead agent"] and seen["far enemy"] and seen["wall"] and seen["dead enemy"]
 
 
-def test_a_step_in_which_only_shields_return_pays():
-    """Five zealots regain 1 each: SMAC takes the absolute value."""
-    game = Smac("3s_vs_5z", noise=False)
-    game.reset()
-    game.shield[3:] = 10
-    assert act(game, STOP, STOP, STOP)[1].item() == pytest.approx(5 * 1 / 50)
-
-
 # One attack on 40 points of shield, on a broken shield, and on 5 points: then armour counts for
 # what comes through.
 BLOWS = [
@@ -205,7 +194,6 @@ REACHES = [
     ("stalker", "zealot", 7.125, 1.87),
     ("hydralisk", "zealot", 6.125, 0.83),
     ("zealot", "stalker", 1.225, 1.2),
-    ("zealot", "zealot", 1.1, 1.2),
 ]
 
 
