@@ -147,7 +147,6 @@ def commit():
     return files.git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
 
 
-# ---------------------------------------------------------------- training
 def train(cell, out_dir):
     """Train one cell, or what is left of it; returns the last line of what went wrong, or ""."""
     folder = Path(out_dir) / cell.folder
@@ -204,7 +203,6 @@ def lines(cell, about, state):
     return rows
 
 
-# ---------------------------------------------------------------- the table and the picture
 def read_results(float=float):
     """{(method, task, dataset): its rows} of results.csv, numbers as numbers."""
     found = {}
@@ -342,7 +340,6 @@ def render():
         files.save_figure(PICTURE.with_name("pjap.png"), spreads(found))
 
 
-# ---------------------------------------------------------------- the command
 @dataclass
 class Args:
     methods: list[str] = field(default_factory=list)  # only these, names or patterns; none: all

@@ -60,10 +60,7 @@ def save(path, arrays):
 
 
 def agrees(found, episodes, after=True):
-    """Assert that a dataset holds these episodes, and zeros behind them.
-
-    after: whether it holds what was seen after the last step, and not the observation before.
-    """
+    """Assert that a dataset holds these episodes; after: also what was seen after the last step."""
     for e, episode in enumerate(episodes):
         L = len(episode["reward"])
         assert found.mask[e].tolist() == [t < L for t in range(found.mask.shape[1])]

@@ -155,8 +155,7 @@ def test_observations_state_masks_and_rewards_by_hand(task):
     assert seen["dead agent"] and seen["far enemy"] and seen["wall"] and seen["dead enemy"]
 
 
-# One attack on 40 points of shield, on a broken shield, and on 5 points: then armour counts for
-# what comes through.
+# One attack on 40 points of shield, on none, and on 5: armour counts for what comes through.
 BLOWS = [
     ("marine", "marine", None, 6, None),
     ("marine", "zealot", 6, 5, (5, 1 - 1 / 6)),
