@@ -39,8 +39,8 @@ Eqs. 3 and 4: members are compared in the data's own units, so a task has its ow
 lambdas. eps_g compares them before the box, which would make them equal.
 
 Eqs. 5 to 8: where the game ends, nothing follows. Where a rollout only stops, V(s_{t+1})
-stands for what would have followed. The step that was unsure still counts. A and R are
-found once, before an update's first minibatch; V and V_old = V(s_t) are of then.
+stands for what would have followed. The step that was unsure still counts. A, R
+and V_old are found once, before an update's first minibatch.
 
 Eq. 9: V serves training only. To play, an agent needs its own view and memory.
 
@@ -367,11 +367,10 @@ def draw_batches(generators, data, args):
 
 def draw_orders(generators, count, args):
     """The order in which each epoch goes over a rehearsal: (epochs, S, count)."""
-    epochs = []
+    orders = []
     for _ in range(args.epochs):
-        orders = [torch.randperm(count, generator=g, device=g.device) for g in generators]
-        epochs.append(torch.stack(orders))
-    return torch.stack(epochs)
+        orders += [torch.randperm(count, generator=g, device=g.device) for g in generators]
+    return torch.stack(orders).unflatten(0, (args.epochs, -1))
 
 
 # ---------------------------------------------------------------- networks
@@ -737,8 +736,7 @@ def rehearsal_step(agents, world, data, state, history, noise, args):
     next_value = agents.value(x, next_state)
     if args.bound_values:  # not from below, where bad teams would look good
         next_value = next_value.clamp(max=agents.highest)
-    now = state, history, action, log_prob, value
-    played = Played(*now, reward, next_value, m=~end, zeta=sure)
+    played = Played(state, history, action, log_prob, value, reward, next_value, ~end, sure)
     new_state, new_history = begin(agents, data, noise.rows)
     over = end | ~sure
     state = torch.where(over[..., None], new_state, next_state)
@@ -746,14 +744,14 @@ def rehearsal_step(agents, world, data, state, history, noise, args):
     return played, state, history
 
 
-def gae(reward, value, next_value, m, zeta, gamma, lam):
+def gae(reward, value, next_value, m, zeta, args):
     """Eqs. 6 to 8: advantages A and returns R of rollouts (S, B, k), with both masks."""
     steps = zip(*(x.unbind(-1) for x in (reward, value, next_value, m, zeta)))
-    advantages, returns = [], []
+    gamma, advantages, returns = args.gamma, [], []
     A = R = torch.zeros_like(reward[..., 0])
     for r_t, v_t, next_v, m_t, zeta_t in reversed(list(steps)):
         delta = r_t + gamma * m_t * next_v - v_t
-        A = delta + gamma * lam * (m_t & zeta_t) * A
+        A = delta + gamma * args.gae_lambda * (m_t & zeta_t) * A
         R = r_t + gamma * m_t * torch.where(zeta_t, R, next_v)
         advantages.insert(0, A)
         returns.insert(0, R)
@@ -778,8 +776,7 @@ def settle(agents, steps, args):
     played = Played(*(torch.stack(x, 2) for x in zip(*steps)))  # (S, B, k, ...)
     reward, value, m, sure = played.reward, played.value, played.m, played.zeta
     zeta = F.pad(sure[..., :-1], (0, 1))  # Eq. 5: a rollout's k-th step is its last
-    rates = args.gamma, args.gae_lambda
-    advantage, returns = gae(reward, value, played.next_value, m, zeta, *rates)
+    advantage, returns = gae(reward, value, played.next_value, m, zeta, args)
     std, mean = torch.std_mean(advantage, (1, 2), keepdim=True, correction=0)
     advantage = (advantage - mean) / (std + 1e-3 * agents.returns.std)
     batch = Batch(*(x.flatten(1, 2) for x in (*played[:5], advantage, returns)))
