@@ -311,11 +311,11 @@ class Policy(nn.Module):
 
 
 class Critics(nn.Module):
-    """Q_1 and Q_2 of S seeds as 2 S networks: the first S of them are Q_1's."""
+    """Q_1 and Q_2 of S seeds as 2 S networks, a pair for each seed in turn."""
 
     def __init__(self, state_dim, action_dim, hidden, generators):
         super().__init__()
-        twice = [*generators, *generators]
+        twice = [g for g in generators for _ in range(2)]
         self.layers = nn.Sequential(
             Linear(state_dim + action_dim, hidden, twice),
             nn.ReLU(inplace=True),
@@ -331,12 +331,13 @@ class Critics(nn.Module):
         """
         S, L, B, K, _ = action.shape
         state = state[..., None, :].expand(-1, -1, -1, K, -1)
-        x = torch.cat([state, action], -1).flatten(1, 3).repeat(2, 1, 1)  # (2S, L B K, D + N A)
+        x = torch.cat([state, action], -1).flatten(1, 3)
+        x = x.repeat_interleave(2, 0)  # (2S, L B K, D + N A)
         rows = x.shape[1]
         if x.device.type == "cpu" and not torch.compiler.is_compiling():  # in pieces, for speed
             rows = max(1, CACHE // self.layers[0].bias.numel())
         q = [self.layers(part) for part in x.split(rows, 1)]
-        return torch.cat(q, 1).view(2, S, L, B, K)
+        return torch.cat(q, 1).view(S, 2, L, B, K).transpose(0, 1)
 
 
 class Team(nn.Module):
