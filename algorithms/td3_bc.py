@@ -63,7 +63,9 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   adam = torch.optim.Adam(team.parameters(), args.lr, fused=True)
   for step in range(100):
       noise = td3_bc.draw_noise(generators, data, args)
-      logs = td3_bc.update(team, adam, data, noise, step % args.delay == 0, args)
+      logs = td3_bc.update_critics(team, adam, data, noise, args)
+      if step % args.delay == 0:
+          logs |= td3_bc.update_policies(team, adam, data, noise, args)
   action = team.policies(obs.transpose(0, 1).expand(S, N, M + 1, 5))  # (S, N, M + 1, A)
 
 Differences from the authors' code (of MOMA-PPO's baselines, and OMAR's), and
@@ -401,22 +403,22 @@ def descend(adam, module, losses, max_grad_norm):
     return losses
 
 
-def update(team, adam, data, noise, improve, args):
-    """One update of the critics and, to `improve`, of the policies and all targets.
-
-    Returns logs, (S,).
-    """
+def update_critics(team, adam, data, noise, args):
+    """One update of the critics; returns logs, (S,)."""
     batch, later = gather(data, noise.rows), gather(data, noise.rows + 1)
-    limit = args.max_grad_norm
-    q_loss = descend(adam, team.critics, critic_loss(team, batch, later, noise, args), limit)
-    if not improve:
-        return {"q_loss": q_loss}
-    pi_loss = descend(adam, team.policies, policy_loss(team, batch, noise, args), limit)
+    loss = critic_loss(team, batch, later, noise, args)
+    return {"q_loss": descend(adam, team.critics, loss, args.max_grad_norm)}
+
+
+def update_policies(team, adam, data, noise, args):
+    """One update of the policies and, after it, of all targets; returns logs, (S,)."""
+    loss = policy_loss(team, gather(data, noise.rows), noise, args)
+    loss = descend(adam, team.policies, loss, args.max_grad_norm)
     networks = [*team.policies.parameters(), *team.critics.parameters()]
     with torch.no_grad():
         for slow, quick in zip(team.targets.parameters(), networks):
             slow.lerp_(quick, args.tau)
-    return {"policy_loss": pi_loss, "q_loss": q_loss}
+    return {"policy_loss": loss}
 
 
 # ---------------------------------------------------------------- run
@@ -454,7 +456,7 @@ def main(args):
     team = Team(data, args, run.streams(0, "cpu")).to(run.device)
     adam = torch.optim.Adam(team.parameters(), args.lr, fused=True)
     generators = run.streams(1)
-    learn = run.compile(update)
+    learn, improve = run.compile(update_critics), run.compile(update_policies)
     if run.begin(team=team, adam=adam, generators=generators) and run.step:
         last = run.rows[-args.num_seeds :]  # the policies' loss may be of an earlier update
         run.logs = {"policy_loss": torch.tensor([row["policy_loss"] for row in last])}
@@ -462,8 +464,9 @@ def main(args):
     for step in run.steps(players):
         adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
         noise = draw_noise(generators, data, args)
-        improve = step % args.delay == 0
-        run.logs |= learn(team, adam, data, noise, improve, args)
+        run.logs |= learn(team, adam, data, noise, args)
+        if step % args.delay == 0:
+            run.logs |= improve(team, adam, data, noise, args)
     return run.finish(method_of(args), players)
 
 
