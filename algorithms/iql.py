@@ -298,7 +298,8 @@ def gather(data, rows):
     Players come before steps, (S, K, B, ...), and discrete actions are one-hot, (S, K, B, A). State
     is (S, B, D), reward and done are (S, 1, B).
     """
-    obs, action = data.obs[rows].transpose(1, 2), data.action[rows].transpose(1, 2)
+    obs = data.obs[rows].transpose(1, 2)
+    action = data.action[rows].transpose(1, 2)
     avail = data.avail
     if avail is not None:
         avail = avail[rows].transpose(1, 2)
@@ -393,7 +394,8 @@ def optimizer(team, args):
 
 def update(team, adam, data, rows, args):
     """One update of all networks, on the steps that begin in `rows` (S, B); returns logs, (S,)."""
-    batch, later = gather(data, rows), gather(data, rows + 1)
+    batch = gather(data, rows)
+    later = gather(data, rows + 1)
     limit = args.max_grad_norm
     v_loss = descend(adam, team.value, value_loss(team, batch, args.expectile), limit)
     pi_loss = descend(adam, team.policies, policy_loss(team, batch, args.temperature), limit)

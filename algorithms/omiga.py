@@ -203,12 +203,12 @@ def mlp(inputs, outputs, args, generators, scale=1.0):
 
 
 def owners(generators, num_agents, args):
-    """A generator for each network: of each agent of each seed or, if they share, of each seed."""
+    """A generator for each network: one an agent or, if they share, one a seed."""
     return generators if args.shared else [g for g in generators for _ in range(num_agents)]
 
 
 def side_by_side(network, x):
-    """What the agents' networks, their own or shared, make of x: (S, N, B, I) -> (S, N, B, out)."""
+    """What agents' networks make of x: (S, N, B, I) -> (S, N, B, out)."""
     Q = len(network[0].weight)
     return network(x.reshape(Q, -1, x.shape[-1])).view(*x.shape[:3], -1)
 
@@ -281,9 +281,12 @@ class Team(nn.Module):
         self.policies = Policies(data, args, generators)
         _, N, I = data.obs.shape
         each = owners(generators, N, args)
-        q, self.v = mlp(I + self.policies.A, 1, args, each), mlp(I, 1, args, each)
-        self.critic = nn.ModuleList([q, Mixer(data.state.shape[1], N, args, generators)])
-        self.targets = copy.deepcopy(nn.ModuleList([self.critic, self.v])).requires_grad_(False)
+        q = mlp(I + self.policies.A, 1, args, each)
+        self.v = mlp(I, 1, args, each)
+        mixer = Mixer(data.state.shape[1], N, args, generators)
+        self.critic = nn.ModuleList([q, mixer])
+        networks = nn.ModuleList([self.critic, self.v])
+        self.targets = copy.deepcopy(networks).requires_grad_(False)
 
 
 def local_values(network, *x):
@@ -298,7 +301,8 @@ def gather(data, rows):
     Agents come before steps, (S, N, B, ...), and discrete actions are one-hot, (S, N, B, A). State
     is (S, B, D), reward and done are (S, B).
     """
-    obs, action = data.obs[rows].transpose(1, 2), data.action[rows].transpose(1, 2)
+    obs = data.obs[rows].transpose(1, 2)
+    action = data.action[rows].transpose(1, 2)
     avail = data.avail
     if avail is not None:
         avail = avail[rows].transpose(1, 2)
@@ -368,7 +372,8 @@ def descend(adam, module, losses, max_grad_norm):
 
 def update(team, adam, data, rows, args):
     """One update of all networks, on the steps that begin in `rows` (S, B); returns logs, (S,)."""
-    batch, later = gather(data, rows), gather(data, rows + 1)
+    batch = gather(data, rows)
+    later = gather(data, rows + 1)
     limit = args.max_grad_norm
     with torch.no_grad():
         weight = advantage(team, batch, args.alpha)[0].exp()  # (S, N, B)

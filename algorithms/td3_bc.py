@@ -295,7 +295,8 @@ def gather(data, rows):
 
     Agents come before steps, (S, N, B, ...). State is (S, B, D), reward and done are (S, 1, B).
     """
-    obs, action = data.obs[rows].transpose(1, 2), data.action[rows].transpose(1, 2)
+    obs = data.obs[rows].transpose(1, 2)
+    action = data.action[rows].transpose(1, 2)
     reward, done = data.reward[rows][:, None], data.done[rows][:, None]
     return Data(obs, data.state[rows], action, reward, done, rows)
 
@@ -405,7 +406,8 @@ def descend(adam, module, losses, max_grad_norm):
 
 def update_critics(team, adam, data, noise, args):
     """One update of the critics; returns logs, (S,)."""
-    batch, later = gather(data, noise.rows), gather(data, noise.rows + 1)
+    batch = gather(data, noise.rows)
+    later = gather(data, noise.rows + 1)
     loss = critic_loss(team, batch, later, noise, args)
     return {"q_loss": descend(adam, team.critics, loss, args.max_grad_norm)}
 
