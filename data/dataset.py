@@ -1,11 +1,10 @@
 """The dataset: episodes of a team, padded to the longest, as tensors and as one HDF5 file."""
 
-import copy
 import hashlib
 import io
 import json
 import uuid
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import h5py
@@ -30,7 +29,7 @@ class Dataset:
     becomes zero, even if it is no number. `check` says whether the shapes and values make sense.
 
     Raises:
-        ValueError: a field holds something that is not a number, or `info` what JSON cannot hold.
+        ValueError: a field holds something that is not a number.
     """
 
     obs: torch.Tensor  # (E, T+1, N, O) float32
@@ -50,7 +49,7 @@ class Dataset:
         self.info = plain(self.info)
 
     @classmethod
-    def from_episodes(cls, episodes, team_reward="sum", num_actions=None, time_limit=None, **info):
+    def from_episodes(cls, episodes, team_reward="sum", num_actions=None, **info):
         """A dataset of episodes as one has recorded them, each of its own length.
 
         Args:
@@ -58,21 +57,18 @@ class Dataset:
                 obs            (T + 1, N, O), the one after the last step included
                 actions        (T, N) whole numbers, or (T, N, A) in [-1, 1]
                 reward         (T,) of the team, or (T, N) of the agents
-                terminated     (T,), or one bool: the game ended by its own rules in its last step
-                truncated      (T,), or one bool: it was cut off there, as without any end
-                dones          (T,), in place of both, if the ends are not told apart
+                terminated     (T,), or one bool: the game ended by its own rules in its last step;
+                               otherwise it was cut off there
                 state          (T + 1, D), by default the views of all agents
                 avail_actions  (T + 1, N, A), by default every action is available
             team_reward: "sum" or "mean" of rewards (T, N); `info` will say so.
             num_actions: A, where there are no avail_actions; by default the largest action + 1.
-            time_limit: steps after which an episode that is done was cut off; `math.inf` for none.
             info: what else to remember, such as env="bridge", task="", name="mine".
         Raises:
             ValueError: something is missing, or does not fit.
         """
-        if team_reward not in ("sum", "mean"):
-            raise ValueError(f"team_reward must be sum or mean, not {team_reward!r}")
-        parts = read_episodes(episodes, time_limit)
+        insist(team_reward in ("sum", "mean"), "team_reward must be sum or mean")
+        parts = read_episodes(episodes)
         whole = {}
         for name in parts[0]:
             whole[name] = pad_sequence([part[name] for part in parts], batch_first=True)
@@ -87,9 +83,7 @@ class Dataset:
         return cls(**whole, info=info).check()
 
     @classmethod
-    def from_transitions(
-        cls, arrays, ends, team_reward="sum", num_actions=None, time_limit=None, **info
-    ):
+    def from_transitions(cls, arrays, ends, team_reward="sum", num_actions=None, **info):
         """A dataset of a replay buffer: M steps laid end to end, the oldest first.
 
         Without `next_obs` a copy of an episode's last observation stands in for the one after it.
@@ -102,12 +96,10 @@ class Dataset:
                 next_avail_actions.
             ends: (M,) where an episode ends, either way; what follows the last end was cut off.
             team_reward, num_actions, info: as in `from_episodes`.
-            time_limit: in place of `terminated`, steps after which an ending episode was cut off.
         Raises:
             ValueError: something is missing, or does not fit, or the steps are not in order.
         """
-        episodes = cut(arrays, ends)
-        return cls.from_episodes(episodes, team_reward, num_actions, time_limit, **info)
+        return cls.from_episodes(cut(arrays, ends), team_reward, num_actions, **info)
 
     @property
     def lengths(self):
@@ -134,7 +126,7 @@ class Dataset:
     def references(self):
         """Mean returns of a random and of an expert team, or None without `info["references"]`."""
         found = self.info.get("references")
-        return None if found is None else (float(found["random"]), float(found["expert"]))
+        return found and (found["random"], found["expert"])
 
     def normalize(self, returns):
         """Returns with the random reference as 0 and the expert's as 1, or None without these."""
@@ -143,18 +135,10 @@ class Dataset:
         random, expert = self.references
         return (returns - random) / (expert - random)
 
-    def joint_actions(self):
-        """How often each joint action of two agents was recorded, (A, A), as shares of 1."""
-        A = self.avail_actions.shape[-1]
-        one, other = self.actions[self.mask].T  # (M,) each
-        return torch.bincount(one * A + other, minlength=A * A).view(A, A) / len(one)
-
     def to(self, device):
         """The same dataset with every tensor on `device`."""
-        moved = copy.copy(self)
-        for name, tensor in self.tensors().items():
-            setattr(moved, name, tensor.to(device))
-        return moved
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
 
     def tensors(self):
         """{name: tensor} of the fields that there are."""
@@ -183,7 +167,7 @@ def insist(good, complaint):
 
 
 def check_shapes(dataset):
-    """Raise ValueError unless all shapes fit that of obs, and nothing is empty."""
+    """Raise ValueError unless all shapes fit that of obs."""
     obs, actions, avail = dataset.obs, dataset.actions, dataset.avail_actions
     discrete = actions.dtype == torch.int64
     insist(obs.dim() == 4, f"obs must have 4 dimensions, not the shape {tuple(obs.shape)}")
@@ -202,7 +186,6 @@ def check_shapes(dataset):
     for name, tensor in dataset.tensors().items():
         found, wanted = tuple(tensor.shape), tuple(shapes[name])
         insist(found == wanted, f"{name} has the shape {found}, but obs calls for {wanted}")
-        insist(tensor.numel(), f"{name} is empty: its shape is {found}")
 
 
 def check_values(dataset):
@@ -214,37 +197,21 @@ def check_values(dataset):
     insist(not (mask[:, 1:] & ~mask[:, :-1]).any(), "the mask has a hole within an episode")
     goes_on = dataset.terminated[:, :-1] & mask[:, 1:]
     insist(not goes_on.any(), "an episode goes on after it terminated")
-    found = f"found {actions.min():g} .. {actions.max():g}"
     if actions.dtype == torch.int64:
         A = avail.shape[-1]
         there = (actions >= 0) & (actions < A)
-        insist(there.all(), f"actions must lie in 0 .. {A - 1}; {found}")
+        insist(there.all(), f"actions must lie in 0 .. {A - 1}")
         legal = avail[:, :-1].gather(-1, actions[..., None])[..., 0]  # (E, T, N)
         insist(legal[mask].all(), "an action was taken that avail_actions forbids")
         insist(avail[seen(mask)].any(-1).all(), "an agent has no available action")
     else:
-        insist((actions.abs() <= 1 + 1e-5).all(), f"actions must lie in [-1, 1]; {found}")
-    won = dataset.info.get("won")
-    insist(won is None or len(won) == len(mask), "info 'won' must say 0 or 1 for each episode")
-    if dataset.references is not None:
-        random, expert = dataset.references
-        insist(random != expert, "info 'references' must hold two numbers that differ")
+        insist((actions.abs() <= 1 + 1e-5).all(), "actions must lie in [-1, 1]")
 
 
 # ---------------------------------------------------------------- conversions
 # What holds 0 and 1, under our names and those of other formats.
-FLAGS = ("mask", "avail_actions", "next_avail_actions", "filled")
-FLAGS += ("terminated", "truncated", "dones", "ends")
-AXES = {  # of what an episode of T steps may hold
-    "obs": "T + 1, N, O",
-    "state": "T + 1, D",
-    "avail_actions": "T + 1, N, A",
-    "actions": "T, N",
-    "reward": "T",
-    "terminated": "T",
-    "truncated": "T",
-    "dones": "T",
-}
+FLAGS = ("mask", "filled", "avail_actions", "next_avail_actions")
+FLAGS += ("terminated", "truncated", "ends")
 
 
 def seen(mask):
@@ -261,131 +228,64 @@ def as_tensor(array, name, mask=None):
     Raises:
         ValueError: it does not hold real numbers, or flags that are neither 0 nor 1.
     """
-    if torch.is_tensor(array):
-        tensor = array.detach()
-    else:
+    if not torch.is_tensor(array):
         try:
-            array = np.require(np.asarray(array), requirements="CWO")
-            tensor = torch.from_numpy(array)
+            array = torch.from_numpy(np.require(np.asarray(array), requirements="CWO"))
         except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, texts, objects
             raise ValueError(f"{name} is no array of numbers ({error})") from None
-    insist(not tensor.is_complex(), f"{name} holds complex numbers")
-    flags = name in FLAGS
-    kind = torch.float32
-    if name == "actions" and not tensor.is_floating_point():
-        kind = torch.int64
-    if flags and tensor.dtype == torch.bool:
-        kind = torch.bool
-    tensor = tensor.to(kind)
+    tensor = array.detach()
     if mask is not None and mask.dim() == 2:
         behind = ~(seen(mask) if name in OBSERVED else mask)
         if tensor.shape[:2] == behind.shape and tensor[behind].any():  # else `check` complains
             tensor = tensor.masked_fill(behind.view(*behind.shape, *[1] * (tensor.dim() - 2)), 0)
-    if flags and tensor.dtype != torch.bool:
+    if name in FLAGS:
         insist(((tensor == 0) | (tensor == 1)).all(), f"{name} must hold 0 and 1 only")
-        tensor = tensor.bool()
-    return tensor
+        return tensor.bool()
+    if name == "actions" and not tensor.is_floating_point():
+        return tensor.long()
+    return tensor.float()
 
 
 def plain(info):
-    """The dictionary `info` with the numbers, arrays and tensors in it as Python's own.
-
-    Raises:
-        ValueError: it holds something that JSON cannot hold.
-    """
-    try:
-        return json.loads(json.dumps(dict(info), default=lambda value: value.tolist()))
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"info cannot be kept as JSON: {error}") from None
+    """The dictionary `info` with the numbers, arrays and tensors in it as Python's own."""
+    return json.loads(json.dumps(dict(info), default=lambda value: value.tolist()))
 
 
-def read_episodes(episodes, time_limit=None):
-    """Episodes as `Dataset.from_episodes` takes them, as dictionaries of tensors with equal names.
+def read_episodes(episodes):
+    """Episodes as `Dataset.from_episodes` takes them, as dictionaries of tensors.
 
     Raises:
         ValueError: something is missing, or does not fit; the message says in which episode.
     """
-    if not isinstance(episodes, list | tuple) or not episodes:
-        raise ValueError("from_episodes takes a list of at least one episode")
+    insist(episodes, "from_episodes takes a list of at least one episode")
     parts = []
     for e, episode in enumerate(episodes):
         try:
-            parts.append(read_episode(episode, time_limit))
-            steps, first = shapes(parts[e]), shapes(parts[0])
-            insist(steps == first, f"a step of it is {steps}, one of episode 0 {first}")
+            parts.append(read_episode(episode))
         except ValueError as error:
             raise ValueError(f"episode {e}: {error}") from None
     return parts
 
 
-def shapes(part):
-    """What each step of an episode consists of, in words."""
-    words = [f"{name} {tuple(part[name].shape[1:])}" for name in sorted(part)]
-    kind = str(part["actions"].dtype).removeprefix("torch.")
-    return f"{', '.join(words)} ({kind} actions)"
-
-
-def read_episode(given, time_limit=None):
+def read_episode(given):
     """One episode as tensors: obs, actions, reward, terminated, and the others that it has."""
-    insist(isinstance(given, dict), f"it is a {type(given).__name__}, not a dictionary of arrays")
-    unknown = [str(name) for name in given if name not in AXES]
-    insist(not unknown, f"{', '.join(unknown)} is none of {', '.join(AXES)}")
-    part = {}
-    for name, array in given.items():
-        if array is not None:
-            part[name] = as_tensor(array, name).cpu()
-    for name in ("obs", "actions", "reward"):
-        insist(name in part, f"it lacks {name}")
-    actions = part["actions"] = as_actions(part["actions"])
-    T, N = actions.shape[:2]
-    insist(T, "it has no step")
+    needed = ("obs", "actions", "reward", "terminated")
+    for name in needed:
+        insist(name in given, f"it lacks {name}")
+    for name in given:
+        insist(name in (*needed, *OBSERVED), f"{name} is none of what an episode holds")
+    part = {name: as_tensor(array, name).cpu() for name, array in given.items()}
+    T, N = part["actions"].shape[:2]
+    if part["terminated"].dim() == 0:  # it speaks of the last step
+        part["terminated"] = (torch.arange(T) == T - 1) & part["terminated"]
     for name in OBSERVED:
-        if name in part:
-            shape, axes = tuple(part[name].shape), AXES[name]
-            insist(len(shape) == len(axes.split(",")), f"{name} must be ({axes}), not {shape}")
-            remedy = "append the one after the last step, or, if it was not kept, the last again"
-            insist(shape[0] == T + 1, f"{name} has {shape[0]} rows for {T} steps: {remedy}")
-            insist(name == "state" or shape[1] == N, f"{name} is of {shape[1]} agents, not {N}")
-    shape = tuple(part["reward"].shape)
-    insist(shape in ((T,), (T, 1), (T, N)), f"reward must be {(T,)} or {(T, N)}, not {shape}")
-    if shape == (T, 1):
-        part["reward"] = part["reward"][:, 0]
-    part["terminated"] = read_ends(part, T, time_limit)
+        rows = len(part.get(name, range(T + 1)))
+        remedy = "append the one after the last step, or, if it was not kept, the last again"
+        insist(rows == T + 1, f"{name} has {rows} rows for {T} steps: {remedy}")
+    for name, shapes in {"reward": [(T,), (T, 1), (T, N)], "terminated": [(T,)]}.items():
+        shape = tuple(part[name].shape)
+        insist(shape in shapes, f"{name} has the shape {shape} for {T} steps")
     return part
-
-
-def as_actions(actions):
-    """Actions (T, N) int64 or (T, N, A) float32 of what may hold numbers of actions otherwise."""
-    if actions.is_floating_point() and actions.dim() == 2 and (actions == actions.round()).all():
-        actions = actions.long()
-    whole = not actions.is_floating_point()
-    if whole and actions.shape[2:] == (1,):
-        actions = actions[..., 0]
-    message = "actions must be whole numbers (T, N), or others (T, N, A), not"
-    insist(
-        actions.dim() == (2 if whole else 3), f"{message} {actions.dtype} {tuple(actions.shape)}"
-    )
-    return actions
-
-
-def read_ends(part, steps, time_limit):
-    """Where an episode terminated, (T,) bool; takes what tells the ends out of its tensors."""
-    ends = {}
-    for name in ("terminated", "truncated", "dones"):
-        if name in part:
-            end = part.pop(name)
-            if end.dim() == 0:  # it speaks of the last step
-                end = (torch.arange(steps) == steps - 1) & end
-            insist(end.shape == (steps,), f"{name} must be {(steps,)} or one bool")
-            insist(not end[:-1].any(), f"it goes on after a step that is {name}")
-            ends[name] = end
-    insist(ends, "it lacks terminated: False if a time limit cut it off")
-    if "dones" in ends:
-        remedy = "give terminated and truncated, or time_limit=steps (math.inf for none)"
-        told = len(ends) == 1 and time_limit is not None
-        insist(told, f"dones do not tell the game's own end from a time limit: {remedy}")
-        return ends["dones"] & (steps < time_limit)
-    return ends.get("terminated", torch.zeros(steps, dtype=torch.bool))
 
 
 def all_available(whole, num_actions=None):
@@ -393,7 +293,7 @@ def all_available(whole, num_actions=None):
     actions = whole["actions"]
     if actions.is_floating_point():
         return None
-    A = num_actions or max(int(actions.max()) + 1, 1)
+    A = num_actions or int(actions.max()) + 1
     return torch.ones(*whole["obs"].shape[:3], A, dtype=torch.bool)
 
 
@@ -406,18 +306,14 @@ def cut(arrays, ends):
     ends = as_tensor(ends, "ends")
     arrays = {name: as_tensor(x, name) for name, x in arrays.items() if x is not None}
     for name, array in arrays.items():
-        good = array.shape[:1] == ends.shape
-        insist(good, f"{name} has the shape {tuple(array.shape)}, but ends has {tuple(ends.shape)}")
+        insist(len(array) == len(ends), f"{name} has {len(array)} rows, but ends {len(ends)}")
     after = {}  # what was seen after each step; a copy of what was seen before it may stand in
     for name in OBSERVED:
         if f"next_{name}" in arrays:
             after[name] = arrays.pop(f"next_{name}")
-            insist(name in arrays, f"it lacks {name}")
             check_in_order(name, arrays[name], after[name], ends)
         elif name in arrays:
             after[name] = arrays[name]
-    if "terminated" not in arrays:
-        arrays["dones"] = ends
     episodes, start = [], 0
     for stop in [*(ends[:-1].nonzero()[:, 0] + 1).tolist(), len(ends)]:
         episode = {name: array[start:stop] for name, array in arrays.items()}
@@ -493,8 +389,5 @@ def read_own(file):
     info = {key: json.loads(value) for key, value in file.attrs.items()}
     if info.get("format") != FORMAT:
         raise ValueError(f"it has format {info.get('format')}, this code reads {FORMAT}")
-    arrays = {}
-    for name in TENSORS:
-        if name in file or name != "avail_actions":
-            arrays[name] = file[name][()]
+    arrays = {name: file[name][()] for name in TENSORS if name in file}
     return Dataset(**{"avail_actions": None} | arrays, info=info)

@@ -12,11 +12,10 @@ from data.dataset import seen
 
 
 # ---------------------------------------------------------------- rows
-def rows(dataset, dtype=None, blank=False):
+def rows(dataset, blank=False):
     """The dataset as R rows, one for each observation, episodes end to end.
 
     Args:
-        dtype: of all numbers but whole ones; by default torch's own.
         blank: add a row at the end that belongs to no episode, for padding: obs, state and
             avail_actions are 1, no step begins there, and `first` holds, as no episode goes on.
     Returns:
@@ -25,7 +24,7 @@ def rows(dataset, dtype=None, blank=False):
         which is in an episode's last row; first (R,) bool where an episode begins; start (M,) the
         rows where a step begins.
     """
-    dtype = dtype or torch.get_default_dtype()
+    dtype = torch.get_default_dtype()
     there = seen(dataset.mask)  # (E, T+1)
     start = F.pad(dataset.mask, (0, 1))[there].nonzero()[:, 0]
 
@@ -66,9 +65,9 @@ def age(lengths):
     return since, lengths[episode] - since
 
 
-def togo(dataset, gamma, dtype=None):
+def togo(dataset, gamma):
     """What the rest of its episode was worth at each step, discounted by gamma: (M,)."""
-    reward = dataset.reward.to(dtype or torch.get_default_dtype())
+    reward = dataset.reward.to(torch.get_default_dtype())
     worth = torch.zeros_like(reward)
     later = torch.zeros_like(reward[:, 0])  # (E,)
     for t in reversed(range(reward.shape[1])):

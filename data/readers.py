@@ -1,6 +1,5 @@
 """Readers of datasets: our own file, and the forms in which other projects publish theirs."""
 
-import re
 from pathlib import Path
 
 import h5py
@@ -17,7 +16,7 @@ def read(path, time_limit=None, task=""):
     - a file that `write` wrote;
     - CFCQL's HDF5 (see `read_cfcql`);
     - D4RL's HDF5 (see `read_d4rl`), Minari's HDF5 or the folder around it (see `read_minari`);
-    - OG-MARL's vault, or the folder around one (see `read_vault`);
+    - OG-MARL's vault (see `read_vault`);
     - AlberDICE's folder of .npy files (see `read_alberdice`).
 
     Args:
@@ -31,32 +30,31 @@ def read(path, time_limit=None, task=""):
         OSError: no such file.
     """
     path = Path(path)
-    if time_limit is not None and time_limit < 1:
-        raise ValueError(f"a time limit is at least one step, not {time_limit}")
     if not path.exists():
         raise FileNotFoundError(f"no dataset file {path}")
     try:
         return read_any(path, time_limit, task).check()
     except (ValueError, OSError, RuntimeError, LookupError, TypeError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(" [source")[0]
+        reason = str(error).split("\n")[0].split(" [source")[0]
         raise ValueError(f"{path} cannot be read, or is damaged: {reason}") from None
 
 
 def read_any(path, time_limit, task):
-    for file in (path, path / "main_data.hdf5", path / "data" / "main_data.hdf5"):
+    for file in (path, path / "data" / "main_data.hdf5"):
         if file.is_file():
             with h5py.File(file, "r") as content:
                 return read_hdf5(content, file, time_limit, task)
-    vault = find_vault(path)
-    return read_vault(vault, time_limit) if vault else read_alberdice(path)
+    if (path / "metadata.json").exists():
+        return read_vault(path, time_limit)
+    return read_alberdice(path)
 
 
 def read_hdf5(file, path, time_limit, task):
     if "filled" in file and "mask" not in file:
         return read_cfcql(file, path, time_limit)
-    if "observations" in file and "actions" in file:
+    if "observations" in file:
         return read_d4rl(file, path, task)
-    if any(re.fullmatch(r"episode_\d+", key) for key in file):
+    if "episode_0" in file:
         return read_minari(file, path, task)
     return read_own(file)
 
@@ -75,8 +73,6 @@ def read_alberdice(folder):
     """
     arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in BATCH}
     state = torch.from_numpy(arrays["state"])
-    if state.shape[-1] != 8:
-        raise ValueError(f"the state has {state.shape[-1]} entries; only Bridge, with 8, is known")
     home = (state[..., [0, 1, 4, 5]] == state[..., [2, 3, 6, 7]]).all(-1)  # (E, T+1) on both goals
     arrays["terminated"] *= np.pad(home[:, 1:, None], ((0, 0), (0, 1), (0, 0)))
     info = {"env": "bridge", "task": "", "name": folder.name}
@@ -124,14 +120,13 @@ def read_d4rl(file, path, task=""):
     """Read an open HDF5 file in D4RL's layout, of Ant: one row for each step.
 
     (github.com/Farama-Foundation/D4RL) An episode ends at a terminal, where the ant fell, or at a
-    timeout; what follows the last end is dropped. Where the file has no next_observations, a copy
-    of an episode's last observation stands in for the one after it.
+    timeout; what follows the last end is dropped.
 
     MuJoCo's v2, which D4RL used, paid 1 for being alive also in the step in which the ant falls.
     The references are D4RL's own.
     """
     state, actions, rewards = (file[name][()] for name in ("observations", "actions", "rewards"))
-    following = file["next_observations"][()] if "next_observations" in file else state
+    following = file["next_observations"][()]
     terminals = file["terminals"][()].astype(bool)
     ends = terminals | file["timeouts"][()].astype(bool)  # (M,)
     episodes, start = [], 0
@@ -140,8 +135,6 @@ def read_d4rl(file, path, task=""):
         steps = slice(start, stop)
         episodes.append((seen, actions[steps], rewards[steps], terminals[steps]))
         start = stop
-    if not episodes:
-        raise ValueError("no episode in it ever ends")
     info = {"name": path.stem, "behaviour": "published with D4RL"}
     info["references"] = {"random": -325.6, "expert": 3879.7}
     return ant_team(episodes, task, info)
@@ -153,15 +146,11 @@ def read_minari(file, path, task=""):
     (github.com/Farama-Foundation/Minari) An episode whose last step has no termination was cut off.
     Minari's Ant-v5 charged for contacts; ours does not.
     """
-    groups = [key for key in file if re.fullmatch(r"episode_\d+", key)]
     episodes = []
-    for group in sorted(groups, key=lambda key: int(key[8:])):
+    for k in range(len(file)):
         names = ("observations", "actions", "rewards", "terminations")
-        episodes.append(tuple(file[group][name][()] for name in names))
-    name = path.stem
-    if name == "main_data":  # all of Minari's files have this name; its folders tell which it is
-        folders = [folder for folder in path.resolve().parts[:-1] if folder != "data"]
-        name = "/".join(folders[-2:])
+        episodes.append(tuple(file[f"episode_{k}"][name][()] for name in names))
+    name = "/".join(path.resolve().parts[-4:-2])  # ant/medium-v0/data/main_data.hdf5
     return ant_team(episodes, task, {"name": name, "behaviour": "published with Minari"})
 
 
@@ -170,6 +159,8 @@ ANT_WIDTHS = (27, 105, 111)  # of Ant's observations: without contact forces, an
 
 def ant_team(episodes, task, info):
     """The `Dataset` of one agent's Ant, with observations and motors dealt to our agents.
+
+    Actions are cut to [-1, 1], as MuJoCo's motors do.
 
     Args:
         episodes: a list of (observations (T+1, D), actions (T, 8) in the order of Ant's motors,
@@ -181,80 +172,49 @@ def ant_team(episodes, task, info):
     for observations, actions, rewards, terminated in episodes:
         widths = observations.shape[1], actions.shape[1]
         if widths[0] not in ANT_WIDTHS or widths[1] != 8:
-            sizes = f"observations have {widths[0]} entries and actions {widths[1]}"
-            raise ValueError(f"{sizes}: of this format only Ant is read ({ANT_WIDTHS}, and 8)")
+            raise ValueError(f"(observations, actions) are {widths}: only Ant is read")
         state = as_tensor(observations[:, :27], "state")
         steps = {"reward": rewards, "terminated": terminated}
-        steps["actions"] = as_tensor(actions, "actions")[:, motors]  # (T, N, 2)
+        steps["actions"] = as_tensor(actions, "actions")[:, motors].clamp(-1, 1)  # (T, N, 2)
         dealt.append({"obs": views(state, game), "state": state, **steps})
-    clip([steps["actions"] for steps in dealt], info)
     return Dataset.from_episodes(dealt, env="ant", task=task or "full", **info)
 
 
-def clip(actions, info):
-    """Cut a list of continuous actions to [-1, 1] as MuJoCo's motors do; `info` is told."""
-    beyond = torch.cat([part.abs().flatten() > 1 for part in actions]).double().mean()
-    if beyond:
-        share = f"{100 * beyond:.3g} % of the actions' entries"
-        info["clipped"] = f"{share}, which lay outside [-1, 1]"
-    for part in actions:
-        part.clamp_(-1, 1)
-
-
 # ---------------------------------------------------------------- OG-MARL
-def find_vault(folder):
-    """The vault that a folder is or holds, or None; ValueError if it holds several."""
-    if (folder / "metadata.json").exists():
-        return folder
-    inside = sorted(path.parent for path in folder.glob("*/metadata.json"))
-    if len(inside) > 1:
-        names = ", ".join(path.name for path in inside)
-        raise ValueError(f"it holds several vaults: choose one of {names}")
-    return inside[0] if inside else None
-
-
 def read_vault(folder, time_limit=None):
     """Read a vault (flashbax's storage) in the layout of OG-MARL.
 
     (github.com/instadeepai/og-marl) Its arrays are (1, M, ...), all M steps one after the other.
     An episode ends where every agent has a terminal or a truncation; what follows the last end is
     dropped. A vault keeps no observation after an episode's last step, so a copy of the one
-    before it stands in (see `Dataset.from_transitions`).
+    before it stands in (see `Dataset.from_transitions`). Continuous actions are cut to [-1, 1].
 
     Args:
         time_limit: episodes that last that long count as truncated. Without it, every end that is
             stored as a terminal is one, also the time-outs that OG-MARL's sets store as
-            terminals. A vault with the sizes of 2-agent HalfCheetah, where nothing else ends a
-            game, has 1,000 by default (to take these for terminals: `load(...,
-            limit_terminates=True)`).
+            terminals (to take these for terminals: `load(..., limit_terminates=True)`).
     """
     leaf = open_vault(folder)
     terminals = as_tensor(leaf("terminals"), "terminated").bool()  # (M, N)
     truncations = as_tensor(leaf("truncations"), "truncated").bool()
     ends = (terminals | truncations).all(1)  # (M,)
-    last = ends.nonzero()[:, 0]  # (E,)
-    if not len(last):
+    if not ends.any():
         raise ValueError("no episode in it ever ends")
-    M = int(last[-1]) + 1
+    M = int(ends.nonzero()[-1]) + 1
     rewards, actions = leaf("rewards")[:M], as_tensor(leaf("actions")[:M], "actions")
     if (rewards != rewards[:, :1]).any():
         raise ValueError("the agents' rewards differ; a team shares one")
     arrays = {"obs": leaf("observations")[:M], "state": leaf("infos.state")[:M]}
-    info = {"name": folder.resolve().name, "behaviour": "OG-MARL vault"}
     if actions.is_floating_point():
-        clip([actions], info)
+        actions = actions.clamp(-1, 1)
     else:
         arrays["avail_actions"] = leaf("infos.legals")[:M]
-    sizes = (*arrays["obs"].shape[1:], *arrays["state"].shape[1:], *actions.shape[2:])
-    if sizes == (2, 13, 17, 3):
-        info |= {"env": "halfcheetah", "task": "2x3"}
-        time_limit = time_limit or 1000
-    terminated = terminals.all(1)[:M]
+    arrays |= {"actions": actions, "reward": rewards[:, 0], "terminated": terminals.all(1)[:M]}
+    name = folder.resolve().name
+    found = Dataset.from_transitions(arrays, ends[:M], name=name, behaviour="OG-MARL vault")
     if time_limit:
-        lengths = last.diff(prepend=last.new_tensor([-1]))
-        terminated[last[lengths >= time_limit]] = False
-    arrays |= {"actions": actions, "reward": rewards[:, 0], "terminated": terminated}
-    return Dataset.from_transitions(arrays, ends[:M], **info)
+        found.terminated[found.lengths >= time_limit] = False
+    return found
 
 
 def open_vault(folder):
@@ -262,8 +222,7 @@ def open_vault(folder):
     try:
         import tensorstore
     except ImportError:
-        remedy = "pip install tensorstore"
-        raise ValueError(f"reading an OG-MARL vault needs tensorstore: {remedy}") from None
+        raise ValueError("reading an OG-MARL vault needs: pip install tensorstore") from None
     base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
 
     def opened(name):
@@ -293,10 +252,6 @@ def check_order(dataset, game, source):
     known = torch.as_tensor(game.columns) >= game.hidden  # (N, O)
     unlike = (~seen.isclose(views(state, game), 1e-3, 1e-3)).double().mean(0) * known
     if unlike.max() > 0.01:
-        i, k = (unlike > 0.01).nonzero()[0].tolist()
-        where = f"entry {k} of agent {i} is not what the state says"
-        remedy = "what MaMuJoCo recorded is for MaMuJoCo: --env package.module:factory"
-        raise ValueError(
-            f"{source}: its observations are not in the order of {game.body} here ({where}); "
-            f"{remedy} (see data/README.md)"
-        )
+        remedy = "MaMuJoCo's data are for MaMuJoCo (see data/README.md)"
+        order = f"not in the order of {game.body} here"
+        raise ValueError(f"{source}: its observations are {order}; {remedy}")

@@ -7,13 +7,11 @@ BODY/TEAM.npz.
 
 import hashlib
 import json
-import platform
 import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import gymnasium
 import h5py
 import numpy as np
 import torch
@@ -23,7 +21,7 @@ from tqdm import tqdm
 import envs
 from data.dataset import Dataset, write
 from data.readers import check_order, read
-from data.record import block_seed, concatenate, record
+from data.record import block_seed, concatenate, random_player, record
 from data.teams import normal, read_behaviour
 from envs.matrix import read_payoff
 
@@ -31,6 +29,7 @@ CACHE = Path(__file__).parent / "cache"
 BEHAVIOUR = Path(__file__).parent / "behaviour"  # weights of the teams that play, see its README
 COLLECTOR = 2  # raise it when a recipe changes, so that data cached before are not used again
 
+# Each table ends with what is learned from where nobody names a dataset.
 # Matrix games. Joint actions in equal parts ("AB": agent 0 plays A, agent 1 plays B), or for each
 # agent the probabilities of its actions, drawn independently. A name that is a JSON list holds the
 # probabilities itself.
@@ -47,55 +46,52 @@ MATRIX_BEHAVIOURS = {
         "neutral": [[0.5, 0.5], [0.5, 0.5]],
         "unfavourable": [[0.75, 0.25], [0.25, 0.75]],
     },
-    "climbing": {"uniform": [[1, 1, 1]] * 2},
-    "penalty": {"uniform": [[1, 1, 1]] * 2},
-}
+}  # in all others: "uniform"
 # Polynomial games. Each agent plays uniformly, or around its part of (0, 0) or of a best joint
-# action with the standard deviation in the name. These are examples: any one above 0 will do.
-POLYNOMIAL = ("uniform", "origin-0.5", "peak-0.5")
-SPREAD = re.compile(r"(peak|origin)-((?:\d+(?:\.\d*)?|\.\d+)(?:e-?\d+)?)", re.ASCII)
+# action with the standard deviation in the name.
+SPREAD = r"(peak|origin)-\d+(\.\d+)?(e-\d+)?"
 
 # Which teams play, in this order and in equal parts; "*" stands for 0, 1, ..., in equal parts too.
-BATTLES = {
-    "medium": ("medium",),
-    "expert": ("expert",),
-    "mixed": ("medium", "expert"),
-    "medium-replay": ("replay-*",),
-}
-BLOCK = 250  # battles that are played at once
-# All tasks of a body share its teams: the same episodes are seen through the task's views.
+# All tasks of a body share its teams: the same episodes are seen through the task's views. "random"
+# has no weights; it plays uniformly random actions.
 TEAMS = {
+    "smac": {
+        "medium": ("medium",),
+        "expert": ("expert",),
+        "mixed": ("medium", "expert"),
+        "medium-replay": ("replay-*",),
+    },
     "halfcheetah": {
-        "good": ("good-*",),
         "medium": ("medium-*",),
         "good-medium": ("good-*", "medium-*"),
+        "good": ("good-*",),
     },
     "reacher": {"expert-mix": ("counterclockwise-*", "clockwise-*")},
     "ant": {
         "random": ("random",),
         "medium": ("medium",),
-        "full-replay": ("replay-*",),
         "expert": ("expert",),
+        "full-replay": ("replay-*",),
     },
 }
-# Teams without weights: "random" plays uniformly random actions, "still" none at all.
-WEIGHTLESS = ("random", "still")
-# Who sets the scale on which scores are 0 and 1, and in how many episodes it is measured. The
-# reacher's 0 is that of MOMA-PPO: its -11.1 is what an untrained team scores by its most likely
-# actions, which are near 0 (still: -11.7). The reacher's 1 is the mean of the data, sampled actions
-# and all. The others' experts play their most likely actions, as scripts are judged.
-REFERENCES = {
-    "halfcheetah": {"random": ("random",), "expert": ("good-*",), "episodes": 20},
-    "reacher": {
-        "random": ("still",),
-        "expert": ("counterclockwise-*", "clockwise-*"),
-        "episodes": 1000,
-    },
-    "ant": {"random": ("random",), "expert": ("expert",), "episodes": 20},
+DATASETS = TEAMS | {
+    "bridge": ("optimal", "mixed"),
+    "polynomial": ("uniform", "origin-0.5", "peak-0.5"),
 }
+BLOCK = 250  # battles that are played at once
+GAMES = 50  # episodes of a body that are played at once
 NOISE = {"halfcheetah": 0.2}  # added to most likely actions; the other bodies' teams sample theirs
 BENDS = {"counterclockwise": 1, "clockwise": -1}  # the reacher's sign of sin θ2, over an episode
-GAMES = 50  # episodes of a body that are played at once
+
+# Mean returns that are 0 and 1 of a body's scores. Measured with MuJoCo 3.3.7: a random team and
+# the best ones (good-*, expert) by their most likely actions, as scripts are judged, in 20 episodes
+# each; on the reacher, in 1,000, an arm that keeps still, and the teams of the data, which sample.
+# MOMA-PPO's 0 there, -11.1, is what an untrained team scores by its most likely actions, near 0.
+REFERENCES = {
+    "halfcheetah": {"random": -301.1357734680176, "expert": 6030.6973876953125},
+    "reacher": {"random": -11.720771590590477, "expert": -3.943428660571575},
+    "ant": {"random": -61.14932255744934, "expert": 3366.402380371094},
+}
 
 # How many episodes by default, where it is not 1,000: a quarter of the papers'.
 EPISODES = {
@@ -108,17 +104,6 @@ EPISODES = {
     "ant full-replay": 250,
     "ant expert": 250,
 }
-DEFAULTS = {  # what to learn from where nobody says it; in matrix games the last of a task's names
-    "bridge": "mixed",
-    "smac": "medium-replay",
-    "polynomial": "peak-0.5",
-    "halfcheetah": "good",
-    "reacher": "expert-mix",
-    "ant": "full-replay",
-}
-
-
-DATASETS = TEAMS | {"smac": BATTLES, "bridge": ("optimal", "mixed"), "polynomial": POLYNOMIAL}
 
 
 # ---------------------------------------------------------------- names and paths
@@ -131,44 +116,22 @@ def names(env, task=""):
 
 def default(env, task=""):
     """The task, and its dataset, where nobody names any; "" in a game that is not ours."""
-    task = full_task(env, task)
-    if env == "matrix":
-        return task, names(env, task)[-1]
-    return task, DEFAULTS.get(env, "")
+    return full_task(env, task), (names(env, task) or ("",))[-1]
 
 
 def is_name(dataset, env, task):
     """Whether a task has a dataset of this name, one of those that hold numbers included."""
     written_out = env == "matrix" and dataset.startswith("[")
-    spread = env == "polynomial" and read_spread(dataset)
+    spread = env == "polynomial" and re.fullmatch(SPREAD, dataset)
     return bool(written_out or spread or dataset in names(env, task))
 
 
 def is_path(dataset, env="", task=""):
     """Whether a dataset is given by a path: what has a "/" or a file ending, or exists."""
-    if not dataset or dataset.startswith("["):
-        return False
     path = Path(dataset)
     if "/" in dataset or path.suffix[1:2].isalpha():  # peak-0.5 has no file ending
         return True
-    return path.exists() and not is_name(dataset, env, task)
-
-
-def read_spread(name):
-    """("peak" or "origin", the standard deviation) of a polynomial game's dataset, or None."""
-    found = SPREAD.fullmatch(name)
-    if found and 0 < float(found[2]) < float("inf"):
-        return found[1], float(found[2])
-    return None
-
-
-def check_name(env, task, name):
-    if not is_name(name, env, task):
-        other = " (or another spread above 0)" if env == "polynomial" else ""
-        raise ValueError(
-            f"{env} {task} has no dataset {name!r}: "
-            f"choose {', '.join(names(env, task))}{other}, or give the path of a file"
-        )
+    return dataset != "" and path.exists() and not is_name(dataset, env, task)
 
 
 def full_task(env, task):
@@ -180,8 +143,6 @@ def about(path):
     """What a file of ours says of its origin: {"env", "task"}; {} for other files."""
     try:
         with h5py.File(path, "r") as file:
-            if "format" not in file.attrs:
-                return {}
             return {key: json.loads(file.attrs.get(key, '""')) for key in ("env", "task")}
     except (OSError, ValueError, TypeError):
         return {}
@@ -189,14 +150,7 @@ def about(path):
 
 # ---------------------------------------------------------------- loading
 def load(
-    env,
-    task,
-    dataset,
-    device="cpu",
-    seed=0,
-    episodes=None,
-    limit_terminates=False,
-    options=None,
+    env, task, dataset, device="cpu", seed=0, episodes=0, limit_terminates=False, options=None
 ):
     """A `Dataset` for one task, by name or by path, checked against the environment.
 
@@ -218,11 +172,8 @@ def load(
     if not foreign or options is not None:
         game = envs.make(env, task, **options or {})
     task = full_task(env, task)
-    if is_path(dataset, env, task):
+    if foreign or is_path(dataset, env, task):
         found = read(dataset, game and game.time_limit, task if env == "ant" else "")
-    elif foreign:
-        remedy = "give the path of a file, such as one that data/collect.py has recorded"
-        raise ValueError(f"there is no dataset {dataset!r} of {env or 'no environment'}: {remedy}")
     else:
         found = load_name(env, task, dataset, seed, episodes)
     if game:
@@ -253,7 +204,7 @@ def cached_path(env, task, name, seed, episodes):
     """Where a named dataset is cached: its file's name depends on all that its content does."""
     rules = read_payoff(task).tolist() if env == "matrix" else None
     key = [env, task, rules, name, episodes, seed, COLLECTOR]
-    if env in TEAMS:
+    if env in REFERENCES:
         key.append(version("mujoco"))
     folder = BEHAVIOUR / (task if env == "smac" else env)
     teams = [hashlib.sha1(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.npz"))]
@@ -277,51 +228,42 @@ def check_fit(dataset, env, task, game, source):
     box = isinstance(game.single_action_space, Box)
     wanted = game.num_agents, game.obs_dim, game.state_dim, game.num_actions, box
     if found != wanted:
-        raise ValueError(
-            f"{source} does not fit {here}: (agents, observation, state, actions, whether these "
-            f"are continuous) are {found}, but the environment has {wanted}"
-        )
-    if env in TEAMS:
+        sizes = "(agents, observation, state, actions, whether these are continuous)"
+        raise ValueError(f"{source} does not fit {here}: {sizes} are {found}, not {wanted}")
+    if env in REFERENCES:
         check_order(dataset, game, source)
 
 
 # ---------------------------------------------------------------- recording
-def collect_dataset(env, task, name, seed=0, episodes=None):
+def collect_dataset(env, task, name, seed=0, episodes=0):
     """Roll out the behaviour that `name` stands for; returns a `Dataset` on the CPU.
 
     Args:
         seed: of the behaviour (and the environment).
-        episodes: how many; by default what `EPISODES` says, else 1,000.
+        episodes: how many; 0 for what `EPISODES` says, else 1,000.
     Raises:
         ValueError: an unknown environment, task or name, or a team that plays it is missing or
             damaged.
     """
     game = envs.make(env, task)
     task = full_task(env, task)
-    check_name(env, task, name)
+    if not is_name(name, env, task):
+        remedy = f"choose {', '.join(names(env, task))}, or give the path of a file"
+        raise ValueError(f"{env} {task} has no dataset {name!r}: {remedy}")
     episodes = episodes or EPISODES.get(f"{env} {name}", 1000)
-    if episodes < 1:
-        raise ValueError(f"a dataset needs at least one episode, not {episodes}")
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "gymnasium": gymnasium.__version__,
-    }
-    if env == "smac":
-        dataset, behaviour = record_battles(task, name, episodes, seed)
-    elif env in TEAMS:
-        dataset, behaviour = record_bodies(env, task, name, episodes, seed)
-        versions["mujoco"] = version("mujoco")
+    if env in TEAMS:
+        dataset, behaviour = record_teams(env, task, name, episodes, seed)
     else:
         plan = {"matrix": plan_matrix, "bridge": plan_bridge, "polynomial": plan_polynomial}[env]
         generator = torch.Generator().manual_seed(seed)
-        actions, behaviour = plan(
-            game, task, name, episodes, generator
-        )  # (E, T, N) or (E, T, N, A)
+        # (E, T, N) or (E, T, N, A)
+        actions, behaviour = plan(game, task, name, episodes, generator)
         games = envs.make(env, task, num_envs=episodes)
         dataset = record(games, lambda t, obs, info: actions[:, t])
+    if env in REFERENCES:
+        dataset.info["references"] = REFERENCES[env]
     dataset.info |= {"env": env, "task": task, "name": name, "seed": seed, "behaviour": behaviour}
+    versions = {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
     dataset.info |= {"collector": COLLECTOR, "versions": versions}
     return dataset.check()
 
@@ -347,15 +289,11 @@ def read_probabilities(name, sizes):
     """Each agent's probabilities for "uniform", or for a JSON list that every agent uses."""
     if name == "uniform":
         return [[1.0] * n for n in sizes]
-    try:
-        weights = json.loads(name)
-        good = min(weights) >= 0 < sum(weights) and {len(weights)} == set(sizes)
-    except (ValueError, TypeError):
-        good = False
-    if not good:
+    weights = [float(weight) for weight in json.loads(name)]
+    if {len(weights)} != set(sizes):
         remedy = "write one probability for each action, such as '[0.9, 0.1]'"
         raise ValueError(f"dataset {name!r:.80}: {remedy}")
-    return [[float(weight) for weight in weights]] * len(sizes)
+    return [weights] * len(sizes)
 
 
 def plan_polynomial(game, task, name, episodes, generator):
@@ -364,7 +302,8 @@ def plan_polynomial(game, task, name, episodes, generator):
     if name == "uniform":
         actions = 2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1
         return actions, "uniformly random actions"
-    place, sigma = read_spread(name)
+    place, spread = name.split("-", 1)
+    sigma = float(spread)
     centre = game.peak if place == "peak" else 0.0
     noise = sigma * torch.randn(shape, generator=generator, dtype=torch.float64)
     actions = (centre + noise).clamp(-1, 1).float()
@@ -407,7 +346,7 @@ def bridge_conventions(episodes, limit, generator):
 
 # ---------------------------------------------------------------- teams
 def share_out(folder, patterns, episodes):
-    """How many episodes each team of data/behaviour/FOLDER plays, {team: count}.
+    """How many episodes each team of a folder plays, {team: count}.
 
     Equal parts for the patterns, and for the teams of each.
     """
@@ -419,105 +358,69 @@ def share_out(folder, patterns, episodes):
     for pattern, total in zip(patterns, cut(episodes, len(patterns))):
         teams = [pattern]
         if "*" in pattern:
-            found = [path.stem for path in (BEHAVIOUR / folder).glob(f"{pattern}.npz")]
-            numbered = [team for team in found if re.search(r"-\d+$", team)]
-            teams = sorted(numbered, key=lambda team: int(team.rsplit("-", 1)[1]))
-            teams = teams or [pattern.replace("*", "0")]  # reading it tells what is missing
+            teams = [path.stem for path in folder.glob(f"{pattern}.npz")]
+            teams.sort(key=lambda team: int(team.rsplit("-", 1)[1]))
+            teams = teams or [pattern]  # reading it tells what is missing
         shares |= dict(zip(teams, cut(total, len(teams))))
     return shares
 
 
-def progress(teams, what):
-    return tqdm(teams.items(), desc=what, unit="team", leave=False, disable=None)
-
-
-def tell(team, count, info):
-    """Who played, in words."""
-    if not info:
-        return f"{count} by {team}"
-    return f"{count} by {team} ({info['script']} after {info['steps']} steps)"
-
-
-def record_battles(task, name, episodes, seed):
-    """Battles of the teams that `name` stands for, and who played them."""
-    shares = share_out(task, BATTLES[name], episodes)
+def record_teams(env, task, name, episodes, seed):
+    """Games of the teams that `name` stands for, and who played them."""
+    folder = BEHAVIOUR / (task if env == "smac" else env)
+    shares = share_out(folder, TEAMS[env][name], episodes)
     parts, behaviour = [], []
-    for team, count in progress(shares, f"battles of {task} {name}"):
-        play, info = read_behaviour(BEHAVIOUR / task / f"{team}.npz")
-        behaviour.append(tell(team, count, info))
-        for start in range(0, count, BLOCK):
-            game = envs.make("smac", task, min(BLOCK, count - start), check=False)
-            block = len(parts)
-            generator = torch.Generator().manual_seed(1_000_003 * seed + block)
-
-            def act(t, obs, info):
-                return play(t, obs, info, generator)
-
-            parts.append(record(game, act, 1000 * seed + block))
-    return concatenate(parts), ", ".join(behaviour)
-
-
-def record_bodies(env, task, name, episodes, seed):
-    """Episodes of a body by the teams that `name` stands for, and who played them."""
-    shares = share_out(env, TEAMS[env][name], episodes)
-    parts, behaviour, bends = [], [], {}
-    for team, count in progress(shares, f"episodes of {env} {name}"):
-        played, info, left_out = play_body(env, task, team, count, seed)
-        parts += played
-        behaviour.append(tell(team, count, info))
-        if env == "reacher" and played:
-            bend = torch.cat([part.state[:, 1:, 3].mean(1) for part in played])
-            bends[team] = {"mean sin θ2": round(float(bend.mean()), 4), "left out": left_out}
-    how = "sampled actions, clipped"
+    bar = tqdm(shares.items(), desc=f"{env} {task} {name}", unit="team", leave=False, disable=None)
+    for team, count in bar:
+        words = f"{count} by {team}"
+        if team == "random":
+            parts += play_body(env, task, team, count, seed, random_player)
+        else:
+            play, info = read_behaviour(folder / f"{team}.npz", env)
+            words += f" ({info['script']} after {info['steps']} steps)"
+            if env == "smac":
+                parts += play_battles(task, count, seed, play, len(parts))
+            else:
+                player = body_player(env, info["task"], play)
+                parts += play_body(env, task, team, count, seed, player)
+        behaviour.append(words)
+    behaviour = ", ".join(behaviour)
     if env in NOISE:
-        how = f"most likely actions + N(0, {NOISE[env]}^2), clipped"
-    if name == "random":
-        how = "uniformly random actions"
-    dataset = concatenate(parts)
-    dataset.info["references"] = references(env)
-    if bends:
-        dataset.info["bends"] = bends
-    return dataset, f"{', '.join(behaviour)}; {how}"
+        behaviour += f"; most likely actions + N(0, {NOISE[env]}^2), clipped"
+    return concatenate(parts), behaviour
 
 
-def references(env):
-    """Mean returns of a random and an expert team on a body, {"random", "expert"}: floats."""
-    task, episodes = envs.TASKS[env][0], REFERENCES[env]["episodes"]
-    greedy = env != "reacher"
-    found = {}
-    for level in ("random", "expert"):
-        returns = []
-        for team, count in share_out(env, REFERENCES[env][level], episodes).items():
-            parts, *_ = play_body(env, task, team, count, "reference", greedy, verify=False)
-            returns += [part.returns for part in parts]
-        found[level] = float(torch.cat(returns).double().mean())
-    return found
+def play_battles(task, count, seed, play, block):
+    """`count` battles of one team, a list of `Dataset`s; `block` is the number of the first."""
+    parts = []
+    for start in range(0, count, BLOCK):
+        game = envs.make("smac", task, min(BLOCK, count - start), check=False)
+        generator = torch.Generator().manual_seed(1_000_003 * seed + block)
+        part = record(game, lambda *seen: play(*seen, generator), 1000 * seed + block)
+        parts.append(part)
+        block += 1
+    return parts
 
 
-def play_body(env, task, team, count, seed, greedy=False, verify=True):
+def play_body(env, task, team, count, seed, player):
     """`count` episodes of a body by one team, recorded through the views of `task`.
 
+    Of the reacher's clockwise and counter-clockwise teams, only episodes that bend their way stay.
+
     Args:
-        team: the name of a file in the body's behaviour folder, or one of `WEIGHTLESS`.
-        greedy: play the most likely actions; otherwise those of the datasets, with their noise.
-        verify: of the reacher's clockwise and counter-clockwise teams, keep only episodes that bend
-            their way.
+        player: function of (game, generator) that returns one of (step, obs, info) -> actions.
     Returns:
-        A list of `Dataset`s, one for each block of games played at once; what is known of the team
-        ({} if it has no weights); and how many episodes bent the other way and were left out.
+        A list of `Dataset`s, one for each block of games played at once.
     Raises:
-        ValueError: the team's file is missing or damaged, or for something else, or most of its
-            episodes bend the other way.
+        ValueError: most of the episodes bend the other way.
     """
-    choose, info = body_player(env, team, greedy)
-    way = team.rsplit("-", 1)[0]
-    sign = BENDS.get(way, 0) if verify else 0
+    sign = BENDS.get(team.rsplit("-", 1)[0], 0)
     parts, kept, played = [], 0, 0
     while kept < count:
         game = envs.make(env, task, num_envs=min(GAMES, count - kept))
         start = block_seed(env, team, seed, played)
         generator = torch.Generator().manual_seed(start)
-        part = record(game, lambda t, obs, info: choose(game, generator), start)
+        part = record(game, player(game, generator), start)
         played += game.num_envs
         if sign:
             bends = part.state[:, :, 3].sum(1) * sign > 0  # (B,)
@@ -525,39 +428,28 @@ def play_body(env, task, team, count, seed, greedy=False, verify=True):
             part = Dataset(**chosen, avail_actions=None)
         kept += len(part.mask)
         if 2 * kept < played >= 20:
-            path, share = BEHAVIOUR / env / team, f"{played - kept} of {played} episodes"
-            raise ValueError(f"{share} of {path}.npz bend the other way: it is no {way} team")
+            raise ValueError(f"most episodes of {env}/{team}.npz bend the other way")
         if len(part.mask):
             parts.append(part)
-    return parts, info, played - kept
+    return parts
 
 
-def body_player(env, team, greedy):
-    """What chooses the actions of a body, a function of (game, generator), and its team's info.
+def body_player(env, trained_on, play):
+    """How a team plays a body, as `random_player` plays any game.
 
-    A team sees what it was trained on, whatever the game shows.
+    It sees what the task shows that it was trained on, whatever the game shows.
     """
-    if team in WEIGHTLESS:
-        return {"still": stand_still, "random": draw_uniformly}[team], {}
-    play, info = read_behaviour(BEHAVIOUR / env / f"{team}.npz", env)
-    columns = envs.make(env, info["task"]).columns  # of what it was trained on
+    columns = envs.make(env, trained_on).columns
 
-    def choose(game, generator):
-        entries = np.pad(game.entries, ((0, 0), (0, 1)))  # (B, F+1), the last one 0
-        seen = torch.from_numpy(entries[:, columns]).float()  # (B, N, O)
-        sampled = not (greedy or env in NOISE)
-        action = play(0, seen, None, generator if sampled else None)  # (B, N, A)
-        if env in NOISE and not greedy:
-            action = action + NOISE[env] * normal(action.shape, generator)
-        return action.clamp(-1, 1)
+    def player(game, generator):
+        def act(t, obs, info):
+            entries = np.pad(game.entries, ((0, 0), (0, 1)))  # (B, F+1), the last one 0
+            seen = torch.from_numpy(entries[:, columns]).float()  # (B, N, O)
+            if env not in NOISE:
+                return play(t, seen, info, generator).clamp(-1, 1)
+            action = play(t, seen, info, None)  # (B, N, A)
+            return (action + NOISE[env] * normal(action.shape, generator)).clamp(-1, 1)
 
-    return choose, info
+        return act
 
-
-def stand_still(game, generator):
-    return torch.zeros(game.num_envs, *game.motors.shape)
-
-
-def draw_uniformly(game, generator):
-    shape = (game.num_envs, *game.motors.shape)
-    return 2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1
+    return player

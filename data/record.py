@@ -73,20 +73,16 @@ def record_team(env, task, team, episodes, seed=0, noise=0.0, options=None):
     Raises:
         ValueError: no such environment, or the team does not fit.
     """
-    if episodes < 1:
-        raise ValueError(f"a dataset needs at least one episode, not {episodes}")
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, episodes, GAMES):
         game = envs.make(env, task, min(GAMES, episodes - start), **options or {})
-        try:
-            if team == "random":
-                act = random_player(game, generator)
-            else:
-                act = kept_player(game, team, start // GAMES, noise, generator)
-            parts.append(record(game, act, block_seed(env, task, seed, start)))
-        finally:
-            game.close()
+        if team == "random":
+            act = random_player(game, generator)
+        else:
+            act = kept_player(game, team, start // GAMES, noise, generator)
+        parts.append(record(game, act, block_seed(env, task, seed, start)))
+        game.close()
     dataset = concatenate(parts)
     name, behaviour = "random", "uniformly random actions"
     if team != "random":
@@ -103,7 +99,7 @@ def random_player(game, generator):
 
     def act(t, obs, info):
         if "avail_actions" not in info:
-            return 2 * torch.rand(shape, generator=generator) - 1
+            return 2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1
         avail = info["avail_actions"].flatten(0, 1).double()  # (B N, A)
         return torch.multinomial(avail, 1, generator=generator).view(shape[:2])
 

@@ -16,8 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import envs
-
 
 def normal(shape, generator):
     """Standard normal numbers, float32, the same on every machine."""
@@ -29,29 +27,20 @@ def read_behaviour(path, env="smac"):
 
     Args:
         path: a file in data/behaviour/: MAP/TEAM.npz, or BODY/TEAM.npz.
-        env: the environment that the team must be for, "smac" or a body.
+        env: "smac", or the body.
     Returns:
         A function of (step, obs (B, N, O), info, generator) -> actions (B, N) or (B, N, A), not
         clipped, and without a generator (None) the most likely ones; and the file's info.
     Raises:
-        ValueError: there is no such file, or it is damaged or for another environment.
+        ValueError: there is no such file.
     """
     about, layers, spread = read_weights(path, env)
-    if about["env"] != env:
-        raise ValueError(f"{path} holds a team for {about['env']}, not for {env}")
-    game = envs.make(env, about["task"])
-    N, A = game.num_agents, game.num_actions
-    recall = about.get("recall", 1) if spread is None else 0
-    found = layers[0][0].shape[0], layers[-1][0].shape[1]
-    wanted = game.obs_dim + N + recall * A, A
-    if found != wanted:
-        sizes = f"(inputs, outputs) = {found}, the environment calls for {wanted}"
-        raise ValueError(f"{path} does not fit {env} {about['task']}: it has {sizes}")
     if spread is None:
-        return Discrete(layers, recall), about
+        return Discrete(layers, about.get("recall", 1)), about
 
     def play(t, obs, info, generator):
-        numbers = torch.eye(N).expand(len(obs), N, N)
+        B, N = obs.shape[:2]
+        numbers = torch.eye(N).expand(B, N, N)
         mean = run_network(layers, torch.cat([obs, numbers], -1)).tanh().float()  # (B, N, A)
         if generator is None:
             return mean
@@ -65,16 +54,11 @@ def read_weights(path, env):
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["info"]))
-            arrays = {name: torch.tensor(file[name]) for name in file.files if name != "info"}
+            arrays = {name: torch.tensor(file[name]).double() for name in file if name != "info"}
     except FileNotFoundError:
-        train = f"python algorithms/mappo.py --env {env} --save-snapshots"
+        train = f"train one with `python algorithms/mappo.py --env {env} --save-snapshots`"
         what = f"no {path.stem} team for {path.parent.name} ships with the repository"
-        raise ValueError(
-            f"{what}: train one with `{train}` (see data/behaviour/README.md)"
-        ) from None
-    except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
-        raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
-    arrays = {name: array.double() for name, array in arrays.items()}
+        raise ValueError(f"{what}: {train} (see data/behaviour/README.md)") from None
     spread = arrays.pop("log_std").exp() if "log_std" in arrays else None
     layers = []
     for k in range(len(arrays) // 2):

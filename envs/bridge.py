@@ -21,7 +21,7 @@ import itertools
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Rectangle
+from matplotlib.patches import Circle
 
 from envs.common import TensorGame, check_actions, describe, pixels
 
@@ -107,24 +107,21 @@ def draw_strips(films, frames=9):
     for row, (name, film) in zip(rows, films.items()):
         steps = int(film["mask"][0].sum())
         for t, axes in enumerate(row):
-            weight = "normal" if t else "bold"
-            axes.set_title(f"step {t}" if t else name, fontweight=weight)
+            axes.set_title(f"step {t}" if t else name)
             _draw(axes, film["state"][0, min(t, steps)].cpu())
     return figure
 
 
 def _draw(axes, state):
     """Both agents on the grid, state (8,): they are discs, their goals rings."""
-    edges = dict(xlim=(-0.5, COLUMNS - 0.5), ylim=(ROWS - 0.5, -0.5))
-    axes.set(**edges, aspect="equal", xticks=[], yticks=[])
-    for row, column in itertools.product(range(ROWS), range(COLUMNS)):
-        colour = "#9cc3e0" if (row, column) in WATER else "#f4efe4"
-        corner = column - 0.5, row - 0.5
-        axes.add_patch(Rectangle(corner, 1, 1, facecolor=colour, edgecolor="white"))
+    ground = torch.zeros(ROWS, COLUMNS)
+    for cell in WATER:
+        ground[cell] = 1
+    axes.imshow(ground.tolist(), cmap="Blues", vmax=2)
+    axes.set(xticks=[], yticks=[])
     for agent, colour in zip(state.view(2, 4).tolist(), ("#c0392b", "#2c3e87")):
         row, column, goal_row, goal_column = agent
-        goal = (goal_column, goal_row)
-        axes.add_patch(Circle(goal, 0.4, fill=False, edgecolor=colour, linewidth=1.2))
+        axes.add_patch(Circle((goal_column, goal_row), 0.4, fill=False, edgecolor=colour))
         axes.add_patch(Circle((column, row), 0.29, facecolor=colour))
 
 

@@ -56,8 +56,7 @@ def games_to_reset(env, options):
         return torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
     mask = torch.as_tensor(mask, device=env.device)
     if mask.shape != (env.num_envs,) or mask.dtype != torch.bool:
-        told = f"{mask.dtype} of shape {tuple(mask.shape)}"
-        raise ValueError(f"reset_mask must be {env.num_envs} bools, not {told}")
+        raise ValueError(f"reset_mask must be {env.num_envs} bools")
     return mask
 
 
@@ -66,8 +65,7 @@ def check_shape(env, actions):
     shape, discrete = env.action_space.shape, isinstance(env.single_action_space, MultiDiscrete)
     if actions.shape != shape or actions.is_floating_point() == discrete:
         kind = "integers" if discrete else "floating-point numbers"
-        told = f"{actions.dtype} of shape {tuple(actions.shape)}"
-        raise ValueError(f"actions must be {kind} of shape {shape}, not {told}")
+        raise ValueError(f"actions must be {kind} of shape {shape}")
 
 
 def check_actions(env, actions, allowed=None, over=None):

@@ -26,6 +26,7 @@ import importlib
 import inspect
 import os
 import sys
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -51,70 +52,45 @@ def make_foreign(name, task="", num_envs=1, device="cpu", team_reward="sum", **o
     """
     if team_reward not in ("sum", "mean"):
         raise ValueError(f"team_reward must be sum or mean, not {team_reward!r}")
-    factory = _find(name)
-    takes = inspect.signature(factory).parameters
+    factory, takes = _find(name)
     options = options | ({"task": task} if task else {})
     limit = None if "time_limit" in takes else options.pop("time_limit", None)
-    if "num_envs" in takes:
-        options["num_envs"] = num_envs
-        if "device" in takes:
-            options["device"] = device
-
-    def build():
-        try:
-            return factory(**options)
-        except Exception as error:  # what a stranger's factory may raise
-            why = f"{type(error).__name__}: {_short(error)}"
-            raise ValueError(f"{name} fails with the arguments {options} ({why})") from error
-
-    game = build()
-    if isinstance(game, VectorEnv):
-        return _checked(game, name, num_envs)
-    if hasattr(game, "agent_iter"):
-        raise ValueError(f"{name} makes a game of turns, no ParallelEnv: take its parallel_env")
-    if not hasattr(game, "possible_agents"):
-        raise ValueError(f"{name} makes a {type(game).__name__}, no PettingZoo ParallelEnv")
-    games = [game] + [build() for _ in range(num_envs - 1)]
-    return Games(games, name, device, team_reward == "mean", limit)
-
-
-def _find(name):
-    """The factory of a "package.module:factory", also in a module of the current folder."""
-    module, _, path = name.partition(":")
-    package, _, last = module.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that nothing of ours is hidden
+    batch = {"num_envs": num_envs, "device": device}
+    options |= {key: value for key, value in batch.items() if key in takes}
+    copies = 1 if "num_envs" in takes else num_envs
     try:
-        try:
-            factory = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name != module:
-                raise
-            package = importlib.import_module(package or module)
-            factory = getattr(package, last)  # it knows the module by another name
-        for part in path.split("."):
-            factory = getattr(factory, part, None)
-    except Exception as error:  # what a stranger's module may raise
-        why = f"{type(error).__name__}: {_short(error)}"
-        raise ValueError(f"--env {name}: cannot import {module!r} ({why})") from error
-    if not callable(factory):
-        raise ValueError(f"--env {name}: {module} has no function {path!r} that makes games")
-    return factory
-
-
-def _checked(game, name, num_envs):
-    """A vector environment of our interface, if it is one; else ValueError."""
-    if game.metadata.get("autoreset_mode") != AutoresetMode.DISABLED:
-        raise ValueError(f"{name} starts finished games anew: its autoreset_mode must be DISABLED")
-    if game.num_envs != num_envs:
-        raise ValueError(f"{name} makes {game.num_envs} games in place of {num_envs}")
+        games = [factory(**options) for _ in range(copies)]
+    except Exception as error:  # what a stranger's factory may raise
+        raise ValueError(f"{name} fails with {options} ({_short(error)})") from error
+    if not isinstance(games[0], VectorEnv):
+        return Games(games, name, device, team_reward == "mean", limit)
+    game = games[0]
+    told = game.num_envs, game.metadata.get("autoreset_mode")
+    if told != (num_envs, AutoresetMode.DISABLED):
+        _refuse(name, f"it has {num_envs} games and no autoreset, not {told}")
     game.best_return = getattr(game, "best_return", None)
     return game
 
 
+def _find(name):
+    """The factory of a "package.module:factory", and what it takes."""
+    module, _, path = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that nothing of ours is hidden
+    try:
+        factory = attrgetter(path)(importlib.import_module(module))
+        return factory, inspect.signature(factory).parameters
+    except Exception as error:  # what a stranger's module may raise
+        raise ValueError(f"--env {name}: there is no such function ({_short(error)})") from error
+
+
 def _short(error):
-    """What an error says, in one line."""
-    return " ".join(str(error).split())[:300]
+    """An error in one line."""
+    return " ".join(repr(error).split())[:300]
+
+
+def _refuse(name, why):
+    raise ValueError(f"{name} does not fit our interface: {why}")
 
 
 class Games(VectorEnv):
@@ -134,9 +110,9 @@ class Games(VectorEnv):
 
     def __init__(self, games, name, device="cpu", mean=False, time_limit=None):
         self.games, self.name, self.mean = games, name, mean
+        if not getattr(games[0], "possible_agents", None) or hasattr(games[0], "agent_iter"):
+            _refuse(name, "it is no PettingZoo ParallelEnv")
         self.names = list(games[0].possible_agents)
-        if not self.names:
-            self._refuse("it has no agents")
         self.views = [self._view_of(games[0].observation_space(agent)) for agent in self.names]
         self.moves = [games[0].action_space(agent) for agent in self.names]
         self.discrete = all(isinstance(move, Discrete) for move in self.moves)
@@ -144,7 +120,7 @@ class Games(VectorEnv):
         B, N, A, O = len(games), len(self.names), max(sizes), max(map(flatdim, self.views))
         self.owned = np.arange(A) < np.array(sizes)[:, None]  # (N, A) what an agent has of A
         self.streams = [np.random.default_rng((0, b)) for b in range(B)]
-        first = self._start(0)
+        self._start(0)  # for its state
         state = self._state_of(games[0])
         self.own_state = state is not None
         state_dim = len(state) if self.own_state else N * O
@@ -154,7 +130,6 @@ class Games(VectorEnv):
         self.obs, self.state = np.zeros((B, N, O), "f"), np.zeros((B, state_dim), "f")
         self.avail, self.steps = np.zeros((B, N, A), bool), np.zeros(B, int)
         self.ended, self.cut = np.ones(B, bool), np.zeros(B, bool)
-        self._see(0, *first)
 
     def reset(self, *, seed=None, options=None):
         for b in games_to_reset(self, options).nonzero()[:, 0].tolist():
@@ -189,41 +164,30 @@ class Games(VectorEnv):
             info["avail_actions"] = torch.tensor(self.avail, device=self.device)
         return torch.tensor(self.obs, device=self.device), info
 
-    def _refuse(self, why):
-        raise ValueError(f"{self.name} does not fit our interface: {why}")
-
     # ------------------------------------------------------------ spaces
     def _view_of(self, space):
         """The space of what an agent sees, without the action mask beside it."""
         if isinstance(space, Dict) and set(space) - {"action_mask"} == {"observation"}:
             space = space["observation"]
-        if isinstance(space, Box) and len(space.shape) > 1:
-            self._refuse(f"its observations have the shape {space.shape}: flatten them first")
-        if not isinstance(space, Box | Discrete | MultiBinary | MultiDiscrete):
-            kind = type(space).__name__
-            self._refuse(f"its observations are a {kind}: make one array of them first")
+        flat = isinstance(space, Box) and len(space.shape) <= 1
+        if not flat and not isinstance(space, Discrete | MultiBinary | MultiDiscrete):
+            _refuse(self.name, f"agents see {space}: flatten it first")
         return space
 
     def _width(self, space):
         """How many numbers an agent's action has."""
-        if not isinstance(space, Box) or len(space.shape) != 1:
-            self._refuse("its actions are neither all Discrete nor all one-dimensional boxes")
-        if not np.issubdtype(space.dtype, np.floating):
-            self._refuse("its actions are boxes of whole numbers")
-        if not space.is_bounded():
-            self._refuse("its actions have no bounds")
+        bounded = isinstance(space, Box) and space.is_bounded() and len(space.shape) == 1
+        if not bounded or not np.issubdtype(space.dtype, np.floating):
+            _refuse(self.name, "actions must be all Discrete, or bounded boxes of one dimension")
         return len(space.low)
 
     # ------------------------------------------------------------ one game
     def _start(self, b):
         """Begin game b anew: what its agents see, and their infos."""
-        begun = self.games[b].reset(seed=int(self.streams[b].integers(2**31)))
-        if not isinstance(begun, tuple) or len(begun) != 2:
-            self._refuse("its reset does not return observations and infos")
-        for agent in self.names:
-            if agent not in self.games[b].agents or agent not in begun[0]:
-                self._refuse(f"the agent {agent} is not there from the start")
-        return begun
+        obs, infos = self.games[b].reset(seed=int(self.streams[b].integers(2**31)))
+        if not set(self.names) <= set(self.games[b].agents) & set(obs):
+            _refuse(self.name, "agents join later")
+        return obs, infos
 
     def _advance(self, b, actions):
         """One step of game b, by all actions (N,) or (N, A); returns its reward."""
@@ -231,9 +195,8 @@ class Games(VectorEnv):
         living = [(i, agent) for i, agent in enumerate(self.names) if agent in game.agents]
         played = {agent: self._played(i, actions[i]) for i, agent in living}
         obs, rewards, terminated, truncated, infos = game.step(played)
-        for agent in game.agents:
-            if agent not in played:
-                self._refuse(f"the agent {agent} joins later")
+        if not set(game.agents) <= set(played):
+            _refuse(self.name, "agents join later")
         cut = [truncated.get(agent) and not terminated.get(agent) for agent in played]
         gone = [truncated.get(agent) or terminated.get(agent) for agent in played]
         over = all(gone) or not game.agents
@@ -262,29 +225,21 @@ class Games(VectorEnv):
             if agent in obs and agent in (last or self.games[b].agents):
                 info = infos.get(agent) or {}
                 self._see_agent(b, i, obs[agent], info.get("action_mask"))
-            elif agent in self.games[b].agents and not last:
-                self._refuse(f"the agent {agent} is alive but sees nothing")
         state = self._state_of(self.games[b]) if self.own_state else self.obs[b].ravel()
-        if state is not None and len(state) == self.state_dim:
+        if state is not None:  # at the end some games have none any more
             self.state[b] = state
-        elif not last:  # at the end some games have no state any more
-            self._refuse("its state changes its size")
 
     def _see_agent(self, b, i, seen, mask):
-        agent, space = self.names[i], self.views[i]
+        space = self.views[i]
         if isinstance(seen, dict):
             seen, mask = seen["observation"], seen.get("action_mask", mask)
-        view = np.asarray(seen, "f").ravel() if isinstance(space, Box) else flatten(space, seen)
-        if len(view) != flatdim(space):
-            self._refuse(f"the agent {agent} sees {len(view)} numbers in place of {flatdim(space)}")
-        self.obs[b, i, : len(view)] = view
+        size = flatdim(space)
+        view = np.asarray(seen, "f") if isinstance(space, Box) else flatten(space, seen)
+        self.obs[b, i, :size] = view.reshape(size)
         if self.discrete:
-            size = int(self.moves[i].n)
-            mask = np.ones(size, bool) if mask is None else np.asarray(mask, bool)
-            if mask.shape != (size,):
-                self._refuse(f"the mask of agent {agent} has {mask.shape} for {size} actions")
-            self.avail[b, i, :size] = mask
-            self.avail[b, i, 0] |= not mask.any()  # who may do nothing
+            allowed = self.avail[b, i, : self.moves[i].n]
+            allowed[:] = True if mask is None else np.asarray(mask, bool)
+            allowed[0] |= not allowed.any()  # who may do nothing
 
     def _state_of(self, game):
         """The state that the game tells, or None."""
@@ -301,8 +256,7 @@ def _own_limit(game):
     parts += [getattr(part, "unwrapped", None) for part in parts]
     parts += [getattr(part, "spec", None) for part in parts]
     for part in parts:
-        for name in ("max_cycles", "max_steps", "max_num_steps", "max_episode_steps"):
-            limit = getattr(part, name, None)
-            if isinstance(limit, int | np.integer) and limit > 0:
-                return int(limit)
+        for name in ("max_cycles", "max_steps", "max_episode_steps"):
+            if isinstance(getattr(part, name, None), int):
+                return getattr(part, name)
     return None

@@ -74,6 +74,7 @@ ANT = (
     "v.x v.y v.z v.roll_rate v.pitch_rate v.yaw_rate "
     "v.hip_1 v.ankle_1 v.hip_2 v.ankle_2 v.hip_3 v.ankle_3 v.hip_4 v.ankle_4"
 )
+REMEDY = "set MUJOCO_GL to egl or osmesa, and install that library (libegl1, libosmesa6)"
 NO_CONTACTS = {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0.0}
 BODIES = {
     "halfcheetah": Body("HalfCheetah-v5", CHEETAH, hidden=1),
@@ -131,13 +132,13 @@ def draw_convention(states, seeds, title):
     Returns:
         Whether it bends counter-clockwise, (S, E), and a picture with a field for each seed.
     """
-    states = states.unflatten(0, (len(seeds), -1))[..., :-1, :].cpu()
-    x, y, bend = (states[..., entry].mean(-1) for entry in (4, 5, 3))  # (S, E) each
+    means = states[:, :-1].mean(1).unflatten(0, (len(seeds), -1)).cpu()  # (S, E, 11)
+    bend = means[..., 3]
     figure = Figure(figsize=(2.6 * len(seeds), 2.9), layout="constrained")
     for s, axes in enumerate(figure.subplots(1, len(seeds), squeeze=False)[0]):
-        axes.scatter(x[s], y[s], c=bend[s], cmap="coolwarm", vmin=-1, vmax=1, s=14)
-        axes.set(title=f"seed {seeds[s]}", aspect="equal", xlabel="target x", ylabel="target y")
-    figure.suptitle(f"{title}: mean sin θ2", fontsize=9)
+        axes.scatter(*means[s, :, 4:6].T, c=bend[s], cmap="coolwarm", vmin=-1, vmax=1)
+        axes.set(title=f"seed {seeds[s]}", aspect="equal")
+    figure.suptitle(f"{title}: mean sin θ2 over the target's place")
     return bend > 0, figure
 
 
@@ -258,19 +259,15 @@ class MultiAgentMujoco(VectorEnv):
         Raises:
             ValueError: no renderer works here.
         """
-        remedy = "set MUJOCO_GL to egl or osmesa, and install that library (libegl1, libosmesa6)"
-        screens = os.environ.get("DISPLAY"), os.environ.get("MUJOCO_GL")
-        if sys.platform == "linux" and not any(screens):
-            raise ValueError(f"MuJoCo cannot draw without a display: {remedy}")
+        if sys.platform == "linux" and not {"DISPLAY", "MUJOCO_GL"} & set(os.environ):
+            raise ValueError(f"MuJoCo cannot draw without a display: {REMEDY}")
         try:
             if self.renderer is None:
                 self.renderer = self.mujoco.Renderer(self.model, 240, 320)
-            camera = -1 if self.body == "reacher" else "track"
-            self.renderer.update_scene(self.data[0], camera)
-            return self.renderer.render()
         except Exception as error:  # of OpenGL, which has many kinds
-            kind = type(error).__name__
-            raise ValueError(f"MuJoCo cannot draw on this machine ({kind}): {remedy}") from None
+            raise ValueError(f"MuJoCo cannot draw here ({error!r}): {REMEDY}") from None
+        self.renderer.update_scene(self.data[0], -1 if self.body == "reacher" else "track")
+        return self.renderer.render()
 
     def close_extras(self, **kwargs):
         if self.renderer is not None:
@@ -327,9 +324,6 @@ def _mujoco():
     try:
         import mujoco  # here, so that games without bodies start without it
     except Exception as error:  # also of the library that MUJOCO_GL asks for, which has many kinds
-        remedy = "pip install mujoco"
-        if "MUJOCO_GL" in os.environ:
-            remedy = f"MUJOCO_GL={os.environ['MUJOCO_GL']} needs its library (libegl1, libosmesa6)"
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"MuJoCo cannot be loaded ({why}): {remedy}") from None
+        remedy = f"pip install mujoco, or {REMEDY}"
+        raise ValueError(f"MuJoCo cannot be loaded ({error!r}): {remedy}") from None
     return mujoco

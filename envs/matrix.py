@@ -55,28 +55,19 @@ class MatrixGame(OneStep):
         return self.payoff[tuple(actions.T)]
 
     def picture(self, actions=None):
-        """The payoffs, and in red what the first game's agents chose, as an array (height, width,
-        3).
+        """The payoffs, and a ring where the first game's agents chose: (height, width, 3).
 
         Raises:
             ValueError: there are more than two agents.
         """
-        table = self.payoff.cpu()
-        if table.dim() != 2:
-            raise ValueError(
-                f"a payoff table of {table.dim()} agents cannot be drawn, only one of two"
-            )
+        if self.num_agents != 2:
+            raise ValueError("only a payoff table of two agents can be drawn")
         figure = Figure(figsize=(3, 3), layout="constrained")
         axes = figure.subplots()
-        axes.imshow(table.tolist(), cmap="Blues", alpha=0.6)
-        chosen = None if actions is None else actions[0].tolist()
-        for a, row in enumerate(table.tolist()):
-            for b, payoff in enumerate(row):
-                colour, weight = ("#c0392b", "bold") if chosen == [a, b] else ("black", None)
-                axes.text(
-                    b, a, f"{payoff:g}", ha="center", va="center", color=colour, weight=weight
-                )
-        axes.set(xlabel="agent 1", ylabel="agent 0", xticks=[], yticks=[])
+        _draw_table(axes, self.payoff, "{:g}")
+        if actions is not None:
+            row, column = actions[0].tolist()
+            axes.plot(column, row, "o", ms=40, mfc="none", mec="#c0392b", mew=2)
         return pixels(figure)
 
 
@@ -95,30 +86,33 @@ def draw_policies(pi, dataset, seeds):
     tables |= {f"seed {seed}": table for seed, table in zip(seeds, joint[:5])}
     figure = Figure(figsize=(2.1 * len(tables), 2.4), layout="constrained")
     for axes, title in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables):
-        table = tables[title]
-        axes.imshow(table.tolist(), cmap="Blues", vmin=0, vmax=1)
-        for a, row in enumerate(table.tolist()):
-            for b, p in enumerate(row):
-                colour = "white" if p > 0.6 else "black"
-                axes.text(b, a, f"{p:.2f}", ha="center", va="center", color=colour, fontsize=8)
-        letters = [[chr(ord("A") + k) for k in range(size)] for size in table.shape]
-        axes.set_yticks(range(table.shape[0]), letters[0])
-        axes.set_xticks(range(table.shape[1]), letters[1])
-        axes.set(title=title, xlabel="agent 1", ylabel="agent 0")
+        _draw_table(axes, tables[title], "{:.2f}")
+        axes.set_title(title)
     return figure, joint
+
+
+def _draw_table(axes, table, form):
+    """A number for each joint action (A, A')."""
+    axes.imshow(table.tolist(), cmap="Blues", alpha=0.6)
+    for a, row in enumerate(table.tolist()):
+        for b, number in enumerate(row):
+            axes.text(b, a, form.format(number), ha="center", va="center")
+    letters = [[chr(ord("A") + k) for k in range(size)] for size in table.shape]
+    axes.set_yticks(range(table.shape[0]), letters[0])
+    axes.set_xticks(range(table.shape[1]), letters[1])
+    axes.set(xlabel="agent 1", ylabel="agent 0")
 
 
 def read_payoff(task):
     """The payoffs (A_0, ..., A_{N-1}) float32 of a task's name or of a table; see `MatrixGame`."""
     table = MATRIX_TASKS.get(task, task) if isinstance(task, str) else task
-    told = f"{task!r:.80}" if isinstance(task, str) else "(the list given)"  # it may be deep
     try:
         table = json.loads(table) if isinstance(table, str) else table
         payoff = torch.tensor(table, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError, OverflowError):  # also too deep, or too large
         names = ", ".join(MATRIX_TASKS)
-        remedy = f"choose one of {names}, or write a payoff table such as '[[1, 0], [0, 2]]'"
-        raise ValueError(f"matrix has no task {told}: {remedy}") from None
+        told = f"{task!r:.80}: choose one of {names}, or a payoff table such as '[[1, 0], [0, 2]]'"
+        raise ValueError(f"matrix has no task {told}") from None
     if payoff.dim() < 2 or payoff.numel() == 0 or not payoff.isfinite().all():
-        raise ValueError(f"a payoff table needs two agents or more and finite numbers, not {told}")
+        raise ValueError("a payoff table needs two agents or more and finite numbers")
     return payoff

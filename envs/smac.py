@@ -115,8 +115,6 @@ class Smac(TensorGame):
         noise: whether starting places and weapon periods vary.
         check: whether actions are checked, on a CPU. A forbidden one is harmless: it is clipped to
             the valid numbers, and nobody can walk through walls or shoot the dead.
-        mirror: the agents follow the enemies' rule in place of their actions (marching to the
-            enemies' start).
 
     `_play` and `_begin` draw nothing, so that both can be graphs. Compiled for a CPU, sums are
     rounded in another order: a battle follows the one that it would have been to some 1e-7, until
@@ -125,9 +123,9 @@ class Smac(TensorGame):
 
     memory = MEMORY
 
-    def __init__(self, task, num_envs=1, device="cpu", noise=True, check=True, mirror=False):
+    def __init__(self, task, num_envs=1, device="cpu", noise=True, check=True):
         self.battle = MAPS[task] if isinstance(task, str) else task
-        self.noise, self.mirror = noise, mirror
+        self.noise = noise
         self.check = check and torch.device(device).type == "cpu"
         agents, enemies = (list(Counter(side).elements()) for side in self.battle[:2])
         self.unit_names, self.num_enemies = agents + enemies, len(enemies)
@@ -174,14 +172,22 @@ class Smac(TensorGame):
         super().compile(compiler)
 
     def picture(self, actions=None):
-        """The first battle from above, as an array (height, width, 3)."""
+        """The first battle from above, an array (height, width, 3); bars: life left."""
         figure = Figure(figsize=(5.5, 3.2), dpi=80, layout="constrained")
         axes = figure.subplots()
         for x0, x1, y0, y1 in self.battle.walkable:
             axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, facecolor="#f4efe4"))
         axes.autoscale_view()
-        self._draw_units(axes)
         axes.set(aspect="equal", xticks=[], yticks=[], facecolor="#6b655b")
+        axes.set_title(f"step {self.elapsed[0]}", fontsize=10)
+        x, y = self.x[:, 0].tolist(), self.y[:, 0].tolist()
+        life = (self.health + self.shield)[:, :1] / (self.unit.health + self.unit.shield)  # (U, 1)
+        radius = self.unit.radius[:, 0].tolist()
+        for i in self._alive()[:, 0].nonzero()[:, 0].tolist():
+            colour, r = "#2c3e87" if i < self.num_agents else "#c0392b", radius[i]
+            axes.add_patch(Circle((x[i], y[i]), r, facecolor=colour))
+            corner, length = (x[i] - r, y[i] + r + 0.1), 2 * r * life[i].item()
+            axes.add_patch(Rectangle(corner, length, 0.25, facecolor="#3a9d4a", zorder=2))
         return pixels(figure)
 
     # ------------------------------------------------------------ what stays the same
@@ -196,12 +202,12 @@ class Smac(TensorGame):
             *(self._tensor(field)[:, None] for field in zip(*units))
         )  # (U, 1) each
         damage = [[(a.damage + a.bonus * b.armoured) * a.hits for b in units] for a in units]
-        self.damage = self._tensor(damage).flatten()  # (U U) by a on b in one attack
-        self.row = U * number  # (U, 1) offsets into it
+        self.damage = self._tensor(damage)  # (U, U) by a on b in one attack
         self.keep_apart = (u.separation + u.separation.T)[..., None]  # (U, U, 1)
-        self.scan = (u.range.clamp(min=SCAN) + u.radius + u.radius.T)[..., None]  # (U, U, 1)
+        scan = u.range.clamp(min=SCAN) + u.radius + u.radius.T
+        self.scan = scan[N:, :N, None]  # (M, N, 1)
         self.reach = u.range + u.radius  # (U, 1) from the centre, to the target's edge
-        self.far = 1e6 * self._tensor(torch.eye(U).tolist())[..., None]  # nobody is near itself
+        self.far = 1e6 * torch.eye(U, device=self.device)[..., None]  # nobody is near itself
         self.grave = 1e3 * (number + 1).float()  # (U, 1) where the dead wait
         life = sum(unit.health + unit.shield for unit in units[N:])
         self.unit_reward = SCALE / (KILL * self.num_enemies + WIN + life)
@@ -212,17 +218,15 @@ class Smac(TensorGame):
         self.others = torch.tensor(others, dtype=torch.int64, device=self.device)  # (N, N-1)
 
     def _prepare_map(self, units):
-        """Where one can walk, where units start, and where they march to."""
-        battle, N, M = self.battle, self.num_agents, self.num_enemies
+        """Where one can walk, and where units start."""
+        battle, N = self.battle, self.num_agents
         walk = torch.zeros(MAP_SIZE + 2, MAP_SIZE + 2, dtype=torch.bool)  # with a wall around
         for x0, x1, y0, y1 in battle.walkable:
             walk[x0 + 1 : x1 + 1, y0 + 1 : y1 + 1] = True
         self.walk = walk.flatten().to(self.device)
         starts = _formation(units[:N], battle.start, 1)
         starts += _formation(units[N:], battle.enemy_start, -1)
-        goals = [battle.enemy_start] * N + [battle.start] * M
         self.start_x, self.start_y = self._tensor(starts).T[..., None]  # (U, 1)
-        self.goal_x, self.goal_y = self._tensor(goals).T[..., None]  # (U, 1)
         self.step_x, self.step_y = self._tensor(STEP_X), self._tensor(STEP_Y)
 
     # ------------------------------------------------------------ a step
@@ -242,12 +246,9 @@ class Smac(TensorGame):
         before = {name: getattr(self, name) for name in MEMORY}
         life, enemies = self._life(), self._alive()[N:].sum(0)
         order = actions.T.clamp(0, self.num_actions - 1)  # (N, B)
-        if self.mirror:
-            self.target = self.target.clone()  # `_acquire` writes into it, and into the cooldown
-        else:
-            aims = torch.where(order >= 6, order - 6 + N, -1)
-            self.target = torch.cat([aims, self.target[N:]])
-        self.cooldown = self.cooldown.clone()
+        aims = torch.where(order >= 6, order - 6 + N, -1)
+        self.target = torch.cat([aims, self.target[N:]])
+        self.cooldown = self.cooldown.clone()  # `_acquire` writes into it
         way = order.clamp(max=6)
         heading = self.step_x[way], self.step_y[way]  # (N, B)
         period = self.unit.period
@@ -296,10 +297,7 @@ class Smac(TensorGame):
             period: of the weapons, (U, B).
         """
         gaps = self._distance()
-        agents, enemies = slice(0, self.num_agents), slice(self.num_agents, None)
-        self._acquire(gaps[2], enemies, agents)
-        if self.mirror:
-            self._acquire(gaps[2], agents, enemies)
+        self._acquire(gaps[2][self.num_agents :, : self.num_agents])
         target = self.target.clamp(min=0)  # (U, B)
         to_target = [d.gather(1, target[:, None])[:, 0] for d in gaps]  # dx, dy, distance: (U, B)
         has = (self.target >= 0) & (to_target[2] < 100)  # not one that has died since
@@ -309,25 +307,25 @@ class Smac(TensorGame):
         self._wound(raw, hits)
         self._move(*steps)
 
-    def _acquire(self, distance, side, foes):
-        """Rule 1 for the slice `side`: keep a target in scan range, else take the nearest there."""
-        distance, old = distance[side, foes], self.target[side] - foes.start
-        alert = ALERT_SCAN * (self.quiet[side, None] < ALERT)
-        seen = distance <= self.scan[side, foes] + alert  # (side, foes, B)
-        keep = (old >= 0) & seen.gather(1, old.clamp(min=0)[:, None])[:, 0]  # (side, B)
-        gap, nearest = torch.where(seen, distance - self.unit.radius[foes], torch.inf).min(1)
-        found = torch.where(gap < torch.inf, nearest + foes.start, -1)
-        self.target[side] = torch.where(keep, self.target[side], found)
+    def _acquire(self, distance):
+        """Rule 1: enemies keep a target in scan range, else take the nearest. distance (M, N, B)"""
+        N = self.num_agents
+        old, cooldown = self.target[N:], self.cooldown[N:]  # (M, B)
+        alert = ALERT_SCAN * (self.quiet[N:, None] < ALERT)
+        seen = distance <= self.scan + alert  # (M, N, B)
+        keep = (old >= 0) & seen.gather(1, old.clamp(min=0)[:, None])[:, 0]  # (M, B)
+        gap, nearest = torch.where(seen, distance - self.unit.radius[:N], torch.inf).min(1)
+        found = torch.where(gap < torch.inf, nearest, -1)
         new = ~keep & (found >= 0)
-        cooldown = self.cooldown[side]
-        self.cooldown[side] = torch.where(new, cooldown.clamp(min=REACTION), cooldown)
+        self.target[N:] = torch.where(keep, old, found)
+        self.cooldown[N:] = torch.where(new, cooldown.clamp(min=REACTION), cooldown)
 
     def _fire(self, fire, target, period):
         """Rule 2: those in fire (U, B) shoot. Returns damage and hits that each takes, (U, B)."""
         self.cooldown = torch.where(fire, period, self.cooldown) - DT
         self.pause = torch.where(fire, self.unit.pause, self.pause - DT)
         nothing = torch.zeros_like(self.x)
-        damage = self.damage[self.row + target] * fire  # whole numbers, so that sums are exact
+        damage = self.damage.gather(1, target) * fire  # whole numbers, so that sums are exact
         raw = nothing.scatter_add(0, target, damage)
         return raw, nothing.scatter_add(0, target, self.unit.hits * fire)
 
@@ -348,14 +346,13 @@ class Smac(TensorGame):
         """Where units go, x and y (U, B): to a target, as told or to the goal, and apart."""
         N, distance = self.num_agents, gaps[2]
         overlap = (self.keep_apart - distance).clamp_(min=0).div_(distance).mul_(0.5)  # (U, U, B)
-        goals = self.goal_x - self.x, self.goal_y - self.y
+        goal_x, goal_y = self.battle.start
+        goals = goal_x - self.x[N:], goal_y - self.y[N:]  # (M, B)
         far = (goals[0] * goals[0] + goals[1] * goals[1]).sqrt()
         length, places = self.unit.speed * DT * (self.pause <= 0), []
         for axis, place in enumerate((self.x, self.y)):
             march = torch.where(far > 1, goals[axis] / far, 0.0)
-            if not self.mirror:
-                march = torch.cat([heading[axis], march[N:]])
-            march = torch.where(near, 0.0, march)
+            march = torch.where(near, 0.0, torch.cat([heading[axis], march]))
             pace = length * torch.where(has & ~near, to_target[axis] / to_target[2], march)
             push = (overlap * gaps[axis]).sum(1).clamp_(-0.3, 0.3)
             places.append(place + pace - push)
@@ -429,25 +426,6 @@ class Smac(TensorGame):
         numbers = torch.arange(self.num_actions, device=self.device)[:, None]
         last = (self.last_action[:, None] == numbers).float()  # (N, A, B), all 0 after a reset
         return torch.cat([agents.flatten(0, 1), enemies.flatten(0, 1), last.flatten(0, 1)])
-
-    def _draw_units(self, axes):
-        """The living of the first battle, health and shield as bars, lines to whom they attack."""
-        N, alive = self.num_agents, self._alive()[:, 0].tolist()
-        agents, enemies = sum(alive[:N]), sum(alive[N:])
-        left = f"{agents} of {N} agents (blue), {enemies} of {self.num_enemies} enemies (red)"
-        axes.set_title(f"step {self.elapsed[0]}: {left}", fontsize=10)
-        x, y, aims = (values[:, 0].tolist() for values in (self.x, self.y, self.target))
-        for i, r in enumerate(self.unit.radius[:, 0].tolist()):
-            if not alive[i]:
-                continue
-            colour, j = "#2c3e87" if i < N else "#c0392b", aims[i]
-            axes.add_patch(Circle((x[i], y[i]), r, facecolor=colour))
-            if j >= 0 and alive[j]:
-                axes.plot([x[i], x[j]], [y[i], y[j]], color=colour, lw=0.6, alpha=0.5)
-            for bar, height, colour in (("health", 0.1, "#3a9d4a"), ("shield", 0.3, "#5aa9e6")):
-                share = getattr(self, bar)[i, 0] / getattr(self.unit, bar)[i].clamp(min=1)
-                corner, length = (x[i] - r, y[i] + r + height), 2 * r * share.item()
-                axes.add_patch(Rectangle(corner, length, 0.2, facecolor=colour, zorder=2))
 
 
 def _formation(units, centre, front):

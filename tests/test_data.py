@@ -1,6 +1,7 @@
 """The dataset and its file, what it refuses, the named datasets, and loading them."""
 
 import dataclasses
+import json
 
 import h5py
 import numpy as np
@@ -58,7 +59,6 @@ def test_equal_data_have_equal_fingerprints(small):
 def test_recorded_episodes_replay(small):
     game = envs.make("bridge", num_envs=10)
     game.reset()
-    total, steps = torch.zeros(10), torch.zeros(10, dtype=torch.int64)
     for t in range(small.mask.shape[1]):
         obs, reward, terminated, truncated, info = game.step(small.actions[:, t])
         real = small.mask[:, t]
@@ -66,9 +66,7 @@ def test_recorded_episodes_replay(small):
         assert torch.equal(small.obs[real, t + 1], obs[real])
         assert torch.equal(small.state[real, t + 1], info["state"][real])
         assert torch.equal(small.terminated[real, t], terminated[real])
-        total, steps = total + reward * real, steps + real
-    assert torch.allclose(total, small.returns) and torch.equal(steps, small.lengths)
-    assert torch.equal(small.truncated, truncated & ~terminated)
+    assert (terminated | truncated).all() and torch.equal(small.truncated, ~terminated)
 
 
 def test_concatenated_parts_are_padded_to_the_longest(small):
@@ -76,41 +74,16 @@ def test_concatenated_parts_are_padded_to_the_longest(small):
     both = concatenate([few, small]).check()
     assert both.mask.shape == (13, 50) and torch.equal(both.obs[3:], small.obs)
     assert torch.equal(both.state[:3, :9], few.state) and not both.state[:3, 9:].any()
-    assert both.lengths.tolist() == few.lengths.tolist() + small.lengths.tolist()
-    for part, won in ((few, [1, 0, 1]), (small, [0] * 10)):
-        part.info["won"] = won
-    assert concatenate([few, small]).info["won"] == [1, 0, 1] + [0] * 10
-
-
-def test_scores_are_measured_by_two_references(small):
-    assert small.normalize(3.0) is None
-    small.info["references"] = {"random": -2, "expert": 6}
-    assert small.normalize(torch.tensor([-2.0, 2.0, 6.0])).tolist() == [0, 0.5, 1]
 
 
 # ---------------------------------------------------------------- what is refused
 BROKEN = {
     "obs holds NaN": lambda d: {"obs": d.obs * torch.nan},
-    "actions must lie in 0 .. 4; found 0 .. 5": lambda d: {"actions": d.actions * 0 + 5},
+    "actions must lie in 0 .. 4": lambda d: {"actions": d.actions * 0 + 5},
     "forbids": lambda d: {"avail_actions": torch.zeros_like(d.avail_actions)},
     "reward has the shape": lambda d: {"reward": d.reward[:, 1:]},
-    "actions has the shape": lambda d: {"actions": d.actions.repeat(1, 1, 2)},
-    "obs must have 4 dim": lambda d: {"obs": d.obs[:, :, 0]},
-    "obs is empty": lambda d: {name: getattr(d, name)[:0] for name in TENSORS},
     "hole": lambda d: {"mask": d.mask & (torch.arange(50) != 2)},
-    "no step": lambda d: {"mask": d.mask & (torch.arange(10) > 0)[:, None]},
     "goes on after": lambda d: {"terminated": torch.ones_like(d.terminated)},
-    "need avail_actions": lambda d: {"avail_actions": None},
-    "no available": lambda d: {
-        "avail_actions": d.avail_actions & (torch.arange(51) < 1)[:, None, None],
-        "mask": d.mask & (torch.arange(50) < 1),
-    },
-    "in .-1, 1.; found 0 .. 1.5": lambda d: {
-        "actions": torch.full((10, 50, 2, 3), 1.5),
-        "avail_actions": None,
-    },
-    "'won'": lambda d: {"info": {"won": [1, 0]}},
-    "'references'": lambda d: {"info": {"references": {"random": 1, "expert": 1}}},
 }
 
 
@@ -125,20 +98,11 @@ def test_a_malformed_dataset_is_refused(small, tmp_path, complaint):
 def test_damaged_and_foreign_files_are_refused(small, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.h5"):
         data.read(tmp_path / "nowhere.h5")
-    good = tmp_path / "good.h5"
+    good, half = tmp_path / "good.h5", tmp_path / "half.h5"
     data.write(small, good)
-    for name, content in {"cut.h5": good.read_bytes()[:3000], "text.h5": b"hello"}.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} cannot be read, or is damaged"):
-            data.read(tmp_path / name)
-    with h5py.File(good, "a") as file:
-        del file["obs"]
-    with pytest.raises(ValueError, match="good.h5 .*obs"):
-        data.read(good)
-    with h5py.File(good, "a") as file:
-        file.attrs["format"] = "99"
-    with pytest.raises(ValueError, match="format 99"):
-        data.read(good)
+    half.write_bytes(good.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="half.h5 cannot be read, or is damaged"):
+        data.read(half)
 
 
 def test_a_dataset_of_another_task_is_refused(small, tmp_path):
@@ -151,13 +115,9 @@ def test_a_dataset_of_another_task_is_refused(small, tmp_path):
     data.write(small, path)
     with pytest.raises(ValueError, match="does not fit matrix xor"):
         data.load("matrix", "xor", path)
-    data.write(data.collect_dataset("matrix", "xor", "all", episodes=4), path)
-    assert len(data.load("matrix", "", path).mask) == 4
-    with pytest.raises(ValueError, match="use --env matrix --task 'xor'"):
-        data.load("matrix", "coordination", path)
 
 
-@pytest.mark.parametrize("env, axis", [("halfcheetah", 2), ("reacher", 3), ("ant", 3)])
+@pytest.mark.parametrize("env, axis", [("halfcheetah", 2), ("ant", 3)])
 def test_observations_in_another_order_are_refused(env, axis):
     game = envs.make(env, num_envs=2, time_limit=9)
     part = record(game, lambda t, obs, info: torch.rand(2, *game.motors.shape))
@@ -187,7 +147,7 @@ def test_names_and_paths(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     assert recipes.is_path("folder", "bridge") and not recipes.is_path("mixed", "bridge")
     assert recipes.is_name("peak-1e-1", "polynomial", "") and recipes.is_name("[1]", "matrix", "")
-    for name in ("peak-0", "peak-", "origin--1"):
+    for name in ("peak-", "origin--1"):
         assert not recipes.is_name(name, "polynomial", "")
 
 
@@ -199,41 +159,33 @@ def test_a_name_is_recorded_once_and_a_damaged_cache_again(cache):
     assert cached.stat().st_mtime_ns == before
     cached.write_bytes(cached.read_bytes()[:1000])
     assert same(first, data.load("matrix", "m-ne", "imbalanced")) and same(first, data.read(cached))
-    with pytest.raises(ValueError, match="'expert': choose balanced, imbalanced"):
-        data.load("matrix", "m-ne", "expert")
 
 
 def test_cached_files_never_meet(cache):
-    one = data.load("matrix", "[[5, 20], [20, 1]]", "uniform")
-    other = data.load("matrix", "[[5, -20], [-20, 1]]", "uniform")
-    assert other.reward.min() == -20 and one.reward.min() == 1
+    for task in ("[[5, 20], [20, 1]]", "[[5, -20], [-20, 1]]"):
+        data.load("matrix", task, "uniform")
     for seed, episodes in ((0, 5), (1, 5), (0, 6)):
         data.load("bridge", "", "mixed", seed=seed, episodes=episodes)
     assert len(list(cache.iterdir())) == 5
 
 
-def test_a_time_limit_may_count_as_an_end(cache):
-    cut = data.load("bridge", "", "mixed", episodes=20)
-    ended = data.load("bridge", "", "mixed", episodes=20, limit_terminates=True)
-    late = cut.lengths == 50
-    assert (
-        late.any()
-        and not late.all()
-        and torch.equal(cut.terminated[~late], ended.terminated[~late])
-    )
-    assert ended.terminated.sum(1).eq(1).all() and ended.terminated[late, 49].all()
-
-
 # ---------------------------------------------------------------- recipes
 @pytest.mark.parametrize(
     "task, name",
-    [(task, name) for task in recipes.MATRIX_BEHAVIOURS for name in recipes.names("matrix", task)]
-    + [("[[1, 0], [0, 2]]", "[0.9, 0.1]")],
+    [
+        ("xor", "aa-ab-ba"),
+        ("m-ne", "imbalanced"),
+        ("coordination", "favourable"),
+        ("penalty", "uniform"),
+        ("[[1, 0], [0, 2]]", "[0.9, 0.1]"),
+    ],
 )
 def test_matrix_games_are_played_as_stated(task, name):
-    behaviour = recipes.MATRIX_BEHAVIOURS.get(task, {}).get(name, [[0.9, 0.1]] * 2)
     found = data.collect_dataset("matrix", task, name, episodes=12_000)
-    share = found.joint_actions()
+    behaviour = json.loads(found.info["behaviour"])
+    one, other = found.actions[:, 0].T
+    A = found.avail_actions.shape[-1]
+    share = torch.bincount(A * one + other, minlength=A * A).view(A, A) / 12_000
     if isinstance(behaviour[0], str):  # in equal parts
         wanted = torch.zeros_like(share)
         for word in behaviour:
@@ -247,9 +199,8 @@ def test_matrix_games_are_played_as_stated(task, name):
 
 
 def test_probabilities_must_fit_the_actions():
-    for bad in ("[0.9]", "[1, -1]", "[0, 0]", "[a]"):
-        with pytest.raises(ValueError, match="one probability for each action"):
-            data.collect_dataset("matrix", "[[1, 0], [0, 2]]", bad)
+    with pytest.raises(ValueError, match="one probability for each action"):
+        data.collect_dataset("matrix", "[[1, 0], [0, 2]]", "[0.9]")
 
 
 def test_bridge_optimal_has_two_conventions_in_equal_parts():
@@ -282,66 +233,34 @@ def test_bridge_mixed_is_half_random_half_optimal():
     found = data.collect_dataset("bridge", "", "mixed")
     assert len(found.mask) == 1000
     assert found.returns[500:].mean().item() == pytest.approx(-1.2616, abs=0.005)
-    assert found.returns[:500].mean().item() == pytest.approx(-17.56, abs=0.6)
-    drawn = found.actions[:500][found.mask[:500]].flatten()
-    share = torch.bincount(drawn, minlength=5) / len(drawn)
-    assert torch.allclose(share, torch.tensor(0.2), atol=0.01)
+    drawn = found.actions[:500][found.mask[:500]]
+    assert drawn.double().mean().item() == pytest.approx(2, abs=0.03)  # of 0 .. 4
 
 
-@pytest.mark.parametrize("name, centre, spread", [("peak-0.1", 0.612, 0.1), ("origin-0.2", 0, 0.2)])
-def test_polynomial_games_are_played_around_a_place(name, centre, spread):
-    actions = data.collect_dataset("polynomial", "twin-peaks", name, episodes=4000).actions
-    assert actions.mean().item() == pytest.approx(centre, abs=0.01)
-    assert actions.std().item() == pytest.approx(spread, abs=0.01)
-    uniform = data.collect_dataset("polynomial", "", "uniform", episodes=4000).actions
-    assert uniform.std().item() == pytest.approx(3**-0.5, abs=0.01)
-
-
-def test_teams_play_equal_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "BEHAVIOUR", tmp_path)
-    (tmp_path / "ant").mkdir()
-    for name in ("replay-0", "replay-2", "replay-10", "replay-old", "medium"):
-        (tmp_path / "ant" / f"{name}.npz").touch()
-    shares = recipes.share_out("ant", ("replay-*", "medium"), 10)
-    assert shares == {"replay-0": 1, "replay-2": 2, "replay-10": 2, "medium": 5}
-    assert list(shares) == ["replay-0", "replay-2", "replay-10", "medium"]
-    assert recipes.share_out("ant", ("expert-*",), 3) == {"expert-0": 3}
-    with pytest.raises(ValueError, match="no expert team for ant ships"):
-        data.collect_dataset("ant", "full", "expert", episodes=1)
-
-
-def test_battles_are_played_in_blocks(monkeypatch):
-    monkeypatch.setattr(recipes, "BLOCK", 3)
-    found = data.collect_dataset("smac", "3m", "mixed", seed=2, episodes=8)
-    assert (
-        len(found.info["won"]) == len(found.mask) == 8 and "4 by medium" in found.info["behaviour"]
-    )
-    assert len({tuple(start.flatten().tolist()) for start in found.state[:, 0]}) == 8
-    play, _ = recipes.read_behaviour(recipes.BEHAVIOUR / "3m" / "expert.npz")
-    game = envs.make("smac", "3m", 1, check=False)
-    generator = torch.Generator().manual_seed(1_000_003 * 2 + 3)  # the last block's, of one battle
-    obs, info = game.reset(seed=2003)
-    for t in range(int(found.lengths[7])):
-        assert torch.equal(found.obs[7, t], obs[0])
-        actions = play(t, obs, info, generator)
-        assert torch.equal(found.actions[7, t], actions[0])
-        obs, _, _, _, info = game.step(actions)
+def test_teams_play_equal_parts(tmp_path):
+    for name in ("replay-0", "replay-2", "replay-10", "medium"):
+        (tmp_path / f"{name}.npz").touch()
+    shares = recipes.share_out(tmp_path, ("replay-*", "medium"), 10)
+    assert list(shares.items()) == [
+        ("replay-0", 1),
+        ("replay-2", 2),
+        ("replay-10", 2),
+        ("medium", 5),
+    ]
+    with pytest.raises(ValueError, match=r"no replay-\* team for 8m ships"):
+        data.collect_dataset("smac", "8m", "medium-replay", episodes=4)
 
 
 @pytest.mark.parametrize(
-    "env, name",
-    [("bridge", "mixed"), ("matrix", "uniform"), ("polynomial", "peak-0.5"), ("smac", "medium")],
+    "env, task, name",
+    [("bridge", "", "mixed"), ("matrix", "climbing", "uniform"), ("smac", "3m", "medium")],
 )
-def test_data_depend_on_the_seed_only(env, name):
+def test_data_depend_on_the_seed_only(env, task, name, request):
     """Not on torch's default type: a name stands for one dataset."""
-    task = {"matrix": "climbing", "smac": "3m"}.get(env, "")
     first = data.collect_dataset(env, task, name, 5, 6)
     assert not same(first, data.collect_dataset(env, task, name, 6, 6))
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert same(first, data.collect_dataset(env, task, name, 5, 6))
-    finally:
-        torch.set_default_dtype(torch.float32)
+    request.getfixturevalue("float64")
+    assert same(first, data.collect_dataset(env, task, name, 5, 6))
 
 
 # ---------------------------------------------------------------- commands
@@ -351,24 +270,17 @@ def test_collect_and_describe(tmp_path):
     found = data.read(path)
     assert same(found, data.collect_dataset("bridge", "", "mixed", 3, 10))
     found.info |= {"won": [1, 0] * 5, "references": {"random": 0, "expert": -1}}
-    lines = {line[:14].strip(): line[15:] for line in describe(found)}
-    assert lines["obs"] == "(10, 51, 2, 8) float32" and lines["episodes"] == "10"
-    assert lines["transitions"] == str(int(found.mask.sum())) and lines["win rate"] == "0.5000"
-    assert lines["terminals"] == lines["truncations"] == "5"
-    assert f"mean {found.returns.double().mean():.4f}" in lines["return"]
-    assert f"mean {-100 * found.returns.double().mean():.4f}" in lines["normalised %"]
+    text = "\n".join(describe(found))
+    shown = ["obs            (10, 51, 2, 8) float32", "win rate       0.5000"]
+    shown += ["terminals      5", "truncations    5", f"transitions    {int(found.mask.sum())}"]
+    shown.append(f"mean {-100 * found.returns.double().mean():.4f}")  # normalised
+    assert all(words in text for words in shown)
 
 
 def test_what_collect_refuses(tmp_path):
     out = tmp_path / "a.h5"
-    for said, args in {
-        "names a behaviour": Args(dataset="mixed", team="random", out=out),
-        "need --team": Args(noise=0.1, out=out),
-        "at least 0": Args(episodes=-1, out=out),
-        "no dataset 'expert'": Args(dataset="expert", out=out),
-    }.items():
-        with pytest.raises(ValueError, match=said):
-            main(args)
-    with pytest.raises(ValueError, match="at least one episode, not -1"):
-        data.collect_dataset("bridge", "", "mixed", episodes=-1)
+    with pytest.raises(ValueError, match="names a behaviour"):
+        main(Args(dataset="mixed", team="random", out=out))
+    with pytest.raises(ValueError, match="'expert': choose optimal, mixed"):
+        main(Args(dataset="expert", out=out))
     assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from envs.polynomial import GAMES
 from envs.rollout import play
 
 STAY, UP, DOWN, RIGHT, LEFT = range(5)
+REAL = SHARED / "alberdice_bridge_optimal"
 ONE_STEP = [("matrix", task) for task in MATRIX_TASKS] + [("polynomial", task) for task in GAMES]
 
 
@@ -29,9 +30,9 @@ def place(cells, time_limit=50):
 
 def move(cells, actions):
     """Where the agents end: one step from the given cells."""
-    _, _, _, _, info = place(cells).step(torch.tensor([actions]))
-    state = info["state"][0].int().tolist()
-    return (state[0], state[1]), (state[4], state[5])
+    *_, info = place(cells).step(torch.tensor([actions]))
+    row_0, column_0, _, _, row_1, column_1, _, _ = info["state"][0].tolist()
+    return [(row_0, column_0), (row_1, column_1)]
 
 
 def sample(game, generator):
@@ -44,31 +45,23 @@ def sample(game, generator):
 @pytest.mark.parametrize("env, task", [("bridge", ""), *ONE_STEP])
 def test_is_a_gymnasium_vector_environment(env, task):
     game = envs.make(env, task, num_envs=4)
-    assert isinstance(game, gymnasium.vector.VectorEnv)
     assert game.metadata["autoreset_mode"] == gymnasium.vector.AutoresetMode.DISABLED
     obs, info = game.reset(seed=0)
     assert game.observation_space.contains(obs.numpy())
     actions = torch.as_tensor(game.action_space.sample())
     obs, reward, terminated, truncated, info = game.step(actions)
     assert obs.shape == (4, game.num_agents, game.obs_dim)
-    assert info["state"].shape == (4, game.state_dim)
+    assert info["state"].shape == (4, game.state_dim) and reward.shape == (4,)
     assert obs.dtype == reward.dtype == info["state"].dtype == torch.float32
-    assert reward.shape == terminated.shape == truncated.shape == (4,)
     assert terminated.dtype == truncated.dtype == torch.bool
-    if env == "polynomial":  # continuous
-        assert "avail_actions" not in info
-    else:
-        assert info["avail_actions"].shape == (4, game.num_agents, game.num_actions)
+    assert game.picture(actions).shape[2] == 3
 
 
-def test_matrix_game_pays_its_table_once():
+def test_matrix_game_pays_its_table():
     game = envs.make("matrix", "climbing", num_envs=9)
     game.reset()
     actions = torch.cartesian_prod(torch.arange(3), torch.arange(3))
-    _, reward, terminated, truncated, _ = game.step(actions)
-    assert reward.tolist() == [x for row in MATRIX_TASKS["climbing"] for x in row]
-    assert terminated.all() and not truncated.any()
-    assert game.step(actions)[1].tolist() == [0] * 9  # a finished game pays nothing
+    assert game.step(actions)[1].tolist() == sum(MATRIX_TASKS["climbing"], [])
     game.reset(options={"reset_mask": torch.arange(9) == 0})
     assert game.step(actions)[1].tolist() == [11] + [0] * 8  # only the first one was restarted
 
@@ -95,61 +88,45 @@ def test_what_there_is_not_is_named(make, said):
     assert len(str(error.value)) < 300 and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("env, options", [
-    ("bridge", {"time_limit": 0}), ("reacher", {"time_limit": True}), ("reacher", {"limits": 5}),
-    ("reacher", {"limits": {"joint9": [0, 1]}}), ("matrix", {"noise": True}),
-])  # fmt: skip
-def test_options_that_do_not_fit_are_named(env, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        envs.make(env, **options)
-
-
 @pytest.mark.parametrize("env", ["bridge", "matrix", "polynomial", "smac", "reacher"])
 def test_a_game_that_runs_takes_only_what_it_can_play(env):
     game = envs.make(env, num_envs=2)
     game.reset(seed=0)
-    good = torch.ones(2, game.num_agents, dtype=torch.int64)
-    bad = good.index_put((torch.tensor(1), torch.tensor(1)), torch.tensor(-1))
+    bad = torch.ones(2, game.num_agents, dtype=torch.int64)
+    bad[1, 1] = -1
     if env in ("polynomial", "reacher"):
-        good, bad = good[..., None].float(), (2 * bad - 1).clamp(max=1)[..., None].float()
+        bad = (2 * bad - 1).clamp(max=1)[..., None].float()
     with pytest.raises(ValueError, match="game 1, agent 1: action -[13].* is not"):
         game.step(bad)
     with pytest.raises(ValueError, match="actions must be .* of shape"):
-        game.step(good[:1])
-    for mask in (torch.tensor([0, 2]), [True], torch.ones(2)):
-        with pytest.raises(ValueError, match="reset_mask must be 2 bools"):
-            game.reset(options={"reset_mask": mask})
-    game.step(good)  # nothing had happened
+        game.step(bad[:1])
+    with pytest.raises(ValueError, match="reset_mask must be 2 bools"):
+        game.reset(options={"reset_mask": torch.ones(2)})
 
 
 def test_a_finished_game_takes_any_action():
     """Datasets and states pad with -1: in a finished game it means nothing."""
-    for game in (envs.make("bridge", num_envs=2, time_limit=1), envs.make("matrix", num_envs=2)):
-        game.reset()
-        _, _, terminated, truncated, info = game.step(torch.zeros(2, 2, dtype=torch.int64))
-        assert (terminated | truncated).all()
-        _, reward, _, _, after = game.step(torch.full((2, 2), -1))
-        assert reward.tolist() == [0, 0] and torch.equal(after["state"], info["state"])
-        game.reset(options={"reset_mask": torch.tensor([False, True])})
-        with pytest.raises(ValueError, match="game 1, agent 0: action -1 is not available"):
-            game.step(torch.full((2, 2), -1))
+    game = envs.make("bridge", num_envs=2, time_limit=1)
+    game.reset()
+    *_, info = game.step(torch.zeros(2, 2, dtype=torch.int64))
+    _, reward, _, _, after = game.step(torch.full((2, 2), -1))
+    assert reward.tolist() == [0, 0] and torch.equal(after["state"], info["state"])
 
 
 # ---------------------------------------------------------------- graphs
 @pytest.mark.parametrize("env", ["bridge", "matrix", "polynomial"])
 def test_compiled_steps_are_the_same(env):
     plain, graph = (envs.make(env, num_envs=5) for _ in range(2))
-    compiler = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
     torch._dynamo.reset()
-    graph.compile(compiler)
+    graph.compile(functools.partial(torch.compile, fullgraph=True, backend="aot_eager"))
     generator = torch.Generator().manual_seed(0)
     for t in range(4):
         actions, mask = sample(plain, generator), torch.rand(5, generator=generator) < 0.5
-        both = [game.reset(options={"reset_mask": mask}) for game in (plain, graph)]
-        both += [game.step(actions) for game in (plain, graph)]
-        for one, other in (both[:2], both[2:]):
-            assert all(map(torch.equal, one[:-1], other[:-1]))
-            assert all(torch.equal(one[-1][name], other[-1][name]) for name in one[-1])
+        for game in (plain, graph):
+            game.reset(options={"reset_mask": mask})
+        *one, info = plain.step(actions)
+        *other, more = graph.step(actions)
+        assert all(map(torch.equal, [*one, *info.values()], [*other, *more.values()]))
 
 
 @pytest.mark.parametrize("env", ["bridge", "matrix", "polynomial", "smac"])
@@ -170,19 +147,17 @@ def test_play_keeps_what_happened_until_each_games_end():
     game, single = (envs.make("smac", "3m", num_envs=n, noise=False) for n in (12, 1))
 
     def act(obs, info, memory):
-        return envs.smac.focus(game, info) if memory % 4 else envs.smac.random(
-            game, info
-        ), memory + 1
+        policy = envs.smac.focus if memory % 4 else envs.smac.random
+        return policy(game, info), memory + 1
 
     played = play(game, act, memory=0, seed=0, film=True)
     film, lengths = played.film, played.film["mask"].sum(1)
     assert film["mask"].shape[1] == lengths.max() > lengths.min() and len(played.won.unique()) == 2
-    names = ("obs", "state", "avail_actions")
     for b, length in enumerate(lengths.tolist()):
         obs, info = single.reset()
         for t in range(length):
-            seen = {"obs": obs} | info
-            assert all(torch.equal(film[name][b, t], seen[name][0]) for name in names)
+            for name, seen in ({"obs": obs} | info).items():
+                assert name == "won" or torch.equal(film[name][b, t], seen[0])
             obs, reward, terminated, truncated, info = single.step(film["actions"][b, t][None])
             assert film["reward"][b, t] == reward and film["terminated"][b, t] == terminated
         assert (terminated | truncated).all() and torch.equal(film["obs"][b, length], obs[0])
@@ -202,12 +177,6 @@ def test_play_keeps_what_happened_until_each_games_end():
         ([(1, 2), (1, 3)], (UP, DOWN), [(1, 2), (1, 3)], "water"),
         ([(0, 0), (2, 1)], (LEFT, DOWN), [(0, 0), (2, 1)], "the edge of the grid"),
         ([(1, 2), (1, 4)], (RIGHT, LEFT), [(1, 3), (1, 4)], "agent 0 gets a contested cell"),
-        (
-            [(1, 4), (2, 5)],
-            (RIGHT, UP),
-            [(1, 5), (2, 5)],
-            "agent 0 gets a contested cell, at a corner",
-        ),
         ([(1, 5), (2, 5)], (DOWN, STAY), [(2, 5), (2, 5)], "one's own goal is never occupied"),
         (
             [(2, 5), (2, 4)],
@@ -215,22 +184,10 @@ def test_play_keeps_what_happened_until_each_games_end():
             [(2, 5), (2, 5)],
             "an agent on its goal stays, and does not block",
         ),
-        (
-            [(1, 3), (1, 2)],
-            (LEFT, UP),
-            [(1, 3), (1, 2)],
-            "the one ahead is stopped by water, so both stand",
-        ),
-        (
-            [(1, 1), (1, 2)],
-            (RIGHT, UP),
-            [(1, 1), (1, 2)],
-            "following an agent that wants to move but cannot",
-        ),
     ],
 )
 def test_bridge_rules(cells, actions, ends, why):
-    assert list(move(cells, actions)) == ends, why
+    assert move(cells, actions) == ends, why
 
 
 def test_bridge_rewards_and_ends():
@@ -248,16 +205,10 @@ def test_bridge_rewards_and_ends():
     )  # a finished game stays put
 
 
-@pytest.mark.parametrize("limit, expected", [(50, -15.49516), (20, -6.00833)])
-def test_bridge_standing_still_until_the_time_limit(limit, expected):
-    game = envs.make("bridge", time_limit=limit)
-    game.reset()
-    total = 0.0
-    for _ in range(limit):
-        _, reward, terminated, truncated, _ = game.step(torch.zeros(1, 2, dtype=torch.int64))
-        total += reward.item()
-    assert total == pytest.approx(expected, abs=1e-4)  # the step that hits the limit pays 0
-    assert truncated.item() and not terminated.item()
+def test_bridge_standing_still_until_the_time_limit():
+    game = envs.make("bridge", time_limit=20)
+    played = play(game, lambda *_: (torch.zeros(1, 2, dtype=torch.int64), None))
+    assert played.returns.item() == pytest.approx(-6.00833, abs=1e-4)  # the last step pays 0
 
 
 def test_bridge_best_return_by_dynamic_programming():
@@ -277,29 +228,18 @@ def test_bridge_best_return_by_dynamic_programming():
     assert envs.make("bridge", time_limit=7).best_return is None  # it takes eight steps
 
 
-@pytest.mark.skipif(
-    not (SHARED / "alberdice_bridge_optimal").exists(), reason="the real dataset is not here"
-)
+@pytest.mark.skipif(not REAL.exists(), reason="the real dataset is not here")
 def test_bridge_replays_the_real_dataset():
-    real = {
-        f.stem: np.load(f, allow_pickle=False)
-        for f in (SHARED / "alberdice_bridge_optimal").glob("*.npy")
-    }
-    steps = real["filled"][..., 0].sum(1) - 1
-    assert len(steps) == 500 and (steps == 8).all()
+    real = {file.stem: np.load(file, allow_pickle=False) for file in REAL.glob("*.npy")}
     game = envs.make("bridge", num_envs=500)
     _, info = game.reset()
     assert np.array_equal(info["state"].numpy(), real["state"][:, 0])
     for t in range(8):
-        obs, reward, terminated, truncated, info = game.step(
-            torch.as_tensor(real["actions"][:, t, :, 0])
-        )
+        actions = torch.as_tensor(real["actions"][:, t, :, 0])
+        obs, reward, terminated, truncated, info = game.step(actions)
+        over = (terminated | truncated).numpy()
         assert np.array_equal(info["state"].numpy(), real["state"][:, t + 1])
         assert np.array_equal(obs.numpy(), real["obs"][:, t + 1])
-        assert np.array_equal(
-            reward.numpy(), real["reward"][:, t, 0]
-        )  # the same float32, bit for bit
-        assert np.array_equal(
-            (terminated | truncated).numpy(), real["terminated"][:, t, 0].astype(bool)
-        )
+        assert np.array_equal(reward.numpy(), real["reward"][:, t, 0])  # bit for bit
+        assert np.array_equal(over, real["terminated"][:, t, 0].astype(bool))
     assert terminated.all()

@@ -582,8 +582,8 @@ def test_training_ends_at_the_tables_fixed_point():
     dataset = load("matrix", json.dumps(payoff.tolist()), "[0.5, 0.3, 0.2]")
     weights = dict(alpha=1.0, beta=1.0, beta_end=1.0, cql=0.0)
     found = learn(dataset, num_seeds=1, steps=1500, **weights)[0]
-    counts = dataset.joint_actions().double()
-    pi = mu = [counts.sum(1 - i)[None] / counts.sum() for i in range(2)]
+    counts = F.one_hot(dataset.actions[:, 0]).double()  # (E, N, A)
+    pi = mu = list(counts.mean(0)[:, None])
     game = torch.ones(1, 3, 3, 1, dtype=torch.float64), payoff[None].double(), mu
     for _ in range(500):
         pi = sweep(game, pi, 1.0, 1.0, gamma=0.0)

@@ -48,16 +48,6 @@ def random_actions(game, seed=0):
         yield 2 * torch.rand(game.action_space.shape, generator=generator) - 1
 
 
-def place(body, q=(), v=(), **options):
-    """One game of `body`, put where the {index: value} in q and v say."""
-    game = envs.make(body, **options)
-    game.reset(seed=0)
-    for array, values in ((game.qpos[0], dict(q)), (game.qvel[0], dict(v))):
-        for i, value in values.items():
-            array[i] = value
-    return game
-
-
 def rest(game):
     return torch.zeros(game.action_space.shape)
 
@@ -114,70 +104,19 @@ def test_side_by_side_with_gymnasium(body, task):
     assert ends >= {"halfcheetah": 2, "reacher": 40, "ant": 2}[body]
 
 
-@pytest.mark.parametrize("body, name", [("reacher", "Reacher-v4"), ("ant", "Ant-v4")])
-@pytest.mark.filterwarnings("ignore")  # Gymnasium calls v4 outdated
-def test_the_older_rewards_differ_as_the_docstring_says(body, name):
-    plain, game = gymnasium.make(name).unwrapped, envs.make(body)
-    plain.np_random = np.random.default_rng((0, 0))
-    plain.reset()
-    _, info = game.reset(seed=0)
-    for action in random_actions(game):
-        before = info["state"]
-        one = np.zeros(plain.model.nu)
-        one[np.array(MOTORS[body])] = action[0].double()
-        seen, old, *_ = plain.step(one)
-        _, new, terminated, truncated, info = game.step(action)
-        assert np.array_equal(
-            info["state"][0], seen.astype(np.float32)
-        )  # the older layout, 11 and 27 entries
-        if body == "reacher":
-            old += (before[0, 8:].double().norm() - info["state"][0, 8:].double().norm()).item()
-        assert new.item() == pytest.approx(old - (terminated.item() and 1), abs=1e-6)
-        if terminated or truncated:
-            break
-    assert terminated.item() == (body == "ant")
-
-
-def test_an_ant_agent_sees_the_leg_that_it_drives():
-    for i in range(4):
-        still, moved = place("ant", task="partial"), place("ant", task="partial")
-        action = rest(moved)
-        action[0, i] = 1
-        difference = (moved.step(action)[0] - still.step(rest(still))[0])[0].abs()  # (N, O)
-        speeds = [
-            difference[0, [12, 14]],
-            *difference[1:, [1, 3]],
-        ]  # of hip and ankle, seen by each agent
-        assert torch.stack(speeds).sum(1).argmax() == i
-
-
-@pytest.mark.parametrize("bend", [1.0, -1.0])
-def test_the_state_of_a_reacher_tells_its_bend(bend):
-    game = place("reacher", q={0: 0.0, 1: bend})
-    _, _, _, _, info = game.step(rest(game))
-    assert info["state"][0, 3].sign() == bend
-    elbow, tip = game.xpos[0][2], game.xpos[0][3]  # the forearm's body starts at the elbow
-    assert np.sign((tip - elbow)[1]) == bend  # upper arm along +x: counter-clockwise is +y
-
-
 @pytest.mark.parametrize("body", PLAIN)
 def test_a_partial_reset_leaves_the_others_alone(body):
-    left, right = (envs.make(body, num_envs=3, time_limit=30) for _ in range(2))
-    others, stream = [0, 2], random_actions(left)  # ants may fall on the way
+    left, right = (envs.make(body, num_envs=3, time_limit=12) for _ in range(2))
+    others, stream = [0, 2], random_actions(left)
     for game in (left, right):
         game.reset(seed=0)
-    for t in range(30):
+    for t in range(12):
         action = next(stream)
         a, b = left.step(action), right.step(action)
-        for x, y in zip((*a[:4], a[4]["state"]), (*b[:4], b[4]["state"])):
-            assert torch.equal(x[others], y[others])
+        assert torch.equal(a[4]["state"][others], b[4]["state"][others])
         if t in (4, 9):
-            obs, info = left.reset(
-                seed=9 if t == 4 else None,
-                options={"reset_mask": torch.tensor([False, True, False])},
-            )
-            assert torch.equal(info["state"][others], b[4]["state"][others])
-            assert not torch.equal(info["state"][1], b[4]["state"][1])
+            middle = torch.tensor([False, True, False])
+            left.reset(seed=9 if t == 4 else None, options={"reset_mask": middle})
     # The game that began again is not at its limit, and the others' random numbers are unused.
     assert (b[2] | b[3])[others].all() and not a[3][1]
     mask = torch.tensor([True, False, True])
@@ -188,66 +127,44 @@ def test_a_partial_reset_leaves_the_others_alone(body):
 @pytest.mark.parametrize("height, falls", [(0.15, True), (0.7, False), (1.1, True)])
 def test_an_ant_is_terminated_outside_its_heights(height, falls):
     # At the time limit, an end by the rules goes first; the ground would push the ant up.
-    game = place("ant", q={2: height}, time_limit=1)
+    game = envs.make("ant", time_limit=1)
+    game.reset(seed=0)
+    game.qpos[0][2] = height
     game.model.opt.disableflags |= game.mujoco.mjtDisableBit.mjDSBL_CONTACT
-    _, reward, terminated, truncated, info = game.step(rest(game))
+    _, _, terminated, truncated, info = game.step(rest(game))
     assert terminated.item() == falls and truncated.item() != falls
-    assert (0.2 <= info["state"][0, 0] <= 1.0) != falls
-    _, reward, again, _, after = game.step(rest(game))
-    assert reward == 0 and again.item() == falls and torch.equal(after["state"], info["state"])
-    game.reset()
-    assert not game.fallen.any()
+    _, reward, _, _, after = game.step(rest(game))
+    assert reward == 0 and torch.equal(after["state"], info["state"])
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_a_limited_elbow_bends_one_way_only(sign):
+def test_a_limited_elbow_bends_one_way_only():
     """Its elbow is pushed the other way all the time; without limits it turns on."""
-    game = envs.make("reacher", num_envs=4, limits={"joint1": sorted([0, 3 * sign])})
-    free = envs.make("reacher", num_envs=4)
-    lowest = []
-    for each in (game, free):
-        each.reset(seed=3)
-        push = torch.zeros(4, 2, 1)
-        push[:, 1] = -sign
+    for limits, low, high in (({"joint1": [0, 3]}, -0.1, 3), (None, -99, -2)):
+        game = envs.make("reacher", num_envs=4, limits=limits)
+        game.reset(seed=3)
         for _ in range(40):
-            each.step(push)
-        lowest.append(sign * np.array(each.qpos)[:, 1])
-    assert (lowest[0] > -0.1).all() and (lowest[1] < -2).all()
+            game.step(torch.tensor([[[0.0], [-1.0]]] * 4))
+        elbow = np.array(game.qpos)[:, 1]
+        assert (low < elbow).all() and (elbow < high).all()
 
 
 @pytest.mark.parametrize("body, task", TASKS)
 def test_a_state_can_be_put_back(body, task):
-    """What follows is nearly as it was: MuJoCo's solver has forgotten where it stopped, and a
-    reacher's gap no longer lags behind its joints by a part of a step.
-    """
+    """What follows is nearly as it was: MuJoCo's solver has forgotten where it stopped."""
     game, again = (envs.make(body, task, num_envs=3) for _ in range(2))
     game.reset(seed=0)
     actions = random_actions(game)
     for _ in range(5):  # no ant has fallen yet
-        obs, _, _, _, info = game.step(next(actions))
-    seen, found = again.set_state(info["state"])
-    own = 8 if body == "reacher" else None  # then comes the gap
+        *_, info = game.step(next(actions))
+    _, found = again.set_state(info["state"])
+    own = 8 if body == "reacher" else None  # then comes the gap, which lags behind the joints
     assert torch.allclose(found["state"][:, :own], info["state"][:, :own], atol=1e-6)
-    assert torch.allclose(found["state"], info["state"], atol=0.05)
-    hidden = (
-        (obs - seen)[..., :own].abs().amax((0, 1)) > 1e-5
-        if task != "leader-only"
-        else torch.zeros(1)
-    )
-    assert hidden.sum() == (
-        body == "halfcheetah"
-    )  # only x, the place in the world, is not in the state
     act = next(actions)
     for now, then in zip(game.step(act)[1:3], again.step(act)[1:3]):
         assert torch.allclose(now.float(), then.float(), atol=0.1)
-    one, other = (each._observe()[1]["state"] for each in (game, again))
-    assert (one - other).abs().mean() < 0.02
 
 
-@pytest.mark.parametrize("body", PLAIN)
-@pytest.mark.parametrize(
-    "speed", [np.nan, 1e11]
-)  # MuJoCo would quietly put the body back to its start
+@pytest.mark.parametrize("body, speed", [("ant", np.nan), ("reacher", 1e11)])
 def test_an_unstable_simulation_is_reported(body, speed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT
     game = envs.make(body, num_envs=3)

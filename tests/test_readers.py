@@ -1,8 +1,5 @@
 """Datasets by other authors, written here in their layouts and read back step for step."""
 
-import json
-import sys
-
 import h5py
 import numpy as np
 import pytest
@@ -35,28 +32,21 @@ def steps(lengths=LENGTHS, seed=0):
     return episodes
 
 
+def padded(x, rows):
+    return np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
+
+
 def as_batch(episodes, limit=LIMIT):
     """PyMARL's batch: padded to the limit, each end terminated, a junk action at the last row."""
-    E, T = len(episodes), limit + 1
-    n, o, s, a = (*episodes[0]["obs"].shape[1:], episodes[0]["state"].shape[1], A)
-    arrays = {
-        "state": np.zeros((E, T, s), np.float32),
-        "obs": np.zeros((E, T, n, o), np.float32),
-        "actions": np.zeros((E, T, n, 1), np.int64),
-        "avail_actions": np.zeros((E, T, n, a), np.int32),
-        "reward": np.zeros((E, T, 1), np.float32),
-        "terminated": np.zeros((E, T, 1), np.uint8),
-        "filled": np.zeros((E, T, 1), np.int64),
-    }
-    for e, episode in enumerate(episodes):
-        L = len(episode["reward"])
-        for name in ("obs", "state", "avail_actions"):
-            arrays[name][e, : L + 1] = episode[name]
-        arrays["actions"][e, :L, :, 0] = episode["actions"]
-        arrays["actions"][e, L] = 99
-        arrays["reward"][e, :L, 0] = episode["reward"]
-        arrays["terminated"][e, L - 1] = 1
-        arrays["filled"][e, : L + 1] = 1
+    arrays = {}
+    for name in episodes[0]:
+        arrays[name] = np.stack([padded(episode[name], limit + 1) for episode in episodes])
+    lengths = np.array([len(episode["reward"]) for episode in episodes])
+    arrays["actions"][np.arange(len(lengths)), lengths] = 99
+    arrays["terminated"] = (np.arange(limit + 1) == lengths[:, None] - 1).astype(np.uint8)
+    arrays["filled"] = (np.arange(limit + 1) <= lengths[:, None]).astype(np.int64)
+    for name in ("actions", "reward", "terminated", "filled"):
+        arrays[name] = arrays[name][..., None]
     return arrays
 
 
@@ -110,8 +100,6 @@ def test_cfcqls_time_outs_are_cut_off(tmp_path):
     assert found.truncated.tolist() == [True, True, False, False]
     assert data.read(path, time_limit=5).truncated.tolist() == [True, True, False, True]
     assert data.read(path, time_limit=9).truncated.tolist() == [True, False, False, False]
-    with pytest.raises(ValueError, match="at least one step, not 0"):
-        data.read(path, time_limit=0)
 
 
 def test_alberdices_folder_gives_the_same_dataset(tmp_path):
@@ -120,60 +108,37 @@ def test_alberdices_folder_gives_the_same_dataset(tmp_path):
     episodes = []
     for e, L in enumerate(ours.lengths.tolist()):
         episode = {name: getattr(ours, name)[e, :L].numpy() for name in ("actions", "reward")}
-        for name in ("obs", "state"):
+        for name in ("obs", "state", "avail_actions"):
             episode[name] = getattr(ours, name)[e, : L + 1].numpy()
-        episode["avail_actions"] = np.pad(ours.avail_actions[e, : L + 1], ((0, 0), (0, 0), (0, 1)))
         episodes.append(episode)
-    arrays = as_batch(episodes, 50)
-    arrays["avail_actions"] = arrays["avail_actions"][..., :5]
-    for name, array in arrays.items():
+    for name, array in as_batch(episodes, 50).items():
         np.save(tmp_path / f"{name}.npy", array)
     found = data.load("bridge", "", str(tmp_path))
     assert found.fingerprint() == ours.fingerprint()  # also the time-outs: cut off
-    (tmp_path / "reward.npy").write_bytes(b"no array")
-    with pytest.raises(ValueError, match=str(tmp_path)):
-        data.read(tmp_path)
-    (tmp_path / "reward.npy").unlink()
-    with pytest.raises(ValueError, match="reward.npy"):
-        data.read(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name, change, said",
-    [
-        ("reward", lambda x: x[:2], "reward has the shape"),
-        ("reward", lambda x: x.astype("S4"), "reward"),
-        ("filled", lambda x: x * [[[1]], [[0]], [[1]], [[1]]], "an episode has no step"),
-        ("terminated", lambda x: x * 2, "terminated must hold 0 and 1"),
-        ("actions", lambda x: x + 7, "actions must lie in 0 .. 5"),
-    ],
-)
-def test_a_damaged_cfcql_file_is_refused(tmp_path, name, change, said):
+def test_a_damaged_cfcql_file_is_refused(tmp_path):
     arrays = as_batch(steps())
-    arrays[name] = change(arrays[name])
-    with pytest.raises(ValueError, match=f"a.h5 .*{said}"):
+    arrays["reward"] = arrays["reward"][:2]
+    with pytest.raises(ValueError, match="a.h5 .*reward has the shape"):
         data.read(save(tmp_path / "a.h5", arrays))
 
 
 # ---------------------------------------------------------------- OG-MARL
-def in_a_row(episodes, tail=0):
-    """Episodes as a vault's leaves (M, ...): end to end, without what was seen last.
-
-    The last one starts again and is cut off after `tail` steps.
-    """
-    lengths = [len(episode["reward"]) for episode in episodes] + [tail]
-    ends = np.concatenate([np.arange(L) == L - 1 for L in lengths[:-1]] + [np.zeros(tail, bool)])
+def in_a_row(episodes):
+    """Episodes as a vault's leaves (M, ...): end to end, without what was seen last."""
+    lengths = [len(episode["reward"]) for episode in episodes]
+    ends = np.isin(np.arange(sum(lengths)), np.cumsum(lengths) - 1)
 
     def row(name):
-        parts = zip([*episodes, episodes[-1]], lengths)
-        return np.concatenate([episode[name][:L] for episode, L in parts])
+        return np.concatenate([episode[name][:L] for episode, L in zip(episodes, lengths)])
 
     leaves = {
         "observations": row("obs"),
         "actions": row("actions"),
-        "rewards": np.repeat(row("reward")[:, None], N, 1),
-        "terminals": np.repeat(ends[:, None], N, 1),
-        "truncations": np.zeros((len(ends), N), bool),
+        "rewards": np.repeat(row("reward")[:, None], row("obs").shape[1], 1),
+        "terminals": np.repeat(ends[:, None], row("obs").shape[1], 1),
+        "truncations": np.zeros(row("obs").shape[:2], bool),
         "infos.state": row("state"),
     }
     if "avail_actions" in episodes[0]:
@@ -184,38 +149,30 @@ def in_a_row(episodes, tail=0):
 def as_vault(folder, leaves, count=None):
     """Leaves (M, ...) as flashbax stores them: zarr in OCDBT, a declared length of 1e13."""
     tensorstore = pytest.importorskip("tensorstore")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
 
     def leaf(name, array, shape):
         base = {"driver": "file", "path": f"{folder}/"}
         spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": name}}
-        spec["metadata"] = {"compressor": {"id": "gzip", "level": 5}}
         kind = array.dtype.name
         store = tensorstore.open(spec, dtype=kind, shape=shape, create=True).result()
         store[tuple(slice(n) for n in array.shape)].write(array).result()
 
     for name, array in leaves.items():
         leaf(f"{name}.", array[None], (1, 10**13, *array.shape[1:]))
-    if count is None:
-        count = len(leaves["rewards"])
-    leaf("vault_index", np.array([count], np.int32), (1,))
-    (folder / "metadata.json").write_text(json.dumps({"version": 1.2}))
+    leaf("vault_index", np.array([count or len(leaves["rewards"])], np.int32), (1,))
+    (folder / "metadata.json").write_text("{}")
     return folder
 
 
 def test_a_vault_gives_the_episodes(tmp_path):
-    folder = as_vault(tmp_path / "odd %20" / "2s3z.vlt" / "Good", in_a_row(steps(), tail=3))
+    folder = as_vault(tmp_path / "odd %20" / "Good", in_a_row(steps()))
     found = data.read(folder)
-    assert found.obs.shape == (4, 8, N, O)  # the unfinished tail is dropped
+    assert found.obs.shape == (4, 8, N, O)
     agrees(found, steps(), after=False)
     assert not found.truncated.any()
     assert found.info == {"name": "Good", "behaviour": "OG-MARL vault"}
     assert data.read(folder, time_limit=5).truncated.tolist() == [False, True, False, True]
-    around = data.read(folder.parent)
-    assert around.fingerprint() == found.fingerprint()
-    as_vault(folder.parent / "Poor", in_a_row(steps([2])))
-    with pytest.raises(ValueError, match="several vaults: choose one of Good, Poor"):
-        data.read(folder.parent)
 
 
 def test_a_vaults_ends_are_those_of_all_agents(tmp_path):
@@ -228,7 +185,7 @@ def test_a_vaults_ends_are_those_of_all_agents(tmp_path):
     agrees(found, steps(), after=False)
     assert found.truncated.tolist() == [True, False, False, True]
     short = as_vault(tmp_path / "b", in_a_row(steps()), count=sum(LENGTHS) - 1)
-    agrees(data.read(short), steps(LENGTHS)[:3], after=False)
+    agrees(data.read(short), steps()[:3], after=False)  # the unfinished tail is dropped
 
 
 def test_a_vault_of_continuous_actions(tmp_path):
@@ -237,60 +194,33 @@ def test_a_vault_of_continuous_actions(tmp_path):
         del episode["avail_actions"]
         episode["actions"] = np.sin(episode["obs"][:-1, :, :2])  # (L, N, 2)
     leaves = in_a_row(episodes)
+    episodes[0]["actions"][0, 0, 0] = -1
+    leaves["actions"][0, 0, 0] = -1.25
     found = data.read(as_vault(tmp_path / "a", leaves))
     assert found.avail_actions is None
     agrees(found, episodes, after=False)
-    leaves["actions"][0, 0, 0] = -1.25
-    found = data.read(as_vault(tmp_path / "b", leaves))
-    assert found.actions.min() == -1 and found.info["clipped"].startswith("1.04 % of")  # 1 of 96
 
 
 def test_a_vault_of_cheetahs_ends_by_the_time_limit(tmp_path):
-    rng, M = np.random.default_rng(0), 1003
-    state = rng.normal(size=(M, 17)).astype(np.float32)
-    entries = np.pad(state, ((0, 0), (1, 1)))  # x, which agents see, is 0 here
-    ends = np.isin(np.arange(M), (2, M - 1))
-    leaves = {
-        "observations": entries[:, envs.make("halfcheetah").columns],
-        "actions": rng.uniform(-1, 1, (M, 2, 3)).astype(np.float32),
-        "rewards": np.repeat(rng.normal(size=(M, 1)), 2, 1),
-        "terminals": np.repeat(ends[:, None], 2, 1),
-        "truncations": np.zeros((M, 2), bool),
-        "infos.state": state,
-    }
-    path = str(as_vault(tmp_path / "Good", leaves))
+    rng, episodes = np.random.default_rng(0), []
+    for L in (3, 1000):
+        state = rng.normal(size=(L, 17)).astype(np.float32)
+        entries = np.pad(state, ((0, 0), (1, 1)))  # x, which agents see, is 0 here
+        episode = {"obs": entries[:, envs.make("halfcheetah").columns], "state": state}
+        episode["actions"] = rng.uniform(-1, 1, (L, 2, 3)).astype(np.float32)
+        episodes.append(episode | {"reward": state[:, 0]})
+    path = str(as_vault(tmp_path / "Good", in_a_row(episodes)))
     found = data.load("halfcheetah", "2x3", path)
     assert found.lengths.tolist() == [3, 1000] and found.truncated.tolist() == [False, True]
     ended = data.load("halfcheetah", "2x3", path, limit_terminates=True)
     assert not ended.truncated.any()
 
 
-@pytest.mark.parametrize(
-    "name, change, said",
-    [
-        ("terminals", lambda x: x * False, "no episode in it ever ends"),
-        ("rewards", lambda x: x * [1, 2, 3], "the agents' rewards differ"),
-        ("observations", lambda x: x * np.nan, "obs holds NaN"),
-        ("infos.legals", lambda x: x * 0, "avail_actions forbids"),
-    ],
-)
-def test_a_damaged_vault_is_refused(tmp_path, name, change, said):
+def test_a_damaged_vault_is_refused(tmp_path):
     leaves = in_a_row(steps())
-    leaves[name] = change(leaves[name]).astype(leaves[name].dtype)
-    with pytest.raises(ValueError, match=f"bad .*{said}"):
+    leaves["rewards"][0, 1] += 1
+    with pytest.raises(ValueError, match="bad .*the agents' rewards differ"):
         data.read(as_vault(tmp_path / "bad", leaves))
-
-
-def test_a_vault_needs_its_files_and_tensorstore(tmp_path, monkeypatch):
-    folder = as_vault(tmp_path / "a", in_a_row(steps()))
-    for file in (folder / "d").iterdir():
-        file.unlink()
-    with pytest.raises(ValueError, match="a cannot be read, or is damaged: .") as error:
-        data.read(folder)
-    assert "\n" not in str(error.value)
-    monkeypatch.setitem(sys.modules, "tensorstore", None)
-    with pytest.raises(ValueError, match="pip install tensorstore"):
-        data.read(folder)
 
 
 # ---------------------------------------------------------------- one agent's ant
@@ -308,7 +238,7 @@ def ants(width=27, lengths=LENGTHS, seed=0):
     return episodes
 
 
-def as_d4rl(path, episodes, following=True, change=None):
+def as_d4rl(path, episodes):
     """One row for each step; what follows the last end is dropped."""
     rows = {name: [episode[name] for episode in episodes] for name in episodes[0]}
     seen = rows.pop("observations")
@@ -316,12 +246,8 @@ def as_d4rl(path, episodes, following=True, change=None):
     arrays["terminals"] = arrays.pop("terminations")
     arrays["timeouts"] = arrays.pop("truncations")
     arrays["observations"] = np.concatenate([x[:-1] for x in seen])
-    if following:
-        arrays["next_observations"] = np.concatenate([x[1:] for x in seen])
-    tail = {name: np.concatenate([x, x[:2] * 0]) for name, x in arrays.items()}
-    if change:
-        change(tail)
-    return save(path, tail)
+    arrays["next_observations"] = np.concatenate([x[1:] for x in seen])
+    return save(path, {name: np.concatenate([x, x[:2] * 0]) for name, x in arrays.items()})
 
 
 def as_minari(path, episodes):
@@ -360,8 +286,6 @@ def test_a_d4rl_file_gives_the_episodes(tmp_path, task, width):
     assert found.truncated.tolist() == [not fell for fell in FALLS]
     assert found.info["name"] == "ant_medium-v2" and found.info["task"] == task
     assert found.references == (-325.6, 3879.7)
-    found = data.read(as_d4rl(path, ants(width), following=False), task=task)
-    agrees(found, dealt(ants(width), task), after=False)
     with pytest.raises(ValueError, match="another task than halfcheetah 2x3"):
         data.load("halfcheetah", "2x3", str(path))
 
@@ -372,30 +296,16 @@ def test_a_minari_file_gives_the_episodes(tmp_path, task, width):
     episodes[0]["actions"][0, 0] = 1.5
     path = as_minari(tmp_path / "ant" / "medium-v0" / "data" / "main_data.hdf5", episodes)
     episodes[0]["actions"][0, 0] = 1
-    for way in (path, path.parent, path.parents[1]):
+    for way in (path, path.parents[1]):
         found = data.load("ant", task, str(way))
         agrees(found, dealt(episodes, task))
         assert found.truncated.tolist() == [not fell for fell in FALLS * 3]
         assert found.info["name"] == "ant/medium-v0"
-        assert found.info["clipped"].startswith("0.26 % of")  # 1 of 8 x 48
 
 
-@pytest.mark.parametrize(
-    "said, change",
-    [
-        ("no episode in it ever ends", lambda a: (a["terminals"].fill(0), a["timeouts"].fill(0))),
-        ("only Ant is read", lambda a: a.update(actions=a["actions"][:, :6])),
-        ("timeouts", lambda a: a.pop("timeouts")),
-        ("reward holds NaN", lambda a: a.update(rewards=a["rewards"] * np.nan)),
-    ],
-)
-def test_a_damaged_d4rl_file_is_refused(tmp_path, said, change):
-    with pytest.raises(ValueError, match=f"a.hdf5 .*{said}"):
-        data.read(as_d4rl(tmp_path / "a.hdf5", ants(), change=change))
-
-
-def test_a_damaged_minari_file_is_refused(tmp_path):
+def test_another_body_is_refused(tmp_path):
     episodes = ants()
-    episodes[1]["observations"] = episodes[1]["observations"][:-1]
-    with pytest.raises(ValueError, match="a.hdf5 .*episode 1: obs has 7 rows for 7 steps"):
-        data.read(as_minari(tmp_path / "a.hdf5", episodes))
+    for episode in episodes:
+        episode["actions"] = episode["actions"][:, :6]
+    with pytest.raises(ValueError, match="a.hdf5 .*only Ant is read"):
+        data.read(as_d4rl(tmp_path / "a.hdf5", episodes))

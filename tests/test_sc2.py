@@ -100,20 +100,12 @@ def test_a_finished_game_stays_put_and_restarts_by_the_mask(games):
     games.reset()
     with pytest.raises(ValueError, match="game 1, agent 2: action 2 is not available"):
         play(games, [WAIT, [1, 1, 2], WAIT])  # no game moves
-    obs, _, terminated, _, info = play(games, [SPLIT, FALL, WAIT], [SPLIT, [99] * 3, WAIT])
-    assert terminated.tolist() == [True, True, False] and info["won"].tolist() == [
-        True,
-        False,
-        False,
-    ]
+    obs, _, terminated, _, _ = play(games, [SPLIT, FALL, WAIT], [SPLIT, [99] * 3, WAIT])
+    assert terminated.tolist() == [True, True, False]
     after = play(games, [[99] * 3, [-1] * 3, SPLIT])  # the stand-in refuses steps of finished games
     assert after[1].tolist() == [0, 0, 2] and torch.equal(after[0][:2], obs[:2])
     begun, _ = games.reset(options={"reset_mask": torch.tensor([False, True, False])})
-    assert (begun - after[0])[:, 0, 1].tolist() == [0, 1, 0] and begun[:, 0, 2].tolist() == [
-        2,
-        0,
-        3,
-    ]
+    assert begun[:, 0, 2].tolist() == [2, 0, 3]
     _, reward, terminated, truncated, _ = play(games, SPLIT)
     assert reward.tolist() == [0, 2, 12] and terminated.tolist() == [True, False, True]
 

@@ -63,6 +63,7 @@ RUNS = {  # name: (script, flags), one small run of everything that makes a diff
 SCRIPTS = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
 every_run = pytest.mark.parametrize("name", RUNS)
 every_script = pytest.mark.parametrize("script", SCRIPTS)
+NO_GAMES = ("--eval-episodes", "0")
 FIRST = {script: name for name, (script, _) in reversed(RUNS.items())}  # a run of each script
 
 
@@ -129,8 +130,8 @@ def test_help_tells_every_flag(capsys, script):
 def test_seeds_learn_together_what_they_learn_alone(tmp_path, float64, light, name):
     # The starts of online games are drawn for all seeds together: there they do not vary here.
     still = ["--env-kwargs", '{"noise": false}'] if name == "mappo battles" else []
-    start(name, tmp_path / "both", *still)
-    start(name, tmp_path / "alone", "--seed", "1", "--num-seeds", "1", *still)
+    start(name, tmp_path / "both", *NO_GAMES, *still)
+    start(name, tmp_path / "alone", "--seed", "1", "--num-seeds", "1", *NO_GAMES, *still)
     both, alone, compared = kept(tmp_path / "both"), kept(tmp_path / "alone"), 0
     for key, own in alone.items():
         shared = both[key]
@@ -175,7 +176,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, light, nam
 @every_run
 def test_a_compiled_run_equals_eager(tmp_path, monkeypatch, float64, light, name):
     """A graph ends at an optimiser's step only, and soon no graph is new."""
-    start(name, tmp_path / "eager", "--no-compile")
+    start(name, tmp_path / "eager", "--no-compile", *NO_GAMES)
     graphs = collections.Counter()
 
     def backend(graph, inputs):
@@ -189,7 +190,7 @@ def test_a_compiled_run_equals_eager(tmp_path, monkeypatch, float64, light, name
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(keeper.GRAPHS):
-        start(name, tmp_path / "compiled", "--no-compile")
+        start(name, tmp_path / "compiled", "--no-compile", *NO_GAMES)
     breaks = torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
     assert graphs["made"] > 0
@@ -221,7 +222,7 @@ def test_an_update_never_waits_for_the_host(tmp_path, monkeypatch, light, name):
 
     monkeypatch.setattr(keeper.Run, "compile", watched)
     with PretendedGPU():
-        start(name, tmp_path / "run", "--no-compile")
+        start(name, tmp_path / "run", "--no-compile", *NO_GAMES)
     assert ops.total() > 50 and not waits, waits
 
 

@@ -8,22 +8,22 @@ from matplotlib.figure import Figure
 
 from envs.polynomial import DATA, surface
 
-MADDPG, PJAP, TRUE = "#d1510c", "#0b6fb8", "#111111"
+MADDPG, PJAP, PART, TRUE = "#d1510c", "#0b6fb8", "#eea37d", "#111111"
 WIDTH = {MADDPG: 3.0, PJAP: 1.6}  # both stay visible where they coincide
 
 
 def draw_paths(axis, paths, colour):
     """Policies over time (S, K+1, 2): lines from a ring to a star, the first seed in bold."""
     x, y = paths.cpu().numpy().T  # (K+1, S)
-    axis.plot(x[:, 1:], y[:, 1:], color=colour, lw=0.7, alpha=0.4)
+    axis.plot(x, y, color=colour, lw=0.7, alpha=0.4)
     axis.plot(x[:, 0], y[:, 0], color=colour, lw=WIDTH[colour])
-    axis.plot(x[0, 0], y[0, 0], "o", ms=7, mfc="white", mec=colour, mew=1.8, zorder=4)
-    axis.plot(x[-1, 0], y[-1, 0], "*", ms=13, mfc=colour, mec="white", mew=0.8, zorder=5)
+    axis.plot(x[0, 0], y[0, 0], "o", mfc="white", mec=colour)
+    axis.plot(x[-1, 0], y[-1, 0], "*", ms=13, mfc=colour, mec="white")
 
 
 def mark_peaks(axis, peak):
     """Crosses at both peaks of twin peaks."""
-    axis.plot((-peak, peak), (-peak, peak), "x", ms=9, mew=2, color=TRUE)
+    axis.plot((-peak, peak), (-peak, peak), "x", color=TRUE)
 
 
 def band(axis, values, colour, label=None):
@@ -31,8 +31,7 @@ def band(axis, values, colour, label=None):
     values = values.cpu()
     low, high = values.amin(0), values.amax(0)
     axis.plot(values.mean(0), color=colour, lw=WIDTH[colour], label=label)
-    axis.fill_between(range(values.shape[1]), low, high, color=colour, alpha=0.18, lw=0)
-    axis.grid(alpha=0.25)
+    axis.fill_between(range(values.shape[1]), low, high, color=colour, alpha=0.2)
 
 
 def draw_step(reward, policy, point, brud, true):
@@ -40,23 +39,15 @@ def draw_step(reward, policy, point, brud, true):
     figure = Figure(figsize=(5.6, 5.6), layout="constrained")
     axis = figure.subplots()
     surface(axis, reward, "One BRUD step in sign agreement, R = xy")
-    brud_label = r"BRUD step, $\nabla J = (a_y, a_x)$"
-    true_label = r"true gradient, $\nabla R = (\theta_y, \theta_x)$"
     step_x, step_y = brud
-    for step, colour, width, label in (
-        (brud, MADDPG, 0.014, brud_label),
-        ((step_x, 0), "#eea37d", 0.008, "its two parts, one per agent"),
-        ((0, step_y), "#eea37d", 0.008, None),
-        (true, TRUE, 0.014, true_label),
-    ):
+    steps = brud, (step_x, 0), (0, step_y), true
+    names = "BRUD step", "its part of x", "its part of y", "true gradient"
+    for step, name, colour in zip(steps, names, (MADDPG, PART, PART, TRUE)):
         scale = dict(scale=1, scale_units="xy", angles="xy")
-        axis.quiver(*policy, *step, color=colour, width=width, label=label, **scale)
-    axis.plot(*policy, "o", ms=9, mfc="white", mec=TRUE, mew=1.8, zorder=4)
-    axis.plot(*point, "o", ms=9, color=DATA)
-    words = dict(textcoords="offset points")
-    axis.annotate(r"policy $(\theta_x, \theta_y)$", policy, (10, 8), **words)
-    axis.annotate("data point $(a_x, a_y)$", point, (-45, 12), **words)
-    axis.legend(loc="lower left", fontsize=9)
+        axis.quiver(*policy, *step, color=colour, label=name, **scale)
+    axis.plot(*policy, "o", mfc="white", mec=TRUE, label="policy")
+    axis.plot(*point, "o", color=DATA, label="data point")
+    axis.legend(loc="lower left")
     return figure
 
 
@@ -69,14 +60,12 @@ def draw_buffers(reward, capacities, batch_size, paths, buffers):
     figure = Figure(figsize=(3.6 * len(capacities), 10), layout="constrained")
     axes = figure.subplots(3, len(capacities), squeeze=False).T
     for (top, middle, bottom), capacity, path, buffer in zip(axes, capacities, paths, buffers):
-        on_policy = " (on-policy)" if capacity == batch_size else ""
-        surface(top, reward, f"buffer of {capacity}{on_policy}")
+        surface(top, reward, f"buffer of {capacity}, batches of {batch_size}")
         draw_paths(top, path, MADDPG)
         band(middle, reward(*path.unbind(-1)), MADDPG)
-        middle.set(xlabel="update", ylabel="reward of the policy", ylim=(-1.05, 1.05))
+        middle.set(xlabel="update", ylabel="reward of the policy")
         surface(bottom, reward, "buffer at the last update", buffer[0], "a", size=1.5)
         draw_paths(bottom, path[:1, -1:], MADDPG)
-    figure.suptitle("Online MADDPG, sign agreement: the older the data, the longer the way")
     return figure
 
 
@@ -85,7 +74,7 @@ def draw_fields(reward, data, mean, grid, brud, true, paths):
     figure = Figure(figsize=(13.5, 4.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     surface(left, reward, f"a. {len(data)} data points, mean {mean}", data, "a")
-    left.plot(*mean, "P", ms=12, color=TRUE, mec="white")
+    left.plot(*mean, "P", ms=12, color=TRUE)
     surface(middle, reward, r"b. $\nabla R$ (black) and $\nabla J$ (orange, not to scale)")
     brud = 0.6 * brud / brud.norm(dim=1, keepdim=True)
     for field, colour in ((true, TRUE), (brud, MADDPG)):
@@ -104,13 +93,11 @@ def draw_ends(reward, peak, sigmas, data, paths, centre):
     figure = Figure(figsize=(3.5 * len(sigmas), 4.1), layout="constrained")
     axes = figure.subplots(1, len(sigmas), squeeze=False)[0]
     for axis, sigma, points, starts in zip(axes, sigmas, data, paths):
-        x, y = (starts[0, -1] + 1e-5).tolist()  # no "-0.00"
-        surface(axis, reward, rf"$\sigma$ = {sigma:g}: ends at ({x:.2f}, {y:.2f})", points)
+        surface(axis, reward, rf"$\sigma$ = {sigma:g}", points)
         mark_peaks(axis, peak)
         for path in starts:
             draw_paths(axis, path[None], MADDPG)
-    around = "peak" if centre else "origin"
-    figure.suptitle(f"Offline MADDPG, twin peaks (crosses), data around the {around}")
+    figure.suptitle(f"Offline MADDPG, twin peaks (crosses), data around {centre:.3g}")
     return figure
 
 
@@ -133,8 +120,8 @@ def draw_methods(reward, peak, sigmas, data, paths, distances):
             band(gaps, distances[row, method], colour)
             band(rewards, reward(*path.unbind(-1)), colour, name)
         distance = r"mean $|a - \theta|$ of sampled data"
-        gaps.set(xlabel="epoch", ylabel=distance, ylim=(0, None))
+        gaps.set(xlabel="epoch", ylabel=distance)
         rewards.set(xlabel="epoch", ylabel="reward of the policy", ylim=(-1, None))
-        rewards.axhline(reward(peak, peak), color=TRUE, lw=1, ls=":", label="peak")
+        rewards.axhline(reward(peak, peak), color=TRUE, ls=":", label="peak")
         rewards.legend(loc="lower right")
     return figure
