@@ -379,6 +379,8 @@ class Team(nn.Module):
         self.critics = nn.ModuleList(critics)  # Q_i(s, .), one output an action
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.policies = copy.deepcopy(self.mus)
+        if not args.sequential:  # the policies as they were when the sweep began
+            self.before = copy.deepcopy(self.mus)
         log_alpha = torch.full((len(generators), 1), math.log(args.alpha))  # (S, 1)
         self.log_alpha = nn.ParameterList([log_alpha])
         # Set anew before each sweep by `schedule`: the entropy's weight, and a factor of alpha, cql
@@ -402,7 +404,7 @@ def teammate_log_prob(network, data, rows, i, prior=None):
     actions, zeros in place of the rest. With a prior, log mu_j (S, B, N, A) of models with a
     memory, it only adds what the known actions tell.
     """
-    state, avail, actions = data.state[rows], data.avail[rows], data.actions[rows]
+    state, avail, actions = (take(x, rows) for x in (data.state, data.avail, data.actions))
     S, B, N, A = avail.shape
     agent = torch.arange(N, device=rows.device)
     j = agent[:-1] + (agent[:-1] >= i)  # (N-1,) everybody but i
@@ -419,31 +421,48 @@ def teammate_log_prob(network, data, rows, i, prior=None):
 
 
 # ---------------------------------------------------------------- looking at the data
-def unroll(policies, agents, rows, data):
-    """log pi of n agents along the sequences rows (S, L, B'): (n, S, L B', A)."""
-    S, _, B = rows.shape
-    h, first = data.obs.new_zeros(S, B, policies[0].hidden), data.first[rows]
-    flat, log_pi = rows.flatten(1), []
-    for i in agents:
-        along, _ = policies[i](data.obs[flat, i], data.avail[flat, i], first, h)
-        log_pi.append(along)
-    return torch.stack(log_pi)
+def take(table, rows):
+    """Rows (S, B) of a table that all seeds share (R, ...): (S, B, ...); plain indexing is slower."""
+    return table.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def recall(table, rows):
-    """Each seed's entries of its own table: (S, R, ...), rows (S, B) -> (S, B, ...)."""
-    return table[torch.arange(len(rows), device=rows.device)[:, None], rows]
+    """Each seed's rows (S, B) of its own table (S, R, ...): (S, B, ...)."""
+    S, R = table.shape[:2]
+    start = torch.arange(0, S * R, R, device=rows.device)  # of each seed's table, end to end
+    return take(table.flatten(0, 1), rows + start[:, None])
+
+
+def unroll(policy, i, rows, data):
+    """log pi_i, or log mu_i, along the sequences rows (S, L, B'): (S, L B', A)."""
+    S, _, B = rows.shape
+    flat, h = rows.flatten(1), data.obs.new_zeros(S, B, policy.hidden)
+    log_pi, _ = policy(
+        take(data.obs[:, i], flat), take(data.avail[:, i], flat), data.first[rows], h
+    )
+    return log_pi
+
+
+def unroll_all(policies, rows, data):
+    """The same of all N agents: (N, S, L B', A)."""
+    return torch.stack([unroll(policy, i, rows, data) for i, policy in enumerate(policies)])
 
 
 @torch.no_grad()
-def look(agents, policies, rows, data, improve):
+def look(agents, mover, policies, rows, data, improve, args):
     """How these agents act along the sequences rows (S, L, B'): a list of log pi (S, L B', A).
 
-    As long as no policy learns (improve is False), all still are their clones.
+    Without a memory only the mover's is needed in the last row, where its step ends: the others'
+    are (S, B', A). As long as no policy learns (improve is False), all still are their clones.
     """
-    if improve:
-        return list(unroll(policies, agents, rows, data))
-    return [recall(data.log_mu[j], rows.flatten(1)) for j in agents]
+    log_pi = []
+    for j in agents:
+        part = rows if j == mover or args.recurrent else rows[:, :-1]
+        if improve:
+            log_pi.append(unroll(policies[j], j, part, data))
+        else:
+            log_pi.append(recall(data.log_mu[j], part.flatten(1)))
+    return log_pi
 
 
 # ---------------------------------------------------------------- losses
@@ -543,7 +562,7 @@ def evaluation(i, team, adam, data, rows, places, log_pi, args):
     after = places + rows.shape[2]  # one row further in the same sequence
     begin, end = (rows.flatten(1).gather(1, at) for at in (places, after))  # (S, B)
     y = soft_target(
-        target(data.state[end]),
+        target(take(data.state, end)),
         recall(log_pi, after),
         recall(data.log_mu[i], end),
         data.reward[begin],
@@ -552,8 +571,8 @@ def evaluation(i, team, adam, data, rows, places, log_pi, args):
         team.beta,
         args.gamma,
     )
-    action, avail = data.actions[begin, i], data.avail[begin, i]
-    loss = critic_loss(critic(data.state[begin]), y, action, avail, args.cql * team.fade)
+    action, avail = data.actions[begin, i], take(data.avail[:, i], begin)
+    loss = critic_loss(critic(take(data.state, begin)), y, action, avail, args.cql * team.fade)
     loss = descend(adam, critic, loss)
     with torch.no_grad():
         parts = list(target.parameters()), list(critic.parameters())
@@ -563,14 +582,14 @@ def evaluation(i, team, adam, data, rows, places, log_pi, args):
 
 def improvement(i, team, adam, data, rows, places, args):
     """A step of pi_i, and of alpha, on some places (S, B) of the sequences; diagnostics (S,)."""
-    log_pi = recall(unroll(team.policies, [i], rows, data)[0], places)  # (S, B, A)
+    log_pi = recall(unroll(team.policies[i], i, rows[:, :-1], data), places)  # (S, B, A)
     begin = rows.flatten(1).gather(1, places)  # (S, B)
     log_mu, action = recall(data.log_mu[i], begin), data.actions[begin, i]
     weight = policy_weight(
-        team.targets[i](data.state[begin]),
+        team.targets[i](take(data.state, begin)),
         log_mu,
         action,
-        data.avail[begin, i],
+        take(data.avail[:, i], begin),
         team.alpha(args),
         team.beta,
         args.weight_cap,
@@ -588,7 +607,7 @@ def turn(i, team, adam, data, rows, log_pi, noise, improve, args):
 
     Args:
         rows: (S, L, B') the minibatch, as row numbers.
-        log_pi: of every agent along it, a list of (S, L B', A).
+        log_pi: of every agent along it, as `look` returns it.
         noise: (S, B) in [0, 1), which resamples its steps.
     Returns:
         Diagnostics, (S,) each.
@@ -599,7 +618,7 @@ def turn(i, team, adam, data, rows, log_pi, noise, improve, args):
     if args.resampling:
         # Eq. 23, with the teammates as they are now: this is what makes the method sequential
         others = [j for j in range(len(log_pi)) if j != i]
-        action = data.actions[begin]  # (S, K, N)
+        action = take(data.actions, begin)  # (S, K, N)
         log_pi_others = sum(chosen(log_pi[j][:, : begin.shape[1]], action[..., j]) for j in others)
         log_mu_others = data.log_mu_others[i].gather(1, begin)
         ratio *= importance_ratio(log_pi_others, log_mu_others, len(log_pi), args.ratio_cap)
@@ -625,15 +644,18 @@ def update(team, adam, data, shared, generators, step, args, turn=turn, look=loo
     improve = step >= args.warmup
     order = ORDERS[args.order](team, data, shared, generators, args)
     movers = [i for i in order for _ in range(args.inner)]
-    seen = team.policies if args.sequential else copy.deepcopy(team.policies)
+    seen = team.policies
+    if not args.sequential:
+        seen = team.before
+        seen.load_state_dict(team.policies.state_dict())
     logs = []
     for t, i in enumerate(movers):
         if t == 0 or not args.recurrent:
             rows = draw(generators, data.sequences, args.batch_size, args)
-            log_pi = look(range(len(order)), seen, rows, data, improve)
+            log_pi = look(range(len(order)), i, seen, rows, data, improve, args)
         elif args.sequential and improve:
             last = movers[t - 1]  # only the last one to act has moved
-            log_pi[last] = look([last], seen, rows, data, improve)[0]
+            log_pi[last] = look([last], i, seen, rows, data, improve, args)[0]
         noise = uniform(generators, args.batch_size)
         logs.append(turn(i, team, adam, data, rows, log_pi, noise, improve, args))
     means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
@@ -676,8 +698,8 @@ def semi_greedy(team, data, shared, generators, args):
     remaining = random_order(team, data, shared, generators, args)
     rows = draw(generators, data.sequences, args.batch_size, args)[:, :-1]
     begin, advantages = rows.flatten(1), []  # (S, K)
-    for i, log_pi in enumerate(unroll(team.policies, range(len(remaining)), rows, data)):
-        q = team.targets[i](data.state[begin])  # (S, K, A)
+    for i, log_pi in enumerate(unroll_all(team.policies, rows, data)):
+        q = team.targets[i](take(data.state, begin))  # (S, K, A)
         advantage = chosen(q, data.actions[begin, i]) - (log_pi.exp() * q).sum(-1)
         advantages.append((advantage.abs() * data.acted[begin]).sum())
     advantages = torch.stack(advantages).tolist()
@@ -699,7 +721,7 @@ def clone_loss(team, data, rows, args, noise=None):
     With a memory noise (S, B) draws the steps that the teammate model learns from.
     """
     agents, rows = range(len(team.mus)), rows[:, :-1]  # (S, L - 1, B')
-    log_mu, rows = unroll(team.mus, agents, rows, data), rows.flatten(1)  # (N, S, K, A), (S, K)
+    log_mu, rows = unroll_all(team.mus, rows, data), rows.flatten(1)  # (N, S, K, A), (S, K)
     acted = data.acted[rows]
     log_likelihood = sum(chosen(log_mu[i], data.actions[rows, i]) for i in agents)
     loss = -(log_likelihood * acted).sum(1) / acted.sum(1)
@@ -772,7 +794,7 @@ def tabulate(team, data, args):
     log_mu, log_mu_others = data.obs.new_zeros(N, S, R, A), data.obs.new_zeros(N, S, R)
     for rows in data.sequences.split(max(1, 10_000 // data.sequences.shape[1])):
         rows = rows.T.expand(S, -1, -1)  # (S, L, Q)
-        table, rows = unroll(team.mus, range(N), rows, data), rows.flatten(1)  # (N, S, L Q, A)
+        table, rows = unroll_all(team.mus, rows, data), rows.flatten(1)  # (N, S, L Q, A)
         log_mu[:, :, rows[0]] = table.clamp(min=-20)  # as good as never; beta log mu stays finite
         prior = table.movedim(0, 2) if args.recurrent else None
         for i in range(N):
@@ -828,7 +850,7 @@ def draw_policy(run, team, data, film):
         return {"policy.png": draw_strips({"cloned team": cloned_sampled, "InSPO": greedy})}
     if run.args.env == "matrix" and len(team.policies) == 2:
         row = data.sequences[None, :1, :1].expand(len(run.seeds), -1, -1)  # all are the same
-        pi = unroll(team.policies, range(2), row, data)[:, :, 0].exp()  # (N, S, A)
+        pi = unroll_all(team.policies, row, data)[:, :, 0].exp()  # (N, S, A)
         return {"policy.png": draw_policies(pi, run.dataset, run.seeds)[0]}
     return {}
 

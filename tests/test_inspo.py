@@ -564,7 +564,7 @@ def learn(dataset, **changes):
     for step in range(args.steps):
         inspo.update(team, adam, data, shared, generators, step, args)
     rows = torch.zeros(args.num_seeds, 1, 1, dtype=torch.int64)
-    pi = inspo.unroll(team.policies, range(2), rows, data)[:, :, 0].exp().detach()
+    pi = inspo.unroll_all(team.policies, rows, data)[:, :, 0].exp().detach()
     return pi[0][:, :, None] * pi[1][:, None, :]
 
 
