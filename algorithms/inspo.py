@@ -81,7 +81,7 @@ formulas: the equations follow from its words.
      equal policies, luck decides which one is the last. Not in matrix games and battles.
   9. log mu_i is at least -20 in the tables of the behaviour, so that beta log mu_i stays finite.
  10. Grid cells enter the networks as one-hot values. A time limit is not an end: Q looks beyond it.
- 11. Who goes first is drawn once for all seeds. Semi-greedy order is A2PO's (Wang et al., 2023).
+ 11. Who goes first is drawn once for all seeds. The paper finds that the order hardly matters.
  12. In battles there is no entropy bonus (beta = 0), and alpha is 0.4, as a battle pays up to 20.
  13. In a game that nobody tuned, a tenth of the episodes tells when cloning stops (--hold-back).
  14. A simultaneous sweep (--no-sequential) shows everybody the policies of the sweep's beginning.
@@ -146,7 +146,7 @@ class Args:
     beta_hold: int = 0  # updates before beta begins to decay
     warmup: int = 0  # updates in which only the Q-functions learn
     cql: float = 0.1  # weight of the conservative term in Eq. 24
-    order: str = "random"  # who goes first in a sweep: random, fixed, semi-greedy
+    random_order: bool = True  # who goes first is drawn anew in each sweep; else agent 0
     inner: int = 1  # turns that an agent has in a row
     sequential: bool = True  # show the policies as they are now, not as when the sweep began
     resampling: bool = True  # resample by Eq. 23; with --no-resampling every ratio is 1
@@ -372,11 +372,12 @@ class Team(nn.Module):
     def __init__(self, data, args, generators):
         super().__init__()
         (_, N, A), I, D = data.avail.shape, data.obs.shape[-1], data.state.shape[-1]
-        policies = [Policy(I, A, args, generators) for _ in range(N)]
-        self.mus = nn.ModuleList(policies)  # behaviour, Eq. 21
+        agents = range(N)
+        # behaviour, Eq. 21
+        self.mus = nn.ModuleList(Policy(I, A, args, generators) for _ in agents)
         self.teammates = mlp(D + N + N * A, A, args, generators)  # joint behaviour, Eq. 22
-        critics = [mlp(D, A, args, generators) for _ in range(N)]
-        self.critics = nn.ModuleList(critics)  # Q_i(s, .), one output an action
+        # Q_i(s, .), one output an action
+        self.critics = nn.ModuleList(mlp(D, A, args, generators) for _ in agents)
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.policies = copy.deepcopy(self.mus)
         if not args.sequential:  # the policies as they were when the sweep began
@@ -422,7 +423,7 @@ def teammate_log_prob(network, data, rows, i, prior=None):
 
 # ---------------------------------------------------------------- looking at the data
 def take(table, rows):
-    """Rows (S, B) of a table that all seeds share (R, ...): (S, B, ...); plain indexing is slower."""
+    """Rows (S, B) of a table of all seeds (R, ...): (S, B, ...). Plain indexing is slower."""
     return table.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
@@ -582,7 +583,8 @@ def evaluation(i, team, adam, data, rows, places, log_pi, args):
 
 def improvement(i, team, adam, data, rows, places, args):
     """A step of pi_i, and of alpha, on some places (S, B) of the sequences; diagnostics (S,)."""
-    log_pi = recall(unroll(team.policies[i], i, rows[:, :-1], data), places)  # (S, B, A)
+    part = rows if args.recurrent else rows[:, :-1]  # no step begins in the last row
+    log_pi = recall(unroll(team.policies[i], i, part, data), places)  # (S, B, A)
     begin = rows.flatten(1).gather(1, places)  # (S, B)
     log_mu, action = recall(data.log_mu[i], begin), data.actions[begin, i]
     weight = policy_weight(
@@ -642,7 +644,9 @@ def update(team, adam, data, shared, generators, step, args, turn=turn, look=loo
     """
     schedule(team, adam, step, args)
     improve = step >= args.warmup
-    order = ORDERS[args.order](team, data, shared, generators, args)
+    order = range(len(team.policies))
+    if args.random_order:
+        order = torch.randperm(len(order), generator=shared).tolist()
     movers = [i for i in order for _ in range(args.inner)]
     seen = team.policies
     if not args.sequential:
@@ -677,41 +681,6 @@ def schedule(team, adam, step, args):
     slow = min(1.0, remaining)
     for group, lr in zip(adam.param_groups, (args.critic_lr, args.policy_lr)):
         group["lr"] = slow * lr
-
-
-# ---------------------------------------------------------------- order of the agents
-def random_order(team, data, shared, generators, args):
-    return torch.randperm(len(team.policies), generator=shared).tolist()
-
-
-def fixed_order(team, data, shared, generators, args):
-    return list(range(len(team.policies)))
-
-
-@torch.no_grad()
-def semi_greedy(team, data, shared, generators, args):
-    """A2PO's order of the agents, the same for all seeds. It waits for the device, once.
-
-    Every other place goes to the remaining agent with the largest advantage: the mean over a
-    minibatch and all seeds of |Q'_i(s,a_i) - E_pi Q'_i(s,.)|. The others go to agents at random.
-    """
-    remaining = random_order(team, data, shared, generators, args)
-    rows = draw(generators, data.sequences, args.batch_size, args)[:, :-1]
-    begin, advantages = rows.flatten(1), []  # (S, K)
-    for i, log_pi in enumerate(unroll_all(team.policies, rows, data)):
-        q = team.targets[i](take(data.state, begin))  # (S, K, A)
-        advantage = chosen(q, data.actions[begin, i]) - (log_pi.exp() * q).sum(-1)
-        advantages.append((advantage.abs() * data.acted[begin]).sum())
-    advantages = torch.stack(advantages).tolist()
-    order = []
-    for place in range(len(remaining)):
-        greedy = max(remaining, key=advantages.__getitem__)
-        order.append(remaining[0] if place % 2 else greedy)
-        remaining.remove(order[-1])
-    return order
-
-
-ORDERS = {"random": random_order, "fixed": fixed_order, "semi-greedy": semi_greedy}
 
 
 # ---------------------------------------------------------------- behaviour
@@ -879,7 +848,7 @@ def main(args):
 
 def parse(argv=None):
     """Read the command line; where no flag speaks, `PRESETS` or the resumed run do."""
-    args = read_args(
+    return read_args(
         Args,
         PRESETS,
         argv,
@@ -891,9 +860,6 @@ def parse(argv=None):
         "clone_steps cooldown hold_back",
         at_most_one="gamma tau cooldown hold_back",
     )
-    if args.order not in ORDERS:
-        raise ValueError(f"unknown --order {args.order}: choose {', '.join(ORDERS)}")
-    return args
 
 
 if __name__ == "__main__":
