@@ -30,8 +30,10 @@ T = alpha + beta. E is the mean over recorded steps, E_rho the mean over steps r
   Eq. 25  L(alpha) = -alpha E [ KL(pi_i || mu_i) - target ]      only with --auto-alpha
 Eq. 23 divides by how recorded teammates act given a_i, not by the product of their mu_j: so, after
 resampling, they act by pi_-i whatever a_i is. Its root, a geometric mean, keeps ratios of many
-teammates tame; with two agents there is none. To draw steps again instead of weighting them keeps
-the gradient's variance low. Eq. 20 needs no resampling: it is about a_i alone, and Q_i knows the
+teammates tame; with two agents there is none. With more it is a compromise: the resampled teammates
+act only partly by pi_-i. To draw steps again instead of weighting them keeps the gradient's
+variance low. Resampling corrects actions only: states stay as frequent as the data has them. The
+next state's teammates need no ratio of their own, as Q'_i(s',a) has averaged over them already. Eq. 20 needs no resampling: it is about a_i alone, and Q_i knows the
 teammates. One update of a run is a sweep: each agent's turn once, first its Q_i (Eq. 24), then its
 pi_i (Eq. 20). mu_i and mu (Eqs. 21, 22) are fitted before the sweeps and never change again.
 
@@ -468,7 +470,10 @@ def look(agents, mover, policies, rows, data, improve, args):
 
 # ---------------------------------------------------------------- losses
 def importance_ratio(log_pi_others, log_mu_others, num_agents, cap):
-    """Eq. 23, (S, K): the geometric mean over teammates; both inputs are sums of their logs."""
+    """Eq. 23, (S, K): the geometric mean over teammates; both inputs are sums of their logs.
+
+    It is never 0 for a step, so that there is always one to draw.
+    """
     log_ratio = (log_pi_others - log_mu_others) / (num_agents - 1)
     return log_ratio.exp().clamp(1e-10, cap)
 
@@ -488,7 +493,8 @@ def resample(ratio, noise):
 def soft_target(q, log_pi, log_mu, reward, done, alpha, beta, gamma):
     """Eq. 15: y_i (S, B) from Q'_i, log pi_i and log mu_i of the next state (S, B, A).
 
-    alpha (S, 1), beta (). As in the paper, it leaves out the teammates' KL and entropy.
+    alpha (S, 1), beta (). As in the paper, it leaves out the teammates' KL and entropy. The mean is
+    over all available actions. Of those never recorded, pi_i does few, and Eq. 24 lowers Q_i.
     """
     soft = q - alpha[..., None] * (log_pi - log_mu) - beta * log_pi
     return reward + gamma * (1 - done) * (log_pi.exp() * soft).sum(-1)
