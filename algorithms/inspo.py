@@ -33,9 +33,10 @@ resampling, they act by pi_-i whatever a_i is. Its root, a geometric mean, keeps
 teammates tame; with two agents there is none. With more it is a compromise: the resampled teammates
 act only partly by pi_-i. To draw steps again instead of weighting them keeps the gradient's
 variance low. Resampling corrects actions only: states stay as frequent as the data has them. The
-next state's teammates need no ratio of their own, as Q'_i(s',a) has averaged over them already. Eq. 20 needs no resampling: it is about a_i alone, and Q_i knows the
-teammates. One update of a run is a sweep: each agent's turn once, first its Q_i (Eq. 24), then its
-pi_i (Eq. 20). mu_i and mu (Eqs. 21, 22) are fitted before the sweeps and never change again.
+next state's teammates need no ratio of their own, as Q'_i(s',a) has averaged over them already. Eq.
+20 needs no resampling: it is about a_i alone, and Q_i knows the teammates. One update of a run is a
+sweep: each agent's turn once, first its Q_i (Eq. 24), then its pi_i (Eq. 20). mu_i and mu (Eqs. 21,
+22) are fitted before the sweeps and never change again.
 
 Commands, and the return to expect (mean of all seeds; seconds on one CPU core):
   python algorithms/inspo.py
