@@ -293,15 +293,6 @@ class Slow:
                 divergence += math.exp(log_p) * (log_p - mu[k])
         return total / len(rows), divergence / len(rows)
 
-    def semi_greedy(self, places):
-        """The sums of |Q'_i(s,a_i) - E_pi Q'_i(s,.)| over the steps of a minibatch."""
-        sums = torch.zeros(N)
-        for i, log_pi in enumerate(self.tables(self.policies)):
-            for row in [row for row, _ in places if self.data.acted[row]]:
-                q = self.targets[i](self.data.state[row])
-                sums[i] += (q[self.data.actions[row, i]] - log_pi[row].exp() @ q).abs().item()
-        return sums
-
     def check(self, team, s, atol=1e-9):
         """Every network of the team is this one."""
         pairs = [(self.teammates, team.teammates)]
@@ -349,14 +340,14 @@ def make_team(recurrent=False, lengths=LENGTHS, **changes):
 
 SWEEPS = {  # what is special about it
     "memory": dict(recurrent=True, auto_alpha=True),
-    "memory, semi-greedy": dict(recurrent=True, order="semi-greedy", actor_data="resampled"),
+    "memory, resampled": dict(recurrent=True, actor_data="resampled"),
     "memory, all at once": dict(recurrent=True, sequential=False),
-    "memory, no resampling": dict(recurrent=True, resampling=False, order="fixed"),
+    "memory, no resampling": dict(recurrent=True, resampling=False, random_order=False),
     "memory, warm-up": dict(recurrent=True, warmup=99, inner=2),
-    "views": dict(actor_data="resampled", inner=2),
+    "views, resampled": dict(actor_data="resampled", inner=2),
     "views, all at once": dict(sequential=False, auto_alpha=True),
-    "views, no resampling": dict(resampling=False, order="fixed"),
-    "views, semi-greedy": dict(order="semi-greedy"),
+    "views, no resampling": dict(resampling=False, random_order=False),
+    "views": dict(),
 }
 
 
@@ -378,13 +369,7 @@ def test_sweeps_are_slow_loops(float64, name):
         one.tabulate()
     for step, fade, pace in ((4, 0.1**0.5, 1.0), (7, 0.1, 0.75)):  # cooling, and slowing down
         logs = inspo.update(team, adam, data, shared, fast_generators, step, args)
-        order = torch.randperm(N, generator=again).tolist() if args.order != "fixed" else [0, 1, 2]
-        if args.order == "semi-greedy":
-            count = args.sequences if args.recurrent else args.batch_size
-            pairs = zip(slow, slow_generators)
-            best = int(sum(one.semi_greedy(one.draw(g, count)) for one, g in pairs).argmax())
-            second = [i for i in order if i != best][0]
-            order = [best, second, *({0, 1, 2} - {best, second})]
+        order = torch.randperm(N, generator=again).tolist() if args.random_order else [0, 1, 2]
         beta = 0.5 * 0.2 ** ((step - 2) / 7)
         for s, (one, g) in enumerate(zip(slow, slow_generators)):
             expected = one.update(g, order, beta, fade, pace, not args.warmup)
@@ -564,7 +549,7 @@ def learn(dataset, **changes):
     for step in range(args.steps):
         inspo.update(team, adam, data, shared, generators, step, args)
     rows = torch.zeros(args.num_seeds, 1, 1, dtype=torch.int64)
-    pi = inspo.unroll(team.policies, range(2), rows, data)[:, :, 0].exp().detach()
+    pi = inspo.unroll_all(team.policies, rows, data)[:, :, 0].exp().detach()
     return pi[0][:, :, None] * pi[1][:, None, :]
 
 
@@ -650,8 +635,6 @@ def test_presets_are_in_units_of_the_payoffs():
 
 
 def test_what_it_cannot_do_is_said():
-    with pytest.raises(ValueError, match="order"):
-        inspo.parse(["--order", "alphabetical"])
     with pytest.raises(ValueError, match="discrete"):
         inspo.parse(["--env", "reacher"])
     with pytest.raises(ValueError, match="clone-lr"):
