@@ -84,7 +84,8 @@ formulas: the equations follow from its words.
      equal policies, luck decides which one is the last. Not in matrix games and battles.
   9. log mu_i is at least -20 in the tables of the behaviour, so that beta log mu_i stays finite.
  10. Grid cells enter the networks as one-hot values. A time limit is not an end: Q looks beyond it.
- 11. Who goes first is drawn once for all seeds. The paper finds that the order hardly matters.
+ 11. Who goes first is drawn once for all seeds. Semi-greedy order is A2PO's (Wang et al., 2023);
+     the paper finds that the order hardly matters.
  12. In battles there is no entropy bonus (beta = 0), and alpha is 0.4, as a battle pays up to 20.
  13. In a game that nobody tuned, a tenth of the episodes tells when cloning stops (--hold-back).
  14. A simultaneous sweep (--no-sequential) shows everybody the policies of the sweep's beginning.
@@ -149,7 +150,7 @@ class Args:
     beta_hold: int = 0  # updates before beta begins to decay
     warmup: int = 0  # updates in which only the Q-functions learn
     cql: float = 0.1  # weight of the conservative term in Eq. 24
-    random_order: bool = True  # who goes first is drawn anew in each sweep; else agent 0
+    order: Literal["random", "fixed", "semi-greedy"] = "random"  # who goes first in a sweep
     inner: int = 1  # turns that an agent has in a row
     sequential: bool = True  # show the policies as they are now, not as when the sweep began
     resampling: bool = True  # resample by Eq. 23; with --no-resampling every ratio is 1
@@ -651,9 +652,7 @@ def update(team, adam, data, shared, generators, step, args, turn=turn, look=loo
     """
     schedule(team, adam, step, args)
     improve = step >= args.warmup
-    order = range(len(team.policies))
-    if args.random_order:
-        order = torch.randperm(len(order), generator=shared).tolist()
+    order = ORDERS[args.order](team, data, shared, generators, args)
     movers = [i for i in order for _ in range(args.inner)]
     seen = team.policies
     if not args.sequential:
@@ -688,6 +687,41 @@ def schedule(team, adam, step, args):
     slow = min(1.0, remaining)
     for group, lr in zip(adam.param_groups, (args.critic_lr, args.policy_lr)):
         group["lr"] = slow * lr
+
+
+# ---------------------------------------------------------------- order of the agents
+def random_order(team, data, shared, generators, args):
+    return torch.randperm(len(team.policies), generator=shared).tolist()
+
+
+def fixed_order(team, data, shared, generators, args):
+    return list(range(len(team.policies)))
+
+
+@torch.no_grad()
+def semi_greedy(team, data, shared, generators, args):
+    """A2PO's order of the agents, the same for all seeds. It waits for the device, once.
+
+    Every other place goes to the remaining agent with the largest advantage: the mean over a
+    minibatch and all seeds of |Q'_i(s,a_i) - E_pi Q'_i(s,.)|. The others go to agents at random.
+    """
+    remaining = random_order(team, data, shared, generators, args)
+    rows = draw(generators, data.sequences, args.batch_size, args)[:, :-1]
+    begin, advantages = rows.flatten(1), []  # (S, K)
+    for i, log_pi in enumerate(unroll_all(team.policies, rows, data)):
+        q = team.targets[i](take(data.state, begin))  # (S, K, A)
+        advantage = chosen(q, data.actions[begin, i]) - (log_pi.exp() * q).sum(-1)
+        advantages.append((advantage.abs() * data.acted[begin]).sum())
+    advantages = torch.stack(advantages).tolist()
+    order = []
+    for place in range(len(remaining)):
+        greedy = max(remaining, key=advantages.__getitem__)
+        order.append(remaining[0] if place % 2 else greedy)
+        remaining.remove(order[-1])
+    return order
+
+
+ORDERS = {"random": random_order, "fixed": fixed_order, "semi-greedy": semi_greedy}
 
 
 # ---------------------------------------------------------------- behaviour
