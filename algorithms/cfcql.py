@@ -489,9 +489,10 @@ def take_step(adam, parameters, gradients):
 
 
 def descend(adam, module, losses, max_grad_norm):
-    """One step down the losses (S,) of independent seeds; returns them, detached.
+    """One step down the losses (S,) of independent seeds, each with a gradient of limited length;
+    returns them, detached.
 
-    Each seed's gradient is of limited length. Their sum leaves each the one of its own.
+    Their sum leaves each seed the gradient that it would have alone.
     """
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(losses.sum(), parameters)
@@ -499,8 +500,7 @@ def descend(adam, module, losses, max_grad_norm):
     length = sum((row**2).sum(1) for row in rows).sqrt()  # (S,)
     factor = (max_grad_norm / length.clamp(min=max_grad_norm))[:, None]
     losses = losses.detach()
-    limited = [(row * factor).view_as(p) for row, p in zip(rows, parameters)]
-    take_step(adam, parameters, limited)
+    take_step(adam, parameters, [(row * factor).view_as(p) for row, p in zip(rows, parameters)])
     return losses
 
 
@@ -521,17 +521,13 @@ def update(team, adam, data, log_beta, rows, joint, args):
     return logs
 
 
-def clone_update(behaviour, adam, data, rows, args):
-    """One update of the behaviour (Eq. 7) on the sequences `rows` (S, L, B)."""
-    descend(adam, behaviour, clone_loss(behaviour, data, rows), args.max_grad_norm)
-
-
-def clone(behaviour, data, generators, args, clone_update=clone_update):
-    """Learn the behaviour, if any u_i of Eq. 4 depends on it."""
+def clone(behaviour, data, generators, args):
+    """Learn the behaviour (Eq. 7), if any u_i of Eq. 4 depends on it."""
     needed = args.cql and args.tau_lambda and not args.joint_cql
     adam = torch.optim.Adam(behaviour.parameters(), args.clone_lr, fused=True)
     for _ in range(args.clone_steps if needed else 0):
-        clone_update(behaviour, adam, data, draw_rows(generators, data, args), args)
+        loss = clone_loss(behaviour, data, draw_rows(generators, data, args))
+        descend(adam, behaviour, loss, args.max_grad_norm)
 
 
 @torch.no_grad()
@@ -582,7 +578,7 @@ def main(args):
     generators = run.streams(2)
     learn = run.compile(update)
     if not run.begin(team=team, adam=adam, generators=generators):
-        clone(team.behaviour, data, run.streams(1), args, run.compile(clone_update))
+        clone(team.behaviour, data, run.streams(1), args)
     log_beta = tabulate(team.behaviour, data)
     play = player(team.value.agents, encode)
     for step in run.steps(play):

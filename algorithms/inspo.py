@@ -30,10 +30,13 @@ T = alpha + beta. E is the mean over recorded steps, E_rho the mean over steps r
   Eq. 25  L(alpha) = -alpha E [ KL(pi_i || mu_i) - target ]      only with --auto-alpha
 Eq. 23 divides by how recorded teammates act given a_i, not by the product of their mu_j: so, after
 resampling, they act by pi_-i whatever a_i is. Its root, a geometric mean, keeps ratios of many
-teammates tame; with two agents there is none. To draw steps again instead of weighting them keeps
-the gradient's variance low. Eq. 20 needs no resampling: it is about a_i alone, and Q_i knows the
-teammates. One update of a run is a sweep: each agent's turn once, first its Q_i (Eq. 24), then its
-pi_i (Eq. 20). mu_i and mu (Eqs. 21, 22) are fitted before the sweeps and never change again.
+teammates tame; with two agents there is none. With more it is a compromise: the resampled teammates
+act only partly by pi_-i. To draw steps again instead of weighting them keeps the gradient's
+variance low. Resampling corrects actions only: states stay as frequent as the data has them. The
+next state's teammates need no ratio of their own, as Q'_i(s',a) has averaged over them already. Eq.
+20 needs no resampling: it is about a_i alone, and Q_i knows the teammates. One update of a run is a
+sweep: each agent's turn once, first its Q_i (Eq. 24), then its pi_i (Eq. 20). mu_i and mu (Eqs. 21,
+22) are fitted before the sweeps and never change again.
 
 Commands, and the return to expect (mean of all seeds; seconds on one CPU core):
   python algorithms/inspo.py
@@ -81,7 +84,8 @@ formulas: the equations follow from its words.
      equal policies, luck decides which one is the last. Not in matrix games and battles.
   9. log mu_i is at least -20 in the tables of the behaviour, so that beta log mu_i stays finite.
  10. Grid cells enter the networks as one-hot values. A time limit is not an end: Q looks beyond it.
- 11. Who goes first is drawn once for all seeds. Semi-greedy order is A2PO's (Wang et al., 2023).
+ 11. Who goes first is drawn once for all seeds. Semi-greedy order is A2PO's (Wang et al., 2023);
+     the paper finds that the order hardly matters.
  12. In battles there is no entropy bonus (beta = 0), and alpha is 0.4, as a battle pays up to 20.
  13. In a game that nobody tuned, a tenth of the episodes tells when cloning stops (--hold-back).
  14. A simultaneous sweep (--no-sequential) shows everybody the policies of the sweep's beginning.
@@ -146,7 +150,7 @@ class Args:
     beta_hold: int = 0  # updates before beta begins to decay
     warmup: int = 0  # updates in which only the Q-functions learn
     cql: float = 0.1  # weight of the conservative term in Eq. 24
-    order: str = "random"  # who goes first in a sweep: random, fixed, semi-greedy
+    order: Literal["random", "fixed", "semi-greedy"] = "random"  # who goes first in a sweep
     inner: int = 1  # turns that an agent has in a row
     sequential: bool = True  # show the policies as they are now, not as when the sweep began
     resampling: bool = True  # resample by Eq. 23; with --no-resampling every ratio is 1
@@ -372,13 +376,16 @@ class Team(nn.Module):
     def __init__(self, data, args, generators):
         super().__init__()
         (_, N, A), I, D = data.avail.shape, data.obs.shape[-1], data.state.shape[-1]
-        policies = [Policy(I, A, args, generators) for _ in range(N)]
-        self.mus = nn.ModuleList(policies)  # behaviour, Eq. 21
+        agents = range(N)
+        # behaviour, Eq. 21
+        self.mus = nn.ModuleList(Policy(I, A, args, generators) for _ in agents)
         self.teammates = mlp(D + N + N * A, A, args, generators)  # joint behaviour, Eq. 22
-        critics = [mlp(D, A, args, generators) for _ in range(N)]
-        self.critics = nn.ModuleList(critics)  # Q_i(s, .), one output an action
+        # Q_i(s, .), one output an action
+        self.critics = nn.ModuleList(mlp(D, A, args, generators) for _ in agents)
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.policies = copy.deepcopy(self.mus)
+        if not args.sequential:  # the policies as they were when the sweep began
+            self.before = copy.deepcopy(self.mus)
         log_alpha = torch.full((len(generators), 1), math.log(args.alpha))  # (S, 1)
         self.log_alpha = nn.ParameterList([log_alpha])
         # Set anew before each sweep by `schedule`: the entropy's weight, and a factor of alpha, cql
@@ -402,7 +409,7 @@ def teammate_log_prob(network, data, rows, i, prior=None):
     actions, zeros in place of the rest. With a prior, log mu_j (S, B, N, A) of models with a
     memory, it only adds what the known actions tell.
     """
-    state, avail, actions = data.state[rows], data.avail[rows], data.actions[rows]
+    state, avail, actions = (take(x, rows) for x in (data.state, data.avail, data.actions))
     S, B, N, A = avail.shape
     agent = torch.arange(N, device=rows.device)
     j = agent[:-1] + (agent[:-1] >= i)  # (N-1,) everybody but i
@@ -419,36 +426,56 @@ def teammate_log_prob(network, data, rows, i, prior=None):
 
 
 # ---------------------------------------------------------------- looking at the data
-def unroll(policies, agents, rows, data):
-    """log pi of n agents along the sequences rows (S, L, B'): (n, S, L B', A)."""
-    S, _, B = rows.shape
-    h, first = data.obs.new_zeros(S, B, policies[0].hidden), data.first[rows]
-    flat, log_pi = rows.flatten(1), []
-    for i in agents:
-        along, _ = policies[i](data.obs[flat, i], data.avail[flat, i], first, h)
-        log_pi.append(along)
-    return torch.stack(log_pi)
+def take(table, rows):
+    """Rows (S, B) of a table of all seeds (R, ...): (S, B, ...). Plain indexing is slower."""
+    return table.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def recall(table, rows):
-    """Each seed's entries of its own table: (S, R, ...), rows (S, B) -> (S, B, ...)."""
-    return table[torch.arange(len(rows), device=rows.device)[:, None], rows]
+    """Each seed's rows (S, B) of its own table (S, R, ...): (S, B, ...)."""
+    S, R = table.shape[:2]
+    start = torch.arange(0, S * R, R, device=rows.device)  # of each seed's table, end to end
+    return take(table.flatten(0, 1), rows + start[:, None])
+
+
+def unroll(policy, i, rows, data):
+    """log pi_i, or log mu_i, along the sequences rows (S, L, B'): (S, L B', A)."""
+    S, _, B = rows.shape
+    flat, h = rows.flatten(1), data.obs.new_zeros(S, B, policy.hidden)
+    log_pi, _ = policy(
+        take(data.obs[:, i], flat), take(data.avail[:, i], flat), data.first[rows], h
+    )
+    return log_pi
+
+
+def unroll_all(policies, rows, data):
+    """The same of all N agents: (N, S, L B', A)."""
+    return torch.stack([unroll(policy, i, rows, data) for i, policy in enumerate(policies)])
 
 
 @torch.no_grad()
-def look(agents, policies, rows, data, improve):
+def look(agents, mover, policies, rows, data, improve, args):
     """How these agents act along the sequences rows (S, L, B'): a list of log pi (S, L B', A).
 
-    As long as no policy learns (improve is False), all still are their clones.
+    Without a memory only the mover's is needed in the last row, where its step ends: the others'
+    are (S, B', A). As long as no policy learns (improve is False), all still are their clones.
     """
-    if improve:
-        return list(unroll(policies, agents, rows, data))
-    return [recall(data.log_mu[j], rows.flatten(1)) for j in agents]
+    log_pi = []
+    for j in agents:
+        part = rows if j == mover or args.recurrent else rows[:, :-1]
+        if improve:
+            log_pi.append(unroll(policies[j], j, part, data))
+        else:
+            log_pi.append(recall(data.log_mu[j], part.flatten(1)))
+    return log_pi
 
 
 # ---------------------------------------------------------------- losses
 def importance_ratio(log_pi_others, log_mu_others, num_agents, cap):
-    """Eq. 23, (S, K): the geometric mean over teammates; both inputs are sums of their logs."""
+    """Eq. 23, (S, K): the geometric mean over teammates; both inputs are sums of their logs.
+
+    It is never 0 for a step, so that there is always one to draw.
+    """
     log_ratio = (log_pi_others - log_mu_others) / (num_agents - 1)
     return log_ratio.exp().clamp(1e-10, cap)
 
@@ -468,7 +495,8 @@ def resample(ratio, noise):
 def soft_target(q, log_pi, log_mu, reward, done, alpha, beta, gamma):
     """Eq. 15: y_i (S, B) from Q'_i, log pi_i and log mu_i of the next state (S, B, A).
 
-    alpha (S, 1), beta (). As in the paper, it leaves out the teammates' KL and entropy.
+    alpha (S, 1), beta (). As in the paper, it leaves out the teammates' KL and entropy. The mean is
+    over all available actions. Of those never recorded, pi_i does few, and Eq. 24 lowers Q_i.
     """
     soft = q - alpha[..., None] * (log_pi - log_mu) - beta * log_pi
     return reward + gamma * (1 - done) * (log_pi.exp() * soft).sum(-1)
@@ -543,7 +571,7 @@ def evaluation(i, team, adam, data, rows, places, log_pi, args):
     after = places + rows.shape[2]  # one row further in the same sequence
     begin, end = (rows.flatten(1).gather(1, at) for at in (places, after))  # (S, B)
     y = soft_target(
-        target(data.state[end]),
+        target(take(data.state, end)),
         recall(log_pi, after),
         recall(data.log_mu[i], end),
         data.reward[begin],
@@ -552,8 +580,8 @@ def evaluation(i, team, adam, data, rows, places, log_pi, args):
         team.beta,
         args.gamma,
     )
-    action, avail = data.actions[begin, i], data.avail[begin, i]
-    loss = critic_loss(critic(data.state[begin]), y, action, avail, args.cql * team.fade)
+    action, avail = data.actions[begin, i], take(data.avail[:, i], begin)
+    loss = critic_loss(critic(take(data.state, begin)), y, action, avail, args.cql * team.fade)
     loss = descend(adam, critic, loss)
     with torch.no_grad():
         parts = list(target.parameters()), list(critic.parameters())
@@ -563,14 +591,15 @@ def evaluation(i, team, adam, data, rows, places, log_pi, args):
 
 def improvement(i, team, adam, data, rows, places, args):
     """A step of pi_i, and of alpha, on some places (S, B) of the sequences; diagnostics (S,)."""
-    log_pi = recall(unroll(team.policies, [i], rows, data)[0], places)  # (S, B, A)
+    part = rows if args.recurrent else rows[:, :-1]  # no step begins in the last row
+    log_pi = recall(unroll(team.policies[i], i, part, data), places)  # (S, B, A)
     begin = rows.flatten(1).gather(1, places)  # (S, B)
     log_mu, action = recall(data.log_mu[i], begin), data.actions[begin, i]
     weight = policy_weight(
-        team.targets[i](data.state[begin]),
+        team.targets[i](take(data.state, begin)),
         log_mu,
         action,
-        data.avail[begin, i],
+        take(data.avail[:, i], begin),
         team.alpha(args),
         team.beta,
         args.weight_cap,
@@ -588,7 +617,7 @@ def turn(i, team, adam, data, rows, log_pi, noise, improve, args):
 
     Args:
         rows: (S, L, B') the minibatch, as row numbers.
-        log_pi: of every agent along it, a list of (S, L B', A).
+        log_pi: of every agent along it, as `look` returns it.
         noise: (S, B) in [0, 1), which resamples its steps.
     Returns:
         Diagnostics, (S,) each.
@@ -599,7 +628,7 @@ def turn(i, team, adam, data, rows, log_pi, noise, improve, args):
     if args.resampling:
         # Eq. 23, with the teammates as they are now: this is what makes the method sequential
         others = [j for j in range(len(log_pi)) if j != i]
-        action = data.actions[begin]  # (S, K, N)
+        action = take(data.actions, begin)  # (S, K, N)
         log_pi_others = sum(chosen(log_pi[j][:, : begin.shape[1]], action[..., j]) for j in others)
         log_mu_others = data.log_mu_others[i].gather(1, begin)
         ratio *= importance_ratio(log_pi_others, log_mu_others, len(log_pi), args.ratio_cap)
@@ -625,15 +654,18 @@ def update(team, adam, data, shared, generators, step, args, turn=turn, look=loo
     improve = step >= args.warmup
     order = ORDERS[args.order](team, data, shared, generators, args)
     movers = [i for i in order for _ in range(args.inner)]
-    seen = team.policies if args.sequential else copy.deepcopy(team.policies)
+    seen = team.policies
+    if not args.sequential:
+        seen = team.before
+        seen.load_state_dict(team.policies.state_dict())
     logs = []
     for t, i in enumerate(movers):
         if t == 0 or not args.recurrent:
             rows = draw(generators, data.sequences, args.batch_size, args)
-            log_pi = look(range(len(order)), seen, rows, data, improve)
+            log_pi = look(range(len(order)), i, seen, rows, data, improve, args)
         elif args.sequential and improve:
             last = movers[t - 1]  # only the last one to act has moved
-            log_pi[last] = look([last], seen, rows, data, improve)[0]
+            log_pi[last] = look([last], i, seen, rows, data, improve, args)[0]
         noise = uniform(generators, args.batch_size)
         logs.append(turn(i, team, adam, data, rows, log_pi, noise, improve, args))
     means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
@@ -676,8 +708,8 @@ def semi_greedy(team, data, shared, generators, args):
     remaining = random_order(team, data, shared, generators, args)
     rows = draw(generators, data.sequences, args.batch_size, args)[:, :-1]
     begin, advantages = rows.flatten(1), []  # (S, K)
-    for i, log_pi in enumerate(unroll(team.policies, range(len(remaining)), rows, data)):
-        q = team.targets[i](data.state[begin])  # (S, K, A)
+    for i, log_pi in enumerate(unroll_all(team.policies, rows, data)):
+        q = team.targets[i](take(data.state, begin))  # (S, K, A)
         advantage = chosen(q, data.actions[begin, i]) - (log_pi.exp() * q).sum(-1)
         advantages.append((advantage.abs() * data.acted[begin]).sum())
     advantages = torch.stack(advantages).tolist()
@@ -699,7 +731,7 @@ def clone_loss(team, data, rows, args, noise=None):
     With a memory noise (S, B) draws the steps that the teammate model learns from.
     """
     agents, rows = range(len(team.mus)), rows[:, :-1]  # (S, L - 1, B')
-    log_mu, rows = unroll(team.mus, agents, rows, data), rows.flatten(1)  # (N, S, K, A), (S, K)
+    log_mu, rows = unroll_all(team.mus, rows, data), rows.flatten(1)  # (N, S, K, A), (S, K)
     acted = data.acted[rows]
     log_likelihood = sum(chosen(log_mu[i], data.actions[rows, i]) for i in agents)
     loss = -(log_likelihood * acted).sum(1) / acted.sum(1)
@@ -772,7 +804,7 @@ def tabulate(team, data, args):
     log_mu, log_mu_others = data.obs.new_zeros(N, S, R, A), data.obs.new_zeros(N, S, R)
     for rows in data.sequences.split(max(1, 10_000 // data.sequences.shape[1])):
         rows = rows.T.expand(S, -1, -1)  # (S, L, Q)
-        table, rows = unroll(team.mus, range(N), rows, data), rows.flatten(1)  # (N, S, L Q, A)
+        table, rows = unroll_all(team.mus, rows, data), rows.flatten(1)  # (N, S, L Q, A)
         log_mu[:, :, rows[0]] = table.clamp(min=-20)  # as good as never; beta log mu stays finite
         prior = table.movedim(0, 2) if args.recurrent else None
         for i in range(N):
@@ -828,7 +860,7 @@ def draw_policy(run, team, data, film):
         return {"policy.png": draw_strips({"cloned team": cloned_sampled, "InSPO": greedy})}
     if run.args.env == "matrix" and len(team.policies) == 2:
         row = data.sequences[None, :1, :1].expand(len(run.seeds), -1, -1)  # all are the same
-        pi = unroll(team.policies, range(2), row, data)[:, :, 0].exp()  # (N, S, A)
+        pi = unroll_all(team.policies, row, data)[:, :, 0].exp()  # (N, S, A)
         return {"policy.png": draw_policies(pi, run.dataset, run.seeds)[0]}
     return {}
 
@@ -857,7 +889,7 @@ def main(args):
 
 def parse(argv=None):
     """Read the command line; where no flag speaks, `PRESETS` or the resumed run do."""
-    args = read_args(
+    return read_args(
         Args,
         PRESETS,
         argv,
@@ -869,9 +901,6 @@ def parse(argv=None):
         "clone_steps cooldown hold_back",
         at_most_one="gamma tau cooldown hold_back",
     )
-    if args.order not in ORDERS:
-        raise ValueError(f"unknown --order {args.order}: choose {', '.join(ORDERS)}")
-    return args
 
 
 if __name__ == "__main__":

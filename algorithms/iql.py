@@ -48,9 +48,9 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   args = iql.Args(num_seeds=S, team="mixed")
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = iql.Team(data, args, generators)
-  adams = iql.optimizers(team, args)
+  adam = iql.optimizer(team, args)
   for step in range(200):
-      logs = iql.update(team, adams, data, iql.draw_rows(generators, data, args), args)
+      logs = iql.update(team, adam, data, iql.draw_rows(generators, data, args), args)
   out = team.policies(obs.transpose(0, 1).expand(S, N, M + 1, 5), avail.transpose(0, 1))
   greedy = team.policies.sample(out)  # (S, N, M + 1)
 
@@ -178,16 +178,18 @@ def draw_rows(generators, data, args):
 
 # ---------------------------------------------------------------- networks
 class Linear(nn.Module):
-    """Q independent linear layers as one batched product, each drawn by its seed's generator."""
+    """Q independent linear layers as one batched product, each initialised by its own generator."""
 
     def __init__(self, inputs, outputs, generators, scale=1.0):
         super().__init__()
         bound = inputs**-0.5  # as in nn.Linear; nn.init would misread the fan-in of a 3-d weight
-        start = torch.empty(len(generators), inputs + 1, outputs)
-        for network, generator in zip(start, generators):
-            network.uniform_(-bound, bound, generator=generator)
+        start = [
+            torch.empty(inputs + 1, outputs).uniform_(-bound, bound, generator=g)
+            for g in generators
+        ]
+        start = torch.stack(start)
         self.weight = nn.Parameter(scale * start[:, :-1])  # (Q, in, out)
-        self.bias = nn.Parameter(start[:, -1:] * (scale == 1))  # (Q, 1, out); 0 in small heads
+        self.bias = nn.Parameter(start[:, -1:] * (scale == 1))  # (Q, 1, out); heads begin at 0
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)  # (Q, B, out)
@@ -290,29 +292,20 @@ class Team(nn.Module):
 
 
 # ---------------------------------------------------------------- losses
-class Batch(NamedTuple):
-    """B recorded steps of each seed."""
-
-    obs: torch.Tensor  # (S, K, B, I)
-    next_obs: torch.Tensor
-    state: torch.Tensor  # (S, B, D)
-    next_state: torch.Tensor
-    avail: torch.Tensor | None  # (S, K, B, A) bool
-    action: torch.Tensor  # (S, K, B, A), one-hot where actions are discrete
-    reward: torch.Tensor  # (S, 1, B)
-    done: torch.Tensor  # (S, 1, B)
-
-
 def gather(data, rows):
-    """The steps that begin in the rows (S, B) as a `Batch`."""
-    obs, next_obs = data.obs[rows].transpose(1, 2), data.obs[rows + 1].transpose(1, 2)
-    action, avail = data.action[rows].transpose(1, 2), data.avail
+    """What the rows (S, B) hold, as `Data` of a minibatch.
+
+    Players come before steps, (S, K, B, ...), and discrete actions are one-hot, (S, K, B, A). State
+    is (S, B, D), reward and done are (S, 1, B).
+    """
+    obs = data.obs[rows].transpose(1, 2)
+    action = data.action[rows].transpose(1, 2)
+    avail = data.avail
     if avail is not None:
         avail = avail[rows].transpose(1, 2)
         action = F.one_hot(action, avail.shape[-1]).to(obs.dtype)
-    state, next_state = data.state[rows], data.state[rows + 1]
     reward, done = data.reward[rows][:, None], data.done[rows][:, None]
-    return Batch(obs, next_obs, state, next_state, avail, action, reward, done)
+    return Data(obs, data.state[rows], avail, action, reward, done, rows)
 
 
 def state_value(value, obs, state):
@@ -348,11 +341,11 @@ def value_loss(team, batch, expectile):
     return (weight * gap**2).mean((1, 2))
 
 
-def critic_loss(team, batch, gamma):
-    """Eq. 4 for each seed, (S,)."""
+def critic_loss(team, batch, later, gamma):
+    """Eq. 4 for each seed, (S,); later: what the next rows hold."""
     twins, mixer = team.critic
     with torch.no_grad():
-        next_v = state_value(team.value, batch.next_obs, batch.next_state)
+        next_v = state_value(team.value, later.obs, later.state)
         y = batch.reward + gamma * (1 - batch.done) * next_v
     errors = [y - joint_value(mixer, local, batch) for local in local_values(twins, batch)]
     return sum((error**2).mean((1, 2)) for error in errors)
@@ -377,9 +370,10 @@ def take_step(adam, parameters, gradients):
 
 
 def descend(adam, module, losses, max_grad_norm):
-    """One step down the losses (S,) of independent seeds, each with a gradient of limited length.
+    """One step down the losses (S,) of independent seeds, each with a gradient of limited length;
+    returns them, detached.
 
-    Their sum leaves each seed the gradient that it would have alone. Returns the losses, detached.
+    Their sum leaves each seed the gradient that it would have alone.
     """
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(losses.sum(), parameters)
@@ -391,26 +385,24 @@ def descend(adam, module, losses, max_grad_norm):
     return losses
 
 
-def optimizers(team, args):
-    """Adam for the policies, for V and for Q, each with its mixer."""
-    adams = {}
-    for name in ("policies", "value", "critic"):
-        parameters = getattr(team, name).parameters()
-        adams[name] = torch.optim.Adam(parameters, args.lr, fused=True)
-    return adams
+def optimizer(team, args):
+    """Adam. Its first group are the policies, as only their step size falls."""
+    modules = team.policies, nn.ModuleList([team.value, team.critic])
+    groups = [{"params": module.parameters()} for module in modules]
+    return torch.optim.Adam(groups, args.lr, fused=True)
 
 
-def update(team, adams, data, rows, args):
-    """One update of all networks, on the steps that begin in `rows` (S, B); diagnostics, (S,)."""
-    batch, limit = gather(data, rows), args.max_grad_norm
-    v_loss = descend(adams["value"], team.value, value_loss(team, batch, args.expectile), limit)
-    pi_loss = descend(
-        adams["policies"], team.policies, policy_loss(team, batch, args.temperature), limit
-    )
-    q_loss = descend(adams["critic"], team.critic, critic_loss(team, batch, args.gamma), limit)
-    targets, networks = list(team.target.parameters()), list(team.critic.parameters())
+def update(team, adam, data, rows, args):
+    """One update of all networks, on the steps that begin in `rows` (S, B); returns logs, (S,)."""
+    batch = gather(data, rows)
+    later = gather(data, rows + 1)
+    limit = args.max_grad_norm
+    v_loss = descend(adam, team.value, value_loss(team, batch, args.expectile), limit)
+    pi_loss = descend(adam, team.policies, policy_loss(team, batch, args.temperature), limit)
+    q_loss = descend(adam, team.critic, critic_loss(team, batch, later, args.gamma), limit)
     with torch.no_grad():
-        torch._foreach_lerp_(targets, networks, args.tau)
+        for slow, quick in zip(team.target.parameters(), team.critic.parameters()):
+            slow.lerp_(quick, args.tau)
     return {"policy_loss": pi_loss, "q_loss": q_loss, "v_loss": v_loss}
 
 
@@ -584,8 +576,8 @@ def main(args):
     dataset = run.load()
     data, encode, see = arrange(dataset, args)
     team = Team(data, args, run.streams(0, "cpu")).to(run.device)
-    adams, generators = optimizers(team, args), run.streams(1)
-    parts = dict(team=team, adams=adams, generators=generators)
+    adam, generators = optimizer(team, args), run.streams(1)
+    parts = dict(team=team, adam=adam, generators=generators)
     more = round(args.finetune * args.steps)
     if more:
         practice = parts["practice"] = Practice(dataset, data, see, args, more)
@@ -596,11 +588,11 @@ def main(args):
     for step in run.steps(players, args.steps + more):
         tuned = step - args.steps  # updates of fine-tuning so far
         share = step / args.steps if tuned < 0 else tuned / more
-        adams["policies"].param_groups[0]["lr"] = args.lr * (1 - share)
+        adam.param_groups[0]["lr"] = args.lr * (1 - share)
         if tuned >= 0 and tuned % 10 == 0:
             practice.play(players, generators)
         draw = draw_rows if tuned < 0 else practice.draw
-        run.logs = learn(team, adams, data, draw(generators, data, args), args)
+        run.logs = learn(team, adam, data, draw(generators, data, args), args)
     names = {"central": "IQL", "mixed": "MAIQL", "independent": "independent IQL"}
     return run.finish(names[args.team] + "-ft" * (more > 0), players)
 

@@ -6,9 +6,9 @@ arXiv 2407.01343.
 The problem. N agents with continuous actions learn from a fixed dataset.
 MADDPG moves each agent's policy uphill on a centralised Q-function, with
 the teammates' actions taken from the data: the best response under data
-(BRUD). It answers what the teammates did, which need not be what their
-policies do by now. Where the two differ, agents step past each other, and
-no new data ever puts that right.
+(BRUD). Each agent answers what its teammates did, which need not be what
+their policies do by now. Where the two differ, agents step past each other,
+and no new data ever puts that right.
 
 Why recorded teammates at all? Online it costs little: the replay buffer is
 fresh, so what the teammates did is about what they do. Offline it keeps to
@@ -19,29 +19,36 @@ replaced it may be far from all of them, and Q a guess there.
 The idea. Change nothing but which windows of the data are drawn. A window
 is drawn often if its recorded joint actions are close to what the policies
 would do there, rarely otherwise. Then the recorded teammates are a good
-stand-in for the real ones, in the policies' loss above all. CQL keeps Q low
+stand-in for the real ones, in the policy's loss above all. CQL keeps Q low
 at joint actions that nobody recorded.
 
-Equations (numbers of the paper; it gives none of those without). mu is the
-policy that all agents share, o_i agent i's view and its number, s the
-state, a the joint action, Q_1 and Q_2 two critics; a dash marks slowly
-moving copies. A window is L successive rows of one episode.
-  Eq. 3   L(mu)  = E_i [ -min_c Q_c(s, (mu(o_i), a_-i)) + reg |mu(o_i)|^2 / A ]
+Equations (those with a number are the paper's; the others, min_c, reg and
+exponent are only in the authors' code). All agents share one policy mu. o_i
+is agent i's view with its number, s the state, a the joint action. Q_1 and
+Q_2 are two critics. A prime marks a network's slowly moving copy, and of o
+and s the next step's. A window is L successive rows of one episode. mu has a
+memory, which is empty where a window begins. E averages over the steps drawn,
+E_i over agents too.
+  Eq. 3   J(mu)  = E_i [ -min_c Q_c(s, (mu(o_i), a_-i)) + reg |mu(o_i)|^2 / A ]
                    a_-i as recorded: BRUD
   Eq. 6   rho    = max( exp(-(k d)^2), floor );   P(window) ~ rho^exponent
+                   the paper's alpha is k^2 / A^2, as its d is A times this one
   Eq. 8   d      = mean over steps, agents and entries of |a - mu'(o)|; see choice 1
           y      = r + gamma (1 - terminated) min_c Q'_c(s', mu'(o'))
-          L(Q_c) = 1/2 E (y - Q_c(s,a))^2
+          J(Q_c) = 1/2 E (y - Q_c(s,a))^2
                    + cql E_i [ log sum_m exp( Q_c(s,a_m) - log p_i(a_m) ) - Q_c(s,a) ]
-          a_m    a third each: uniform; mu(o_t) + noise; mu(o_t+1) + noise
+          a_m    a third each: uniform; mu(o) + noise; mu(o') + noise. Q judges all
+                   of them in s, the third kind too, as in CQL's own code
           p_i    the density of agent i's part of a_m
-The log of the sum stands for the log of the integral of exp(Q) over actions:
-to weigh each sample by 1/p makes up for how it was drawn. It is high where Q
-is high at actions that nobody recorded, and there CQL pushes Q down.
+mu descends J(mu), the critics the mean of J(Q_1) and J(Q_2). CQL's sum stands
+for the integral of exp(Q) over actions, but for a constant factor: the weight
+1/p_i makes up for how an action was drawn. Where Q is high at actions that
+nobody recorded, the sum is high. CQL pushes Q down there, and up at the
+recorded action.
 
 Commands, and the return you should see (three seeds; one CPU core of a small server):
-  python algorithms/maddpg_cql_pjap.py   2-agent HalfCheetah, good data (4,975), 6 min:
-                                         2,608 +- 240
+  python algorithms/maddpg_cql_pjap.py   2-agent HalfCheetah, 6 min: 2,608 +- 240; the
+                                         data's own mean is 4,975 (dataset good)
   ... --no-pjap                          all windows equally likely: 2,621 +- 107
   ... --dataset good-medium              1,879 +- 238; without PJAP 1,903 +- 271
   ... --env polynomial --task sign-agreement --dataset uniform
@@ -81,9 +88,10 @@ and numbers: maddpg_cql_pjap.md.
   2. k grows over the first 30 % of the updates (code): at first all windows
      are alike, as no policy is worth being close to yet. The paper has no
      such ramp.
-  3. Refreshed are the priorities of the windows just trained on (code). All
-     others keep theirs, 1 at first; the floor lets each return. --refresh N
-     adds N uniformly drawn.
+  3. An update refreshes the priorities of the windows just trained on (code).
+     A window keeps its priority, and so the policy and the k of then, until
+     it is drawn again; the floor lets each return. One never drawn has 1, the
+     highest. --refresh N adds N windows drawn uniformly.
   4. Windows never straddle two episodes (code: they may). The last row may
      be what was seen after an episode's last step; it counts in no mean
      over actions.
@@ -96,22 +104,22 @@ and numbers: maddpg_cql_pjap.md.
   8. Target networks start as copies (code: most likely from weights of
      their own). The critics start apart.
   9. RMSProp adds 1e-5 to the root of the mean square (code: 1e-10 to the
-     mean square).
+     mean square). Gradients are not clipped (code).
  10. CQL replaces all agents' actions at once, yet p_i is the density of
      agent i's part alone, before clipping (code). So Q is evaluated once
      for all agents.
  11. Both losses look at the networks as they were before the update (code).
  12. Batches are smaller, updates fewer, and inputs in units of the data's
      mean and spread (code: raw, --no-normalize).
- 13. --steepness is the code's k on HalfCheetah, whose actions vary by about
-     0.7. Elsewhere k is in proportion to 0.7 over the recorded actions'
-     spread: what is close depends on how much actions vary at all.
+ 13. --steepness is the code's k on HalfCheetah, where the standard deviation
+     of recorded actions is about 0.7. Elsewhere k is multiplied by 0.7 over
+     theirs: what is close depends on how much actions vary at all.
  14. Seeds differ in all that is random here, but are evaluated in one
      environment.
 
-Shapes: S seeds, L rows of a window, B windows, K joint actions, N agents, A
-entries of an agent's action, I inputs, D state, R rows (observations) of
-the dataset, W windows.
+Shapes: S seeds, L rows of a window, B windows of a minibatch, K joint actions
+in a state (in CQL: of each kind), N agents, A entries of an agent's action, I
+inputs, D state, R rows (observations) of the dataset, W windows of all of it.
 """
 
 import copy
@@ -193,8 +201,8 @@ PRESETS = {  # what differs from the values above
 class Data(NamedTuple):
     """The dataset as R rows, one for each observation: episodes end to end.
 
-    No step begins in an episode's last row: `acted` is 0 there, and all that
-    belongs to a step. A minibatch is the same with (S, L, B) in place of R. Of a
+    No step begins in an episode's last row: `acted` is 0 there, and so is all
+    that belongs to a step. A minibatch is the same with (S, L, B) in place of R. Of a
     window's rows only the last may have no step, so its L - 1 transitions need no
     mask.
     """
@@ -303,11 +311,11 @@ class Policy(nn.Module):
 
 
 class Critics(nn.Module):
-    """Q_1 and Q_2 of S seeds as 2 S networks: the first S of them are Q_1's."""
+    """Q_1 and Q_2 of S seeds as 2 S networks, a pair for each seed in turn."""
 
     def __init__(self, state_dim, action_dim, hidden, generators):
         super().__init__()
-        twice = [*generators, *generators]
+        twice = [g for g in generators for _ in range(2)]
         self.layers = nn.Sequential(
             Linear(state_dim + action_dim, hidden, twice),
             nn.ReLU(inplace=True),
@@ -323,12 +331,13 @@ class Critics(nn.Module):
         """
         S, L, B, K, _ = action.shape
         state = state[..., None, :].expand(-1, -1, -1, K, -1)
-        x = torch.cat([state, action], -1).flatten(1, 3).repeat(2, 1, 1)  # (2S, L B K, D + N A)
+        x = torch.cat([state, action], -1).flatten(1, 3)
+        x = x.repeat_interleave(2, 0)  # (2S, L B K, D + N A)
         rows = x.shape[1]
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():  # in pieces, for speed
             rows = max(1, CACHE // self.layers[0].bias.numel())
         q = [self.layers(part) for part in x.split(rows, 1)]
-        return torch.cat(q, 1).view(2, S, L, B, K)
+        return torch.cat(q, 1).view(S, 2, L, B, K).transpose(0, 1)
 
 
 class Team(nn.Module):
@@ -399,7 +408,7 @@ def steepness_at(step, spread, args):
 def candidates(own, noise, sigma):
     """CQL's joint actions in each transition's state, and log p_i.
 
-    own (S, L, B, N, A), the policies' actions, -> (S, L-1, B, 3K, N, A), (S, L-1, B, 3K, N).
+    own (S, L, B, N, A), the policy's actions, -> (S, L-1, B, 3K, N, A), (S, L-1, B, 3K, N).
     """
     centre = torch.stack([own[:, :-1], own[:, 1:]], 1)  # now; a step later
     near = (centre.unsqueeze(4) + sigma * noise.normal).clamp(-1, 1)  # (S, 2, L-1, B, K, N, A)
@@ -419,7 +428,7 @@ def td_target(target_critics, batch, theirs, gamma):
 
 
 def critic_loss(critics, batch, y, actions, log_p):
-    """The squared error and the conservative part of L(Q_c), means of both critics, (S,) each.
+    """The squared error and the conservative part of J(Q_c), means of both critics, (S,) each.
 
     y is from `td_target`, actions and log_p from `candidates`.
     """
@@ -436,7 +445,7 @@ def critic_loss(critics, batch, y, actions, log_p):
 def policy_loss(critics, batch, own, action_reg):
     """Eq. 3, (S,): each agent's own action among its teammates' recorded ones.
 
-    own (S, L, B, N, A) are the policies' actions.
+    own (S, L, B, N, A) are the policy's actions.
     """
     N = own.shape[3]
     me = torch.eye(N, dtype=torch.bool, device=own.device)[..., None]  # (N, N, 1)
@@ -512,7 +521,8 @@ def arrange(dataset, args):
     _, remaining = layout.age(dataset.lengths)  # (R,) steps until the episode's end
     start = (remaining >= args.window - 1).nonzero()[:, 0]
     if args.window < 2 or len(start) == 0:
-        raise ValueError(f"no episode has steps and {args.window} rows: change --window")
+        longest = remaining.max().item() + 1
+        raise ValueError(f"--window must be from 2 to {longest}, the longest episode's rows")
     see = layout.inputs(rows["obs"], args, correction=1)  # each agent's view in its own units
     see_state = layout.inputs(rows["state"], args, correction=1)
 

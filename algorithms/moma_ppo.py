@@ -35,8 +35,12 @@ Eq. 1: each member learns alone, from minibatches of its own. That members diffe
 there are no data is all that Eq. 3 measures. sigma_e is an output, too, between e^-6 and
 e^2 times the spread of what is predicted.
 
+Eqs. 3 and 4: members are compared in the data's own units, so a task has its own l and
+lambdas. eps_g compares them before the box, which would make them equal.
+
 Eqs. 5 to 8: where the game ends, nothing follows. Where a rollout only stops, V(s_{t+1})
-stands for what would have followed.
+stands for what would have followed. The step that was unsure still counts. A, R
+and V_old are found once, before an update's first minibatch.
 
 Eq. 9: V serves training only. To play, an agent needs its own view and memory.
 
@@ -61,7 +65,8 @@ Commands, and the return to expect (last policy, greedy; one CPU core):
       two agents share an arm, 3 seeds, 9 minutes: normalised 1.00 (cloning 0.89)
   python algorithms/moma_ppo.py --env ant --dataset medium
       four agents share an ant, 3 seeds, 34 minutes: 2,743 (data 1,870, cloning 2,429)
-  ... --penalty aleatoric | --reward-penalty 0 --state-penalty 0 | --no-box | --horizon 5
+  ... --reward-penalty 0 --state-penalty 0 | --no-box | --horizon 5
+  ... --reward-penalty 0 --state-penalty 0 --aleatoric 1   (MOPO's penalty)
 
 In your own loop (this file alone will do; `Data` says what the tensors are):
   import torch, moma_ppo as moma
@@ -191,11 +196,10 @@ class Args:
     rollouts: int = 256  # rollouts at once
     horizon: int = 1  # k, their steps
     first: float = 0.0  # the share of them that begin where an episode did
-    penalty: Literal["epistemic", "aleatoric"] = "epistemic"  # Eq. 4, or MOPO's spread
     reward_penalty: float = 0.0  # lambda_r, weight of eps_r
     state_penalty: float = 0.0  # lambda_g, weight of eps_g
     limit: float = 2.0  # l, the most that eps_r and eps_g count
-    aleatoric: float = 1.0  # weight of the largest predicted spread
+    aleatoric: float = 0.0  # weight of MOPO's penalty, the largest spread a member predicts
     adaptive: bool = True  # and rollouts stop where eps_g reaches it
     box: bool = True  # clip states and rewards to the range of the data
     box_margin: float = 0.0  # it is wider by this share; for rewards below only
@@ -322,12 +326,16 @@ class Noise(NamedTuple):
 
 def draw(generators, how, *shape):
     """Random numbers (S, *shape), each seed's own."""
-    draws = [torch.empty(shape, device=g.device) for g in generators]
-    return torch.stack([getattr(x, how)(generator=g) for x, g in zip(draws, generators)])
+    draws = [getattr(torch.empty(shape, device=g.device), how)(generator=g) for g in generators]
+    return torch.stack(draws)
 
 
 def draw_noise(generators, data, args):
-    """The `Noise` of one rehearsal."""
+    """The `Noise` of one rehearsal.
+
+    A rollout begins in any recorded step, held out or not; with --first, some begin where an
+    episode did. Members are drawn anew in each step.
+    """
     (N, A), k, B = data.action.shape[1:], args.horizon, args.rollouts
     where = draw(generators, "uniform_", k, B)
 
@@ -359,11 +367,10 @@ def draw_batches(generators, data, args):
 
 def draw_orders(generators, count, args):
     """The order in which each epoch goes over a rehearsal: (epochs, S, count)."""
-    epochs = []
+    orders = []
     for _ in range(args.epochs):
-        orders = [torch.randperm(count, generator=g, device=g.device) for g in generators]
-        epochs.append(torch.stack(orders))
-    return torch.stack(epochs)
+        orders += [torch.randperm(count, generator=g, device=g.device) for g in generators]
+    return torch.stack(orders).unflatten(0, (args.epochs, -1))
 
 
 # ---------------------------------------------------------------- networks
@@ -601,7 +608,6 @@ def validate(model, data, S, most=2000):
 
     Of states: the root mean square over entries, in units of the changes' spread.
     Of rewards: the absolute error, in units of their spread.
-    Of ends: the share told wrong.
     """
     count, U = len(data.held), len(model.for_end[0].weight)
     even = torch.linspace(0, count - 1, min(most, count), device=data.held.device)
@@ -611,9 +617,8 @@ def validate(model, data, S, most=2000):
     error = (guess.state - data.state[rows + 1]) / model.move.std
     for_state = (error**2 * model.move.vary).sum(-1) / model.move.vary.sum().clamp(min=1)
     for_reward = (guess.reward - data.reward[rows]) / model.reward.std
-    wrong = (guess.end > 0) != (data.done[rows] > 0)
-    errors = dict(state_error=for_state.sqrt(), reward_error=for_reward.abs(), end_error=wrong)
-    return {name: x.to(error.dtype).mean(1).view(S, -1) for name, x in errors.items()}
+    errors = dict(state_error=for_state.sqrt(), reward_error=for_reward.abs())
+    return {name: x.mean(1).view(S, -1) for name, x in errors.items()}
 
 
 def best(errors, args):
@@ -636,7 +641,9 @@ def dream(model, data, args):
     worst, top = data.reward[data.start].aminmax()
     room = args.box_margin * (high - low)
     low, high, worst = low - room, high + room, worst - args.box_margin * (top - worst)  # the box
-    root = weights(data).sqrt()
+    # how often an entry counts in eps_g: as often as agents see it; the reward, once for each
+    count = data.columns.flatten().bincount(minlength=len(low) + 1)  # (D + 1,)
+    count[-1] = len(data.columns)
 
     def world(state, action, member, noise):
         n = args.elites
@@ -649,7 +656,7 @@ def dream(model, data, args):
         reward, end = guess.reward.mean(1), 2 * (guess.end > 0).sum(1) > n
         # Eqs. 3 and 4: members are compared before the box makes them equal
         x = torch.cat([guess.state, guess.reward[..., None]], -1)  # (S, n, B, D + 1)
-        eps_g = gram_norm(x * root)
+        eps_g = gram_norm(x * count.sqrt())
         if args.box:
             next_state, reward = next_state.clamp(low, high), reward.clamp(worst, top)
         reward = penalise(reward, guess, eps_g, args)
@@ -657,15 +664,6 @@ def dream(model, data, args):
         return next_state, reward, end, sure
 
     return world
-
-
-def weights(data):
-    """How often each entry of the state, and at last the reward, counts in eps_g."""
-    D = data.state.shape[1]
-    weight = data.columns.flatten().bincount(minlength=D + 1)  # how often agents see it
-    weight[:D][(data.state == 0).all(0)] = 0  # what never is anything but 0 does not count
-    weight[D] = len(data.columns)  # in place of the padding the reward, once for each agent
-    return weight
 
 
 def gram_norm(x):
@@ -678,16 +676,20 @@ def gram_norm(x):
 
 
 def penalise(reward, guess, eps_g, args):
-    """Eq. 4; or MOPO's penalty, the largest spread that a member predicts."""
-    if args.penalty == "aleatoric":
-        variance = (guess.state_std**2).sum(-1) + guess.reward_std**2  # (S, n, B)
-        return reward - args.aleatoric * variance.sqrt().amax(1)
+    """Eq. 4's reward; with --aleatoric also less MOPO's penalty."""
     eps_r, eps_g = (eps.clamp(max=args.limit) for eps in (guess.reward.var(1), eps_g))
-    return reward - args.reward_penalty * eps_r - args.state_penalty * eps_g
+    reward = reward - args.reward_penalty * eps_r - args.state_penalty * eps_g
+    if args.aleatoric:
+        variance = (guess.state_std**2).sum(-1) + guess.reward_std**2  # (S, n, B)
+        reward = reward - args.aleatoric * variance.sqrt().amax(1)
+    return reward
 
 
 def begin(agents, data, rows):
-    """States (S, B, D), histories (S, B, N, H, O + A) of rollouts that begin in rows."""
+    """States (S, B, D), histories (S, B, N, H, O + A) of rollouts that begin in rows.
+
+    A history is what was recorded before, in the same episode; 0 where there was nothing.
+    """
     past = rows[..., None] + torch.arange(-agents.H, 0, device=rows.device)  # (S, B, H)
     known = past >= (rows - data.age[rows])[..., None]  # of the same episode
     history = torch.cat([agents.see(data.state[past]), data.action[past]], -1)
@@ -734,8 +736,7 @@ def rehearsal_step(agents, world, data, state, history, noise, args):
     next_value = agents.value(x, next_state)
     if args.bound_values:  # not from below, where bad teams would look good
         next_value = next_value.clamp(max=agents.highest)
-    now = state, history, action, log_prob, value
-    played = Played(*now, reward, next_value, m=~end, zeta=sure)
+    played = Played(state, history, action, log_prob, value, reward, next_value, ~end, sure)
     new_state, new_history = begin(agents, data, noise.rows)
     over = end | ~sure
     state = torch.where(over[..., None], new_state, next_state)
@@ -743,14 +744,14 @@ def rehearsal_step(agents, world, data, state, history, noise, args):
     return played, state, history
 
 
-def gae(reward, value, next_value, m, zeta, gamma, lam):
+def gae(reward, value, next_value, m, zeta, args):
     """Eqs. 6 to 8: advantages A and returns R of rollouts (S, B, k), with both masks."""
     steps = zip(*(x.unbind(-1) for x in (reward, value, next_value, m, zeta)))
-    advantages, returns = [], []
+    gamma, advantages, returns = args.gamma, [], []
     A = R = torch.zeros_like(reward[..., 0])
     for r_t, v_t, next_v, m_t, zeta_t in reversed(list(steps)):
         delta = r_t + gamma * m_t * next_v - v_t
-        A = delta + gamma * lam * (m_t & zeta_t) * A
+        A = delta + gamma * args.gae_lambda * (m_t & zeta_t) * A
         R = r_t + gamma * m_t * torch.where(zeta_t, R, next_v)
         advantages.insert(0, A)
         returns.insert(0, R)
@@ -775,8 +776,7 @@ def settle(agents, steps, args):
     played = Played(*(torch.stack(x, 2) for x in zip(*steps)))  # (S, B, k, ...)
     reward, value, m, sure = played.reward, played.value, played.m, played.zeta
     zeta = F.pad(sure[..., :-1], (0, 1))  # Eq. 5: a rollout's k-th step is its last
-    rates = args.gamma, args.gae_lambda
-    advantage, returns = gae(reward, value, played.next_value, m, zeta, *rates)
+    advantage, returns = gae(reward, value, played.next_value, m, zeta, args)
     std, mean = torch.std_mean(advantage, (1, 2), keepdim=True, correction=0)
     advantage = (advantage - mean) / (std + 1e-3 * agents.returns.std)
     batch = Batch(*(x.flatten(1, 2) for x in (*played[:5], advantage, returns)))
@@ -937,7 +937,7 @@ def arrange(dataset, args):
             raise ValueError(f"in {args.dataset} the available actions change")
         avail, action = avail[0], F.one_hot(action, avail.shape[-1]) * rows["acted"][:, None, None]
     E = len(dataset.lengths)
-    count = min(E - 1, max(1, round(args.holdout * E))) if args.holdout else 0
+    count = min(E - 1, max(1, round(args.holdout * E)))
     episodes = torch.randperm(E, generator=stream(0, 4))[:count].to(start.device)  # held out
     out = torch.isin(layout.episodes(dataset.lengths)[start], episodes)  # (M,)
     togo = torch.zeros_like(rows["reward"])
@@ -1025,7 +1025,7 @@ def parse(argv=None):
         __doc__,
         kinds="MOMA-PPO is for bodies, and games whose available actions never change",
         known=("matrix", "polynomial", "reacher", "halfcheetah", "ant"),
-        may_be_zero="seed eval_episodes episodes holdout first warmup reward_penalty state_penalty "
+        may_be_zero="seed eval_episodes episodes first warmup reward_penalty state_penalty "
         "aleatoric gamma gae_lambda action_penalty memory beta_nll box_margin",
         at_most_one="gamma gae_lambda first beta_nll holdout",
         any_sign="least_entropy",

@@ -54,10 +54,10 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   args = omar.Args(num_seeds=S)
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = omar.Team(data, args, generators)
-  adams = omar.optimizers(team, args)
+  adam = torch.optim.Adam(team.parameters(), args.lr, fused=True)
   for step in range(200):
       rows = omar.draw_rows(generators, data, args)
-      logs = omar.update(team, adams, data, rows, args)
+      logs = omar.update(team, adam, data, rows, args)
 
 Differences from the authors' code (in CFCQL's repository), and choices made here:
   1. Each agent has networks of its own. Their agents share one and know who they are.
@@ -399,9 +399,10 @@ def take_step(adam, parameters, gradients):
 
 
 def descend(adam, module, losses, max_grad_norm):
-    """One step down the losses (S,) of independent seeds; returns them, detached.
+    """One step down the losses (S,) of independent seeds, each with a gradient of limited length;
+    returns them, detached.
 
-    Each seed's gradient is of limited length. Their sum leaves each the one of its own.
+    Their sum leaves each seed the gradient that it would have alone.
     """
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(losses.sum(), parameters)
@@ -409,23 +410,12 @@ def descend(adam, module, losses, max_grad_norm):
     length = sum((row**2).sum(1) for row in rows).sqrt()  # (S,)
     factor = (max_grad_norm / length.clamp(min=max_grad_norm))[:, None]
     losses = losses.detach()
-    limited = [(row * factor).view_as(p) for row, p in zip(rows, parameters)]
-    take_step(adam, parameters, limited)
+    take_step(adam, parameters, [(row * factor).view_as(p) for row, p in zip(rows, parameters)])
     return losses
 
 
-def optimizers(team, args):
-    """Adam for the policies, and for the critics."""
-    modules = team.policies, team.critics
-    return [torch.optim.Adam(x.parameters(), args.lr, fused=True) for x in modules]
-
-
-def update(team, adams, data, rows, args):
-    """One update of all networks on the sequences `rows` (S, L, B); returns logs, (S,).
-
-    adams: of `optimizers`.
-    """
-    policy_adam, critic_adam = adams
+def update(team, adam, data, rows, args):
+    """One update of all networks on the sequences `rows` (S, L, B); returns logs, (S,)."""
     now = rows[:, :-1]  # where a step can begin
     action, avail, acted = data.action[now], data.avail[now], data.acted[now]
     log_pi = F.log_softmax(unroll(team.policies, data, rows), -1)  # (S, L, B, N, A)
@@ -434,12 +424,12 @@ def update(team, adams, data, rows, args):
         q = values(team.critics[:1], data, now)[..., 0, :]
     loss = policy_loss(log_pi[:, :-1], q, action, avail, args.omar)
     loss = mean_over_steps(loss, acted)
-    pi_loss = descend(policy_adam, team.policies, loss, args.max_grad_norm)
+    pi_loss = descend(adam, team.policies, loss, args.max_grad_norm)
 
     q = values(team.critics, data, now)
     y = targets(team.targets, data, rows, best, args)
     loss = mean_over_steps(critic_loss(q, y, action, avail, args.cql), acted)
-    q_loss = descend(critic_adam, team.critics, loss, args.max_grad_norm)
+    q_loss = descend(adam, team.critics, loss, args.max_grad_norm)
     with torch.no_grad():
         for slow, quick in zip(team.targets.parameters(), team.critics.parameters()):
             slow.lerp_(quick, args.tau)
@@ -479,15 +469,14 @@ def main(args):
     run = Run("omar", args)
     data, encode = arrange(run.load(discrete=True), args)
     team = Team(data, args, run.streams(0, "cpu")).to(run.device)
-    adams = optimizers(team, args)
+    adam = torch.optim.Adam(team.parameters(), args.lr, fused=True)
     generators = run.streams(1)
     learn = run.compile(update)
-    run.begin(team=team, adams=adams, generators=generators)
+    run.begin(team=team, adam=adam, generators=generators)
     play = player(team.policies, encode)
     for step in run.steps(play):  # evaluates, records and keeps where it is due
-        for adam in adams:
-            adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-        run.logs = learn(team, adams, data, draw_rows(generators, data, args), args)
+        adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+        run.logs = learn(team, adam, data, draw_rows(generators, data, args), args)
     return run.finish("OMAR" if args.omar else "independent actor-critic with CQL", play)
 
 

@@ -48,9 +48,9 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   args = omiga.Args(num_seeds=S, alpha=0.1)
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = omiga.Team(data, args, generators)
-  adams = omiga.optimizers(team, args)
+  adam = torch.optim.Adam(team.parameters(), args.lr, fused=True)
   for step in range(200):
-      logs = omiga.update(team, adams, data, omiga.draw_rows(generators, data, args), args)
+      logs = omiga.update(team, adam, data, omiga.draw_rows(generators, data, args), args)
   out = team.policies(obs.transpose(0, 1).expand(S, N, M + 1, 5), avail.transpose(0, 1))
   greedy = team.policies.sample(out)  # (S, N, M + 1)
 
@@ -176,16 +176,18 @@ def draw_rows(generators, data, args):
 
 # ---------------------------------------------------------------- networks
 class Linear(nn.Module):
-    """Q independent linear layers as one batched product, each drawn by its seed's generator."""
+    """Q independent linear layers as one batched product, each initialised by its own generator."""
 
     def __init__(self, inputs, outputs, generators, scale=1.0):
         super().__init__()
         bound = inputs**-0.5  # as in nn.Linear; nn.init would misread the fan-in of a 3-d weight
-        start = torch.empty(len(generators), inputs + 1, outputs)
-        for network, generator in zip(start, generators):
-            network.uniform_(-bound, bound, generator=generator)
+        start = [
+            torch.empty(inputs + 1, outputs).uniform_(-bound, bound, generator=g)
+            for g in generators
+        ]
+        start = torch.stack(start)
         self.weight = nn.Parameter(scale * start[:, :-1])  # (Q, in, out)
-        self.bias = nn.Parameter(start[:, -1:] * (scale == 1))  # (Q, 1, out); 0 in small heads
+        self.bias = nn.Parameter(start[:, -1:] * (scale == 1))  # (Q, 1, out); heads begin at 0
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)  # (Q, B, out)
@@ -201,12 +203,12 @@ def mlp(inputs, outputs, args, generators, scale=1.0):
 
 
 def owners(generators, num_agents, args):
-    """A generator for each network: of each agent of each seed or, if they share, of each seed."""
+    """A generator for each network: one an agent or, if they share, one a seed."""
     return generators if args.shared else [g for g in generators for _ in range(num_agents)]
 
 
 def side_by_side(network, x):
-    """What the agents' networks, their own or shared, make of x: (S, N, B, I) -> (S, N, B, out)."""
+    """What agents' networks make of x: (S, N, B, I) -> (S, N, B, out)."""
     Q = len(network[0].weight)
     return network(x.reshape(Q, -1, x.shape[-1])).view(*x.shape[:3], -1)
 
@@ -239,9 +241,9 @@ class Policies(nn.Module):
         return torch.cat([mean, (self.log_spread + log_std).clamp(-6, 0)], -1)
 
     def log_prob(self, out, action):
-        """log pi_i of Eq. 5 for each agent's action, (S, N, B); `out` from `forward`."""
-        if self.discrete:
-            return out.gather(-1, action[..., None])[..., 0]
+        """log pi_i of Eq. 5 for actions (S, N, B, A), (S, N, B); `out` from `forward`."""
+        if self.discrete:  # of one-hot actions
+            return (out * action).sum(-1)
         mean, log_std = out.chunk(2, -1)
         z = (action - mean) / log_std.exp()
         return (-0.5 * z**2 - log_std - HALF_LOG_2PI).sum(-1)
@@ -279,9 +281,12 @@ class Team(nn.Module):
         self.policies = Policies(data, args, generators)
         _, N, I = data.obs.shape
         each = owners(generators, N, args)
-        q, self.v = mlp(I + self.policies.A, 1, args, each), mlp(I, 1, args, each)
-        self.critic = nn.ModuleList([q, Mixer(data.state.shape[1], N, args, generators)])
-        self.targets = copy.deepcopy(nn.ModuleList([self.critic, self.v])).requires_grad_(False)
+        q = mlp(I + self.policies.A, 1, args, each)
+        self.v = mlp(I, 1, args, each)
+        mixer = Mixer(data.state.shape[1], N, args, generators)
+        self.critic = nn.ModuleList([q, mixer])
+        networks = nn.ModuleList([self.critic, self.v])
+        self.targets = copy.deepcopy(networks).requires_grad_(False)
 
 
 def local_values(network, *x):
@@ -290,50 +295,31 @@ def local_values(network, *x):
 
 
 # ---------------------------------------------------------------- losses
-class Batch(NamedTuple):
-    """B recorded steps of each seed."""
-
-    obs: torch.Tensor  # (S, N, B, I)
-    next_obs: torch.Tensor
-    state: torch.Tensor  # (S, B, D)
-    next_state: torch.Tensor
-    avail: torch.Tensor | None  # (S, N, B, A) bool
-    action: torch.Tensor  # (S, N, B) or (S, N, B, A)
-    taken: torch.Tensor  # (S, N, B, A) the same, one-hot where actions are discrete
-    reward: torch.Tensor  # (S, B)
-    done: torch.Tensor  # (S, B)
-
-
 def gather(data, rows):
-    """The steps that begin in the rows (S, B) as a `Batch`."""
-    taken = action = data.action[rows].transpose(1, 2)
-    avail = None
-    if data.avail is not None:
-        avail = data.avail[rows].transpose(1, 2)
-        taken = F.one_hot(action, avail.shape[-1]).to(data.obs.dtype)
-    return Batch(
-        obs=data.obs[rows].transpose(1, 2),
-        next_obs=data.obs[rows + 1].transpose(1, 2),
-        state=data.state[rows],
-        next_state=data.state[rows + 1],
-        avail=avail,
-        action=action,
-        taken=taken,
-        reward=data.reward[rows],
-        done=data.done[rows],
-    )
+    """What the rows (S, B) hold, as `Data` of a minibatch.
+
+    Agents come before steps, (S, N, B, ...), and discrete actions are one-hot, (S, N, B, A). State
+    is (S, B, D), reward and done are (S, B).
+    """
+    obs = data.obs[rows].transpose(1, 2)
+    action = data.action[rows].transpose(1, 2)
+    avail = data.avail
+    if avail is not None:
+        avail = avail[rows].transpose(1, 2)
+        action = F.one_hot(action, avail.shape[-1]).to(obs.dtype)
+    return Data(obs, data.state[rows], avail, action, data.reward[rows], data.done[rows], rows)
 
 
-def critic_loss(team, batch, gamma):
-    """Eq. 2 for each seed, (S,)."""
+def critic_loss(team, batch, later, gamma):
+    """Eq. 2 for each seed, (S,); later: what the next rows hold."""
     (_, target_mixer), target_v = team.targets
     with torch.no_grad():
-        w, b = target_mixer(batch.next_state)
-        next_v = (w * local_values(target_v, batch.next_obs)).sum(1) + b  # (S, B)
+        w, b = target_mixer(later.state)
+        next_v = (w * local_values(target_v, later.obs)).sum(1) + b  # (S, B)
         y = batch.reward + gamma * (1 - batch.done) * next_v
     q, mixer = team.critic
     w, b = mixer(batch.state)
-    joint_q = (w * local_values(q, batch.obs, batch.taken)).sum(1) + b
+    joint_q = (w * local_values(q, batch.obs, batch.action)).sum(1) + b
     return ((joint_q - y) ** 2).mean(1)
 
 
@@ -342,7 +328,7 @@ def advantage(team, batch, alpha):
     (target_q, target_mixer), _ = team.targets
     with torch.no_grad():
         w, _ = target_mixer(batch.state)
-        q = local_values(target_q, batch.obs, batch.taken)
+        q = local_values(target_q, batch.obs, batch.action)
     v = local_values(team.v, batch.obs)
     return (w * (q - v) / alpha).clamp(-10, 10), w, v
 
@@ -369,9 +355,10 @@ def take_step(adam, parameters, gradients):
 
 
 def descend(adam, module, losses, max_grad_norm):
-    """One step down the losses (S,) of independent seeds, each with a gradient of limited length.
+    """One step down the losses (S,) of independent seeds, each with a gradient of limited length;
+    returns them, detached.
 
-    Their sum leaves each seed the gradient that it would have alone. Returns the losses, detached.
+    Their sum leaves each seed the gradient that it would have alone.
     """
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(losses.sum(), parameters)
@@ -383,28 +370,20 @@ def descend(adam, module, losses, max_grad_norm):
     return losses
 
 
-def optimizers(team, args):
-    """Adam for the policies, for q with the mixer, and for v."""
-    parts = {"policies": team.policies, "critic": team.critic, "v": team.v}
-    return {
-        name: torch.optim.Adam(part.parameters(), args.lr, fused=True)
-        for name, part in parts.items()
-    }
-
-
-def update(team, adams, data, rows, args):
-    """One update of all networks, on the steps that begin in `rows` (S, B); diagnostics, (S,)."""
-    batch, limit = gather(data, rows), args.max_grad_norm
+def update(team, adam, data, rows, args):
+    """One update of all networks, on the steps that begin in `rows` (S, B); returns logs, (S,)."""
+    batch = gather(data, rows)
+    later = gather(data, rows + 1)
+    limit = args.max_grad_norm
     with torch.no_grad():
         weight = advantage(team, batch, args.alpha)[0].exp()  # (S, N, B)
-    pi_loss = descend(
-        adams["policies"], team.policies, policy_loss(team.policies, batch, weight), limit
-    )
-    q_loss = descend(adams["critic"], team.critic, critic_loss(team, batch, args.gamma), limit)
-    v_loss = descend(adams["v"], team.v, value_loss(team, batch, args.alpha), limit)
+    pi_loss = descend(adam, team.policies, policy_loss(team.policies, batch, weight), limit)
+    q_loss = descend(adam, team.critic, critic_loss(team, batch, later, args.gamma), limit)
+    v_loss = descend(adam, team.v, value_loss(team, batch, args.alpha), limit)
     networks = [*team.critic.parameters(), *team.v.parameters()]
     with torch.no_grad():
-        torch._foreach_lerp_(list(team.targets.parameters()), networks, args.tau)
+        for slow, quick in zip(team.targets.parameters(), networks):
+            slow.lerp_(quick, args.tau)
     weight = weight.mean((1, 2))
     return {"policy_loss": pi_loss, "q_loss": q_loss, "v_loss": v_loss, "weight": weight}
 
@@ -442,19 +421,19 @@ def main(args):
     run = Run("omiga", args)
     data, encode = arrange(run.load(), args)
     team = Team(data, args, run.streams(0, "cpu")).to(run.device)
-    adams, generators = optimizers(team, args), run.streams(1)
+    adam = torch.optim.Adam(team.parameters(), args.lr, fused=True)
+    generators = run.streams(1)
     learn = run.compile(update)
-    run.begin(team=team, adams=adams, generators=generators)
-    player = memoryless(team.policies, encode)
-    for step in run.steps(player):
-        for adam in adams.values():
-            adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-        run.logs = learn(team, adams, data, draw_rows(generators, data, args), args)
-    return run.finish("OMIGA", player)
+    run.begin(team=team, adam=adam, generators=generators)
+    players = memoryless(team.policies, encode)
+    for step in run.steps(players):
+        adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+        run.logs = learn(team, adam, data, draw_rows(generators, data, args), args)
+    return run.finish("OMIGA", players)
 
 
 def parse(argv=None):
-    """The command line as `Args`; what no flag says has the environment's own value."""
+    """Read the command line; where no flag speaks, the preset's values or a resumed run's hold."""
     zero = "seed episodes eval_episodes layers gamma"
     return read_args(Args, PRESETS, argv, __doc__, may_be_zero=zero, at_most_one="gamma tau")
 

@@ -9,39 +9,46 @@ and theta_y, and that number is its action. The shared reward R(a_x, a_y) is a
 known polynomial and plays the critic. A critic-based offline method asks for
 each agent: how should I move, given what the other one did *in the data*? The
 paper calls the answer the best response under data (BRUD). It is right for the
-joint actions in the data and can be wrong for the policies being learnt: in R =
-xy it never looks at them. Online, fresh data keeps the two together; offline,
-nothing does.
+joint actions in the data and can be wrong for the policies being learnt. In R =
+xy, for one, each agent follows the sign of the other's mean in the data,
+whatever the other's policy is. Online, fresh data stay close to the policies;
+offline, nothing keeps them close.
 
 The idea. Proximal joint-action prioritisation (PJAP) changes only which data
-are drawn: joint actions close to the current joint policy, so that the other
-agent's logged action is again a good stand-in for what it would do now. The
-games are small enough to check all this in closed form.
+are drawn: mostly joint actions close to the current joint policy. Then the
+other agent's logged action is again a good stand-in for what it would do now.
+Nothing corrects for how likely a draw was. The games are small enough to check
+all this in closed form.
 
 Why not simply follow the true gradient, the slope of R at theta? Here one
 could, as R is known everywhere. A critic that was learned from data is known
-only near the data, so methods keep one agent's action on the policy and the
-other's on the data.
+only near the data. So MADDPG takes one agent's action from its policy and the
+other's from the data.
 
 Equations (numbers from the paper; m, s^2: mean and variance of the *other*
-agent's data):
+agent's data; twin peaks: R = -A (x^2 + y^2) - B x^2 y^2 + C x y, one peak in ++
+and its mirror image in --):
   Eq. 4   theta_x += eta E_data[dR/da_x at (theta_x, a_y)]; theta_y likewise, from the
           same theta
-  Eq. 5   twin peaks: BRUD ends on the peak iff
+  Eq. 5   twin peaks: BRUD ends on the ++ peak iff, for both agents,
           s^2 = -m^2 + C m / sqrt(2B (C - 2A)) - A/B
           (below it in the paper) it ends at theta* = C m / (2A + 2B (m^2 + s^2))
   Eq. 6   rho = max(exp(-alpha d^2), epsilon); data are drawn in proportion to rho
   Eq. 7   d = |a_x - theta_x| + |a_y - theta_y|, the distance of a data point to the policy
-Plain MADDPG is alpha = 0: all rho are 1.
+d counts both coordinates, as a draw serves both agents: each one's coordinate
+is what the other one answers. epsilon keeps every point within reach. Where all
+data are so far that each rho is epsilon, draws are even: plain MADDPG leads the
+policy to the data. Plain MADDPG is alpha = 0: all rho are 1.
 
-Where PJAP ends (ours), and why not at the peak's .5625. It draws data near the
-policy, and BRUD feels their spread. In equally dense data d has density 2 alpha
-d exp(-alpha d^2), so E d^2 = 1/alpha; given d, |a_x - theta_x| is uniform on
-[0, d]: per coordinate the draws have mean theta and variance v = 1/(3 alpha).
-The expression below Eq. 5, with theta for m and v for s^2, then gives theta*^2
-= (C - 2A) / (2B) - v and R(theta*) = R(peak) - B v^2, .5502 for alpha = 6. The
-data of Figure 5 are dense around the peak, which trims the kernel and pulls it
-there; many far points widen it again.
+Where PJAP ends (our derivation), and why not at the peak's .5625. It draws data
+near the policy, and BRUD feels their spread. Let the data be equally dense
+everywhere and epsilon tiny. Then d has density 2 alpha d exp(-alpha d^2), so E
+d^2 = 1/alpha. Given d, |a_x - theta_x| is uniform on [0, d]. So per coordinate
+the draws have mean theta and variance v = 1/(3 alpha). The expression below Eq.
+5, with theta for m and v for s^2, gives theta*^2 = (C - 2A) / (2B) - v and
+R(theta*) = R(peak) - B v^2, .5502 for alpha = 6. In Figure 5 the data are
+densest at the peak, so draws are narrower and nearer to it. The many far points
+at sigma = 1, each with rho = epsilon, widen them again.
 
 Commands:
   python algorithms/polygames.py                           every figure and the table
@@ -49,14 +56,17 @@ Commands:
 
 What you should see (9 s on one core of a small server). The files are config.json,
 metrics.csv, summary.json and a PNG a figure; they replace those of an earlier run.
-  Table   (summary.json) BRUD ends where the closed form says, to 1e-5; both sides have
-          the same sample's moments
-  Fig. 1  the BRUD step points away from the true gradient
-  Fig. 2  online, reward 1 in every run; the mean path is 2.20, 2.38, 2.67, 3.06 long for
-          buffers of 32, 1280, 2560, 5120
-  Fig. 3  from three starts a straight line to the bottom right, where the reward is below 0
-  Fig. 4  a: always the origin; b: the peak only at sigma = 0
-  Fig. 5  reward after 100 epochs, mean of 10 seeds (paper: read off its plots by pixel):
+  Table   (summary.json) four games: BRUD ends where the closed form says, to 1e-5, given
+          the sample's own mean and variance
+  Fig. 1  R = xy: the BRUD step points away from the true gradient
+  Fig. 2  R = xy, online: reward 1 in every run; the mean path is 2.20, 2.38, 2.67, 3.06
+          long for buffers of 32, 1280, 2560, 5120
+  Fig. 3  R = xy, offline: from three starts a straight line to the bottom right, where the
+          reward is below 0
+  Fig. 4  twin peaks; a, data around the origin: always ends at the origin; b, data around
+          the ++ peak: ends on it only at sigma = 0
+  Fig. 5  twin peaks, data around the ++ peak: reward after 100 epochs (one update each),
+          mean of 10 seeds (paper: its web page's plots, measured by pixel):
           sigma              0     0.2    0.5    1.0            0     0.2    0.5    1.0
           MADDPG           0.562  0.555  0.427  0.157   paper  .5625  .555   .43    .15
           MADDPG + PJAP    0.562  0.560  0.554  0.544   paper  .5625  .56    .55    .54
@@ -87,14 +97,16 @@ more:
   3. Every priority is refreshed at every step, which is cheap here; the paper
      refreshes a subset.
   4. Not printed for Figure 2: start, noise, step, batch and buffer sizes. Ours,
-     chosen to show the effect: start (-0.75, 0.8), noise 0.2, eta = 0.02; each
-     step adds 32 joint actions and uses 32, one from each 32nd of the buffer,
-     so the smallest buffer is exactly on-policy. The policy is kept inside [-1,
-     1]^2, because R = xy has no maximum.
+     chosen to show the effect: start (-0.75, 0.8), noise 0.2, eta = 0.02. Each
+     step adds 32 joint actions to the buffer. It then parts what is held into
+     32 equal pieces and draws one from each, so the smallest buffer is used
+     whole: exactly on-policy. The policy is kept inside [-1, 1]^2, because R =
+     xy has no maximum.
   5. Figures 3 and 4 use the whole dataset in every update, and samples shifted
      to the exact mean that the text speaks of, so end points are exact; Figure
      5 uses raw samples and minibatches. Offline nothing keeps the policy inside
-     the square. Starts and spreads of 3 and 4 are ours.
+     the square. Starts and spreads of 3 and 4 are ours, as is the step size of
+     3, five times that of the others.
   6. Double precision throughout: exact comparisons, and no slower at this size.
 
 Legend: S seeds, M data points, B batch size, K steps; the last dimension 2 is
@@ -158,8 +170,9 @@ def games(args):
 def brud_ends(args, theta, time, m, s2):
     """Where BRUD leads in each game, in closed form, (..., 2).
 
-    From theta, for so long (eta times steps); m, s2 (..., 2): of the other agent's data. The first
-    two have no fixed point: their field is constant, so the end depends on the time.
+    It begins at theta, and time is eta times the number of steps. m and s2 (..., 2) are mean and
+    variance of the other agent's data. The first two games have no fixed point: their field is
+    constant, so the end depends on the time.
     """
     return {
         "decoupled": theta + time,
@@ -326,7 +339,7 @@ def cases(args):
         *[("twin peaks", "Fig. 4a", (0.0, 0.0), sigma) for sigma in args.sigmas],
         *[("twin peaks", "Fig. 4b", (top, top), sigma) for sigma in args.sigmas],
         *[("twin peaks", "Eq. 5", (m, m), eq5_sigma(m, args)) for m in means],
-        ("twin peaks", "2 x Eq. 5", (middle, middle), 2 * half),
+        ("twin peaks", "2 x Eq. 5", (middle, middle), 2 * half),  # too wide: not the peak
     ]
 
 
@@ -340,7 +353,7 @@ def table(args):
         data = recentre(sigma * unit, mean)
         path, _ = train_offline(games(args)[game], theta, data, steps, eta)
         end = path[:, -1]  # (S, 2)
-        # The closed form has the sample's own moments, those of the other one's data.
+        # The closed form takes the sample's own moments; flip: each agent's are the other one's.
         m, s2 = data.mean(1).flip(1), data.var(1, unbiased=False).flip(1)
         formula = brud_ends(args, theta, steps * eta, m, s2)[game]
         at_peak = ((end - peak(args)).abs() < 0.005).all().item()

@@ -60,12 +60,12 @@ In your own loop (this file alone will do; `Data` says what the tensors are):
   args = td3_bc.Args(num_seeds=S)
   generators = [torch.Generator().manual_seed(seed) for seed in range(S)]
   team = td3_bc.Team(data, args, generators)
-  adams = td3_bc.optimizers(team, args)
+  adam = torch.optim.Adam(team.parameters(), args.lr, fused=True)
   for step in range(100):
       noise = td3_bc.draw_noise(generators, data, args)
-      logs = td3_bc.update_critics(team, adams, data, noise, args)
+      logs = td3_bc.update_critics(team, adam, data, noise, args)
       if step % args.delay == 0:
-          logs |= td3_bc.update_policies(team, adams, data, noise, args)
+          logs |= td3_bc.update_policies(team, adam, data, noise, args)
   action = team.policies(obs.transpose(0, 1).expand(S, N, M + 1, 5))  # (S, N, M + 1, A)
 
 Differences from the authors' code (of MOMA-PPO's baselines, and OMAR's), and
@@ -157,8 +157,15 @@ class Args:
     max_grad_norm: float = 1.0  # longest gradient of one seed's agents
 
 
-GAME = dict(num_seeds=10, steps=3000, eval_every=1000)
-GAME |= dict(hidden=64, batch_size=64, lr=1e-3, normalize=False)
+GAME = dict(
+    num_seeds=10,
+    steps=3000,
+    eval_every=1000,
+    normalize=False,
+    hidden=64,
+    batch_size=64,
+    lr=1e-3,
+)
 PRESETS = {"polynomial": GAME, "reacher": dict(bc=10.0)}  # what differs from the values above
 FEWER = dict(samples=4, batch_size=64)  # 12 drawn actions a view, not 30
 PRESETS_WITH_CQL = {"polynomial": GAME} | dict.fromkeys(("reacher", "halfcheetah", "ant"), FEWER)
@@ -207,16 +214,18 @@ def draw_noise(generators, data, args):
 
 # ---------------------------------------------------------------- networks
 class Linear(nn.Module):
-    """Q independent linear layers as one batched product, each drawn by its seed's generator."""
+    """Q independent linear layers as one batched product, each initialised by its own generator."""
 
     def __init__(self, inputs, outputs, generators, scale=1.0):
         super().__init__()
         bound = inputs**-0.5  # as in nn.Linear; nn.init would misread the fan-in of a 3-d weight
-        start = torch.empty(len(generators), inputs + 1, outputs)
-        for network, generator in zip(start, generators):
-            network.uniform_(-bound, bound, generator=generator)
+        start = [
+            torch.empty(inputs + 1, outputs).uniform_(-bound, bound, generator=g)
+            for g in generators
+        ]
+        start = torch.stack(start)
         self.weight = nn.Parameter(scale * start[:, :-1])  # (Q, in, out)
-        self.bias = nn.Parameter(start[:, -1:] * (scale == 1))  # (Q, 1, out); 0 in small heads
+        self.bias = nn.Parameter(start[:, -1:] * (scale == 1))  # (Q, 1, out); heads begin at 0
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)  # (Q, B, out)
@@ -281,41 +290,31 @@ class Team(nn.Module):
 
 
 # ---------------------------------------------------------------- losses
-class Batch(NamedTuple):
-    """B recorded steps of each seed."""
-
-    obs: torch.Tensor  # (S, N, B, I)
-    next_obs: torch.Tensor
-    state: torch.Tensor  # (S, B, D)
-    next_state: torch.Tensor
-    action: torch.Tensor  # (S, N, B, A)
-    reward: torch.Tensor  # (S, 1, B)
-    done: torch.Tensor  # (S, 1, B)
-
-
 def gather(data, rows):
-    """The steps that begin in the rows (S, B) as a `Batch`."""
-    obs, next_obs = data.obs[rows].transpose(1, 2), data.obs[rows + 1].transpose(1, 2)
-    state, next_state = data.state[rows], data.state[rows + 1]
+    """What the rows (S, B) hold, as `Data` of a minibatch.
+
+    Agents come before steps, (S, N, B, ...). State is (S, B, D), reward and done are (S, 1, B).
+    """
+    obs = data.obs[rows].transpose(1, 2)
     action = data.action[rows].transpose(1, 2)
     reward, done = data.reward[rows][:, None], data.done[rows][:, None]
-    return Batch(obs, next_obs, state, next_state, action, reward, done)
+    return Data(obs, data.state[rows], action, reward, done, rows)
 
 
 @torch.no_grad()
-def td_target(team, batch, noise, args):
-    """Eq. 2: y, (S, N, B), or (S, 1, B) with a mixer."""
+def td_target(team, batch, later, noise, args):
+    """Eq. 2: y, (S, N, B), or (S, 1, B) with a mixer; later: what the next rows hold."""
     policies, critics = team.targets
     shift = (args.noise * noise.target).clamp(-args.noise_clip, args.noise_clip)
-    action = (policies(batch.next_obs) + shift).clamp(-1, 1)
-    q = [critic(batch.next_obs, action, batch.next_state) for critic in critics]
+    action = (policies(later.obs) + shift).clamp(-1, 1)
+    q = [critic(later.obs, action, later.state) for critic in critics]
     return batch.reward + args.gamma * (1 - batch.done) * torch.minimum(*q)
 
 
 @torch.no_grad()
-def drawn_actions(policies, batch, noise, sigma):
+def drawn_actions(policies, batch, later, noise, sigma):
     """The actions a of Eq. 3, (S, N, B, 3J, A), and their log p(a), (S, N, B, 3J)."""
-    middle = torch.stack([policies(batch.obs), policies(batch.next_obs)])  # (2, S, N, B, A)
+    middle = torch.stack([policies(batch.obs), policies(later.obs)])  # (2, S, N, B, A)
     near = (middle[..., None, :] + sigma * noise.near).clamp(-1, 1)
     log_p = (-0.5 * noise.near**2 - math.log(sigma) - HALF_LOG_2PI).sum(-1)  # before clipping
     flat = torch.full_like(log_p[0], noise.uniform.shape[-1] * math.log(0.5))
@@ -329,12 +328,13 @@ def conservative(critic, batch, actions, log_p):
     return (values.logsumexp(-1) - recorded).mean((1, 2))
 
 
-def critic_loss(team, batch, y, noise, args):
+def critic_loss(team, batch, later, noise, args):
     """Eq. 3 for each seed, (S,)."""
+    y = td_target(team, batch, later, noise, args)
     errors = [y - critic(batch.obs, batch.action, batch.state) for critic in team.critics]
     loss = sum((error**2).mean((1, 2)) for error in errors)
     if args.cql:
-        drawn = drawn_actions(team.policies, batch, noise, args.noise)
+        drawn = drawn_actions(team.policies, batch, later, noise, args.noise)
         gaps = [conservative(critic, batch, *drawn) for critic in team.critics]
         loss = loss + args.cql * sum(gaps)
     return loss
@@ -389,9 +389,10 @@ def take_step(adam, parameters, gradients):
 
 
 def descend(adam, module, losses, max_grad_norm):
-    """One step down the losses (S,) of independent seeds, each with a gradient of limited length.
+    """One step down the losses (S,) of independent seeds, each with a gradient of limited length;
+    returns them, detached.
 
-    Their sum leaves each seed the gradient that it would have alone. Returns the losses, detached.
+    Their sum leaves each seed the gradient that it would have alone.
     """
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(losses.sum(), parameters)
@@ -403,29 +404,23 @@ def descend(adam, module, losses, max_grad_norm):
     return losses
 
 
-def optimizers(team, args):
-    """Adam for the policies and for the critics."""
-    adam = partial(torch.optim.Adam, lr=args.lr, fused=True)
-    parts = {"policies": team.policies, "critics": team.critics}
-    return {name: adam(part.parameters()) for name, part in parts.items()}
-
-
-def update_critics(team, adams, data, noise, args):
-    """One update of the critics; returns diagnostics, (S,) tensors."""
+def update_critics(team, adam, data, noise, args):
+    """One update of the critics; returns logs, (S,)."""
     batch = gather(data, noise.rows)
-    y = td_target(team, batch, noise, args)
-    loss = critic_loss(team, batch, y, noise, args)
-    return {"q_loss": descend(adams["critics"], team.critics, loss, args.max_grad_norm)}
+    later = gather(data, noise.rows + 1)
+    loss = critic_loss(team, batch, later, noise, args)
+    return {"q_loss": descend(adam, team.critics, loss, args.max_grad_norm)}
 
 
-def update_policies(team, adams, data, noise, args):
-    """One update of the policies and, after it, of all targets; returns diagnostics, (S,)."""
+def update_policies(team, adam, data, noise, args):
+    """One update of the policies and, after it, of all targets; returns logs, (S,)."""
     loss = policy_loss(team, gather(data, noise.rows), noise, args)
-    logs = {"policy_loss": descend(adams["policies"], team.policies, loss, args.max_grad_norm)}
+    loss = descend(adam, team.policies, loss, args.max_grad_norm)
     networks = [*team.policies.parameters(), *team.critics.parameters()]
     with torch.no_grad():
-        torch._foreach_lerp_(list(team.targets.parameters()), networks, args.tau)
-    return logs
+        for slow, quick in zip(team.targets.parameters(), networks):
+            slow.lerp_(quick, args.tau)
+    return {"policy_loss": loss}
 
 
 # ---------------------------------------------------------------- run
@@ -461,19 +456,19 @@ def main(args):
     run = Run("td3_bc", args)
     data, encode = arrange(run.load(discrete=False), args)
     team = Team(data, args, run.streams(0, "cpu")).to(run.device)
-    adams, generators = optimizers(team, args), run.streams(1)
+    adam = torch.optim.Adam(team.parameters(), args.lr, fused=True)
+    generators = run.streams(1)
     learn, improve = run.compile(update_critics), run.compile(update_policies)
-    if run.begin(team=team, adams=adams, generators=generators) and run.step:
+    if run.begin(team=team, adam=adam, generators=generators) and run.step:
         last = run.rows[-args.num_seeds :]  # the policies' loss may be of an earlier update
         run.logs = {"policy_loss": torch.tensor([row["policy_loss"] for row in last])}
     players = player(team.policies, encode)
     for step in run.steps(players):
-        for adam in adams.values():
-            adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+        adam.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
         noise = draw_noise(generators, data, args)
-        run.logs |= learn(team, adams, data, noise, args)
+        run.logs |= learn(team, adam, data, noise, args)
         if step % args.delay == 0:
-            run.logs |= improve(team, adams, data, noise, args)
+            run.logs |= improve(team, adam, data, noise, args)
     return run.finish(method_of(args), players)
 
 

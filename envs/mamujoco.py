@@ -47,7 +47,6 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from matplotlib.figure import Figure
 
 from envs.common import METADATA, check_actions, describe, games_to_reset
 
@@ -122,24 +121,6 @@ VIEWS = {
         ),
     },
 }
-
-
-def draw_convention(states, seeds, title):
-    """How the arm bends in games of the reacher: the mean of sin θ2, over the target's place.
-
-    Args:
-        states: (S E, T+1, 11) of E games of each seed.
-    Returns:
-        Whether it bends counter-clockwise, (S, E), and a picture with a field for each seed.
-    """
-    means = states[:, :-1].mean(1).unflatten(0, (len(seeds), -1)).cpu()  # (S, E, 11)
-    bend = means[..., 3]
-    figure = Figure(figsize=(2.6 * len(seeds), 2.9), layout="constrained")
-    for s, axes in enumerate(figure.subplots(1, len(seeds), squeeze=False)[0]):
-        axes.scatter(*means[s, :, 4:6].T, c=bend[s], cmap="coolwarm", vmin=-1, vmax=1)
-        axes.set(title=f"seed {seeds[s]}", aspect="equal")
-    figure.suptitle(f"{title}: mean sin θ2 over the target's place")
-    return bend > 0, figure
 
 
 class MultiAgentMujoco(VectorEnv):

@@ -260,7 +260,7 @@ def test_cloning_by_hand_and_its_table(float64):
 @pytest.mark.parametrize("flags", [{"cql": 0.0}, {"tau_lambda": 0.0}, {"joint_cql": True}])
 def test_nothing_is_cloned_that_nobody_needs(flags):
     args, _, team = made(**flags)
-    cfcql.clone(team.behaviour, None, None, args, None)
+    cfcql.clone(team.behaviour, None, None, args)
 
 
 def begin_as_in_torch(agents):

@@ -564,7 +564,7 @@ def learn(dataset, **changes):
     for step in range(args.steps):
         inspo.update(team, adam, data, shared, generators, step, args)
     rows = torch.zeros(args.num_seeds, 1, 1, dtype=torch.int64)
-    pi = inspo.unroll(team.policies, range(2), rows, data)[:, :, 0].exp().detach()
+    pi = inspo.unroll_all(team.policies, rows, data)[:, :, 0].exp().detach()
     return pi[0][:, :, None] * pi[1][:, None, :]
 
 
@@ -650,8 +650,6 @@ def test_presets_are_in_units_of_the_payoffs():
 
 
 def test_what_it_cannot_do_is_said():
-    with pytest.raises(ValueError, match="order"):
-        inspo.parse(["--order", "alphabetical"])
     with pytest.raises(ValueError, match="discrete"):
         inspo.parse(["--env", "reacher"])
     with pytest.raises(ValueError, match="clone-lr"):

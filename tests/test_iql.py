@@ -121,14 +121,14 @@ def test_whole_updates_by_hand(float64, kind, discrete):
     sizes = dict(lr=0.01, tau=0.1, max_grad_norm=8.0, temperature=30.0)
     data, args, team = made(discrete, team=kind, **sizes)
     other = copy.deepcopy(team)
-    adams, generators = iql.optimizers(team, args), streams()
+    adam, generators = iql.optimizer(team, args), streams()
     hands = [Hand(other, data, args, s) for s in range(S)]
     parts = {"value": other.value, "policies": other.policies, "critic": other.critic}
     stock = {name: torch.optim.Adam(part.parameters(), args.lr) for name, part in parts.items()}
     longer, weights, ended = [], [], []
     for _ in range(2):
         rows = iql.draw_rows(generators, data, args)
-        logs = iql.update(team, adams, data, rows, args)
+        logs = iql.update(team, adam, data, rows, args)
         logs = dict(zip(("policies", "critic", "value"), logs.values()))
         for name, part in parts.items():
             loss_of = {"value": Hand.value_loss, "critic": Hand.critic_loss}

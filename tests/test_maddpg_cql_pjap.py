@@ -69,8 +69,8 @@ def single_critic(critics, c, s):
     def q(state, action):
         x = torch.cat([state, action.flatten()])
         for layer in (first, second):
-            x = torch.relu(x @ layer.weight[c * S + s] + layer.bias[c * S + s, 0])
-        return (x @ third.weight[c * S + s] + third.bias[c * S + s, 0])[0]
+            x = torch.relu(x @ layer.weight[2 * s + c] + layer.bias[2 * s + c, 0])
+        return (x @ third.weight[2 * s + c] + third.bias[2 * s + c, 0])[0]
 
     return q
 

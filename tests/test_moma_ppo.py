@@ -234,7 +234,7 @@ def test_the_members_that_err_least_on_held_out_steps_are_kept(float64):
     errors, vary = moma.validate(model, data, S), torch.tensor([0, 1, 2])
     moves, start = data.state[data.start + 1] - data.state[data.start], data.start
     for u in range(S * 3):
-        off, earned, wrong = [], [], []
+        off, earned = [], []
         for row in data.held.tolist():
             guess = predict(model, data, u, data.state[row], data.action[row])
             error = (guess[0] - data.state[row + 1]) / moves.std(0, correction=0)
@@ -242,9 +242,8 @@ def test_the_members_that_err_least_on_held_out_steps_are_kept(float64):
             earned.append(
                 (guess[2] - data.reward[row]).abs() / data.reward[start].std(correction=0)
             )
-            wrong.append(float((guess[4] > 0) != bool(data.done[row])))
-        want = torch.stack(off).mean(), torch.stack(earned).mean(), torch.tensor(wrong).mean()
-        for value, name in zip(want, ("state_error", "reward_error", "end_error")):
+        want = torch.stack(off).mean(), torch.stack(earned).mean()
+        for value, name in zip(want, ("state_error", "reward_error")):
             assert close(errors[name].flatten()[u], value)
     errors = dict(
         state_error=torch.tensor([[5.0, 1, 2], [0, 0, 0]]), reward_error=torch.zeros(S, 3)
@@ -281,7 +280,7 @@ def test_a_model_learns_a_linear_world(float64):
     dict(limit=12.0, reward_penalty=0.3, state_penalty=0.2, box_margin=0.5),  # caps that bite
     dict(limit=1e4, reward_penalty=0.3, state_penalty=0.2, sample_states=True, end_from="state"),
     dict(limit=1e4, reward_penalty=0.3, state_penalty=0.2, box=False, adaptive=False),
-    dict(penalty="aleatoric", aleatoric=0.4, limit=12.0, box_margin=0.5),
+    dict(aleatoric=0.4, reward_penalty=0.3, state_penalty=0.2, limit=12.0, box_margin=0.5),
 ])  # fmt: skip
 def test_one_step_in_the_world_by_hand(float64, changes):
     data, args = make_data(), arguments(members=4, elites=4, **changes)
@@ -308,10 +307,9 @@ def test_one_step_in_the_world_by_hand(float64, changes):
             room = args.box_margin * (high - low)
             after = torch.minimum(torch.maximum(after, low - room), high + room)
             reward = reward.clamp(worst - args.box_margin * (top - worst), top)
-        if args.penalty == "epistemic":
-            reward = reward - 0.3 * eps_r.clamp(max=args.limit) - 0.2 * eps_g.clamp(max=args.limit)
-        else:
-            reward = reward - 0.4 * max((g[1].square().sum() + g[3] ** 2).sqrt() for g in each)
+        reward = reward - 0.3 * eps_r.clamp(max=args.limit) - 0.2 * eps_g.clamp(max=args.limit)
+        spread = max((g[1].square().sum() + g[3] ** 2).sqrt() for g in each)
+        reward = reward - args.aleatoric * spread
         end = sum(int(g[4] > 0) for g in each) > 2  # half of four are no majority
         sure = bool(eps_g < args.limit) or not args.adaptive
         assert close(found[0][s, b], after) and close(found[1][s, b], reward, 1e-7)

@@ -133,19 +133,20 @@ def test_whole_updates_by_hand(float64, kind):
     sizes = dict(lr=0.01, tau=0.1, max_grad_norm=5.0, noise=0.4, noise_clip=0.3)
     data, args, team = made(**sizes, **KINDS[kind])
     other = copy.deepcopy(team)
-    adams, generators = td3.optimizers(team, args), streams()
+    adam = torch.optim.Adam(team.parameters(), args.lr, fused=True)
+    generators = streams()
     parts = {"critics": other.critics, "policies": other.policies}
     stock = {name: torch.optim.Adam(part.parameters(), args.lr) for name, part in parts.items()}
     longer, ended = [], []
     for improve in (True, False, True):
         noise = td3.draw_noise(generators, data, args)
         hands = [Hand(other, data, noise, args, s) for s in range(S)]
-        logs = td3.update_critics(team, adams, data, noise, args)
+        logs = td3.update_critics(team, adam, data, noise, args)
         loss = torch.stack([hand.critic_loss() for hand in hands])
         assert torch.allclose(logs["q_loss"], loss, rtol=1e-9)
         longer += step(stock["critics"], other.critics, loss, args.max_grad_norm)
         if improve:
-            logs = td3.update_policies(team, adams, data, noise, args)
+            logs = td3.update_policies(team, adam, data, noise, args)
             loss = torch.stack([hand.policy_loss() for hand in hands])
             assert torch.allclose(logs["policy_loss"], loss, rtol=1e-9)
             longer += step(stock["policies"], other.policies, loss, args.max_grad_norm)
