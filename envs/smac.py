@@ -207,7 +207,8 @@ class Smac(TensorGame):
         scan = u.range.clamp(min=SCAN) + u.radius + u.radius.T
         self.scan = scan[N:, :N, None]  # (M, N, 1)
         self.reach = u.range + u.radius  # (U, 1) from the centre, to the target's edge
-        self.far = 1e6 * torch.eye(U, device=self.device)[..., None]  # nobody is near itself
+        itself = torch.eye(U, dtype=torch.float32, device=self.device)[..., None]
+        self.far = 1e6 * itself  # nobody is near itself
         self.grave = 1e3 * (number + 1).float()  # (U, 1) where the dead wait
         life = sum(unit.health + unit.shield for unit in units[N:])
         self.unit_reward = SCALE / (KILL * self.num_enemies + WIN + life)
